@@ -1,0 +1,340 @@
+"""Typed configuration: one frozen dataclass per section, and the only place for defaults and cross-field checks.
+
+`configs/base.py` turns these dataclasses into an `ml_collections.ConfigDict` so that every field can be overridden on the
+command line; `Config.from_dict` turns the result back and validates it. Code below `train.py` sees the dataclasses only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+NORMS = ("pre", "post")
+DEPTHS = ("none", "moda")
+REMATS = ("full", "attention", "none")
+LAYER_LOOPS = ("scan", "unroll")
+DTYPES = ("float32", "bfloat16", "float16")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
+
+
+def _require(condition: bool, field: str, came: Any, expected: str) -> None:
+    """Raises the ValueError that every bad field gets: its name, what came, what was expected."""
+    if not condition:
+        raise ValueError(f"{field}={came!r}: expected {expected}")
+
+
+def _require_positive(section: str, config: Any, *fields: str) -> None:
+    for field in fields:
+        _require(getattr(config, field) > 0, f"{section}.{field}", getattr(config, field), "a positive number")
+
+
+def _require_not_negative(section: str, config: Any, *fields: str) -> None:
+    for field in fields:
+        _require(getattr(config, field) >= 0, f"{section}.{field}", getattr(config, field), "zero or a positive number")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The model: all that `Transformer` needs, and nothing else. `depth="none", norm="post", qk_norm=True` is OLMo 2.
+
+    Attributes:
+        vocab_size: V, rows of the embedding.
+        num_layers: L, attention + FFN pairs.
+        width: D, channels of the residual stream.
+        num_heads: N, query heads.
+        num_kv_heads: K, key/value heads; divides N, G = N / K query heads share one.
+        head_dim: H, channels of a head.
+        ffn_width: hidden channels of the SwiGLU feed-forward network.
+        norm: "post": x + norm(f(x)), OLMo 2's reordered norm; "pre": x + f(norm(x)).
+        depth: "none", or "moda": mixture-of-depths attention.
+        depth_ffn_kv: the FFN sub-layer also writes a depth entry, projected from its input (Table 3 row 4).
+        depth_attn_kv: the attention sub-layer writes a projection of its input instead of its own KV (row 5).
+        rope_theta: base of the rotary embedding's wavelengths.
+        norm_epsilon: added to the mean square in every RMSNorm.
+        tie_embeddings: the output projection is the embedding's transpose.
+        qk_norm: RMSNorm over the full width of the query and the key projection.
+        max_sequence_length: longest sequence that the model accepts.
+        initializer_range: standard deviation of every weight matrix at the start.
+        attention_implementation: name for `pallas_kernels`; None picks the best one for the device.
+        dtype: compute dtype ("float32", "bfloat16", "float16"); None: bfloat16 on a GPU, float32 elsewhere.
+        remat: what the layer loop stores for the backward pass, see `moda_jax.model.depth_scan`.
+        layer_loop: "scan" compiles one layer; "unroll" compiles each (slow to compile, for study).
+        depth_gradient_dtype: dtype in which the depth stream's gradient accumulates; None: the compute dtype.
+    """
+
+    vocab_size: int = 50304
+    num_layers: int = 12
+    width: int = 768
+    num_heads: int = 12
+    num_kv_heads: int = 6
+    head_dim: int = 64
+    ffn_width: int = 3072
+    norm: str = "post"
+    depth: str = "moda"
+    depth_ffn_kv: bool = True
+    depth_attn_kv: bool = False
+    rope_theta: float = 500000.0
+    norm_epsilon: float = 1e-6
+    tie_embeddings: bool = True
+    qk_norm: bool = True
+    max_sequence_length: int = 4096
+    initializer_range: float = 0.02
+    attention_implementation: str | None = None
+    dtype: str | None = None
+    remat: str = "attention"
+    layer_loop: str = "scan"
+    depth_gradient_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_types("model", self)
+        _require_positive(
+            "model", self, "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
+            "rope_theta", "norm_epsilon", "max_sequence_length", "initializer_range",
+        )  # fmt: skip
+        _require(
+            self.num_heads % self.num_kv_heads == 0, "model.num_heads", self.num_heads,
+            f"a multiple of model.num_kv_heads={self.num_kv_heads}",
+        )  # fmt: skip
+        _require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number (rotary pairs)")
+        for field, choices in (
+            ("norm", NORMS), ("depth", DEPTHS), ("remat", REMATS), ("layer_loop", LAYER_LOOPS),
+            ("attention_implementation", (None, *IMPLEMENTATIONS)), ("dtype", (None, *DTYPES)),
+            ("depth_gradient_dtype", (None, *DTYPES)),
+        ):  # fmt: skip
+            _require(getattr(self, field) in choices, f"model.{field}", getattr(self, field), f"one of {choices}")
+
+    @property
+    def depth_entries_per_layer(self) -> int:
+        """Slots that one writing layer fills: 0 without depth, 1 for the attention entry, 2 with the FFN entry."""
+        return 0 if self.depth == "none" else 1 + int(self.depth_ffn_kv)
+
+    @property
+    def depth_slots(self) -> int:
+        """S: slots of the whole depth stream. The last layer writes nothing."""
+        return (self.num_layers - 1) * self.depth_entries_per_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes rows of tokens.
+
+    Attributes:
+        source: "python_stdlib" (built in); a directory of .txt, .jsonl and .jsonl.gz files; or "tfds:NAME[:VERSION]" or
+            "tfds:DIRECTORY", a TFDS dataset that is prepared as array_record.
+        feature: the text or token feature of a TFDS dataset, the text field of a .jsonl line.
+        train_split, validation_split: names of a TFDS dataset's splits; other sources are split by file hash.
+        validation_fraction: share of the files that the hash sends to validation.
+        tokenizer: "bytes", or the path of a Hugging Face tokenizer.json.
+        end_of_text: the tokenizer.json's token that ends a document; None: the first that is known of
+            "<|endoftext|>", "</s>", "<eos>".
+        sequence_length: T, tokens of a row.
+        shuffle: rows come in a new seeded order every epoch.
+        prefetch_batches: batches read ahead.
+        cache_dir: prepared datasets and tokens; None: the user's cache directory.
+    """
+
+    source: str = "python_stdlib"
+    feature: str = "text"
+    train_split: str = "train"
+    validation_split: str = "validation"
+    validation_fraction: float = 0.05
+    tokenizer: str = "bytes"
+    end_of_text: str | None = None
+    sequence_length: int = 512
+    shuffle: bool = True
+    prefetch_batches: int = 4
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_types("data", self)
+        _require_positive("data", self, "sequence_length", "prefetch_batches")
+        _require(bool(self.source), "data.source", self.source, "a built-in name, a directory or tfds:...")
+        _require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or the path of a tokenizer.json')
+        _require(
+            0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "a share in (0, 1)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay: OLMo 2's recipe.
+
+    Attributes:
+        learning_rate: the peak, reached after `warmup_steps`.
+        final_learning_rate_fraction: the cosine ends at this share of the peak.
+        warmup_steps: linear from 0.
+        beta1, beta2, epsilon: Adam's.
+        weight_decay: decoupled, on matrices only: not on norm scales, not on embeddings.
+        gradient_clip_norm: global norm that a gradient is scaled down to.
+    """
+
+    learning_rate: float = 3e-4
+    final_learning_rate_fraction: float = 0.1
+    warmup_steps: int = 2000
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_types("optimizer", self)
+        _require_positive("optimizer", self, "learning_rate", "epsilon", "gradient_clip_norm")
+        _require_not_negative("optimizer", self, "warmup_steps", "weight_decay")
+        for field in ("beta1", "beta2"):
+            _require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "a number in [0, 1)")
+        fraction = self.final_learning_rate_fraction
+        _require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "a share in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training loop.
+
+    Attributes:
+        num_steps: optimizer steps of the whole run.
+        batch_size: sequences per optimizer step, over all devices and micro-batches.
+        accumulation_steps: micro-batches per step; divides `batch_size`.
+        seed: of parameters and of the data order.
+        z_loss: weight of log(Z)^2 in the objective; not in the reported loss.
+        log_interval_steps: a metrics line every so many steps.
+        sample_prompt: text that the run continues when it ends; "" for no sample.
+        sample_tokens: tokens of that sample.
+    """
+
+    num_steps: int = 10000
+    batch_size: int = 32
+    accumulation_steps: int = 1
+    seed: int = 0
+    z_loss: float = 1e-5
+    log_interval_steps: int = 10
+    sample_prompt: str = ""
+    sample_tokens: int = 200
+
+    def __post_init__(self) -> None:
+        _check_types("train", self)
+        _require_positive("train", self, "num_steps", "batch_size", "accumulation_steps", "log_interval_steps")
+        _require_not_negative("train", self, "seed", "z_loss", "sample_tokens")
+        _require(
+            self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
+            f"a divisor of train.batch_size={self.batch_size}",
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on the validation split while training.
+
+    Attributes:
+        interval_steps: evaluate every so many steps, and at the end; 0: never.
+        num_batches: batches of `train.batch_size` rows per evaluation; 0: the whole split.
+    """
+
+    interval_steps: int = 500
+    num_batches: int = 16
+
+    def __post_init__(self) -> None:
+        _check_types("eval", self)
+        _require_not_negative("eval", self, "interval_steps", "num_batches")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints.
+
+    Attributes:
+        interval_steps: save every so many steps, and at the end; 0: at the end only.
+        keep_last: newest checkpoints kept.
+        keep_every_steps: steps divisible by this are kept for ever; 0: none.
+    """
+
+    interval_steps: int = 500
+    keep_last: int = 2
+    keep_every_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types("checkpoint", self)
+        _require_positive("checkpoint", self, "keep_last")
+        _require_not_negative("checkpoint", self, "interval_steps", "keep_every_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh. Sizes above 1 come with the distribution issue and are refused until then."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        _check_types("mesh", self)
+        for field in ("data", "fsdp", "tensor", "context"):
+            _require(getattr(self, field) == 1, f"mesh.{field}", getattr(self, field), "1 (one device)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run. Every check that needs more than one section stands here."""
+
+    model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.data.sequence_length <= self.model.max_sequence_length, "data.sequence_length",
+            self.data.sequence_length, f"at most model.max_sequence_length={self.model.max_sequence_length}",
+        )  # fmt: skip
+        _require(
+            self.optimizer.warmup_steps <= self.train.num_steps, "optimizer.warmup_steps", self.optimizer.warmup_steps,
+            f"at most train.num_steps={self.train.num_steps}",
+        )  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """A validated Config from nested mappings (a ConfigDict, or a run's config.json).
+
+        Raises:
+            ValueError: an unknown section or key, a value of the wrong type, or a failed check; the field is named.
+        """
+        sections = {field.name: field.default_factory for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(sections))
+        if unknown:
+            raise ValueError(f"{unknown[0]}: unknown config section; known: {', '.join(sections)}")
+        return cls(**{name: _section_from_dict(name, sections[name], values[name]) for name in values})
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Nested plain dicts, ready for JSON; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+
+def _section_from_dict(name: str, section: type, values: Mapping[str, Any]) -> Any:
+    """One section's dataclass from a mapping; an unknown key is an error that names the nearest known ones."""
+    known = [field.name for field in dataclasses.fields(section)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{name}.{key}: unknown config key; known in {name}: {', '.join(known)}")
+    return section(**dict(values))
+
+
+def _check_types(section: str, config: Any) -> None:
+    """Every field holds its annotated type. An int is accepted for a float (and stored as one); a bool is no int."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if float in allowed and type(value) is int:
+            object.__setattr__(config, field.name, float(value))
+            continue
+        names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
+        _require(type(value) in allowed, f"{section}.{field.name}", value, f"a value of type {names}")
+        if type(value) is float:
+            _require(value == value and abs(value) != float("inf"), f"{section}.{field.name}", value, "a finite number")
