@@ -1,0 +1,16 @@
+"""Mixture-of-Depths Attention (arXiv 2603.15619) in JAX: layers, models and training."""
+
+from moda_jax.config import TransformerConfig
+from moda_jax.model.attention import MoDAAttention
+from moda_jax.model.depth_scan import PartedBlock, depth_scan
+from moda_jax.model.depth_stream import DepthStream
+from moda_jax.model.transformer import Transformer
+
+__all__ = [
+    "DepthStream",
+    "MoDAAttention",
+    "PartedBlock",
+    "Transformer",
+    "TransformerConfig",
+    "depth_scan",
+]

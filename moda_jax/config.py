@@ -1,7 +1,8 @@
 """Typed configuration: one frozen dataclass per section, and the only place for defaults and cross-field checks.
 
-`configs/base.py` turns these dataclasses into an `ml_collections.ConfigDict` so that every field can be overridden on the
-command line; `Config.from_dict` turns the result back and validates it. Code below `train.py` sees the dataclasses only.
+`configs/base.py` turns these dataclasses into an `ml_collections.ConfigDict` so that every field can be overridden on
+the command line; `Config.from_dict` turns the result back and validates it. Code below `train.py` sees dataclasses
+only.
 """
 
 from __future__ import annotations
@@ -263,7 +264,8 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh. Sizes above 1 come with the distribution issue and are refused until then."""
+    """Devices along each axis of the mesh. Sizes above 1 come with the distribution issue and are refused until
+    then."""
 
     data: int = 1
     fsdp: int = 1

@@ -1,0 +1,412 @@
+"""The layer loop: runs stacked layers over one depth stream with O(S) memory, forward and backward.
+
+Plain autodiff through a loop whose carry is the depth buffer keeps one copy of the buffer per layer, O(S^2) in all.
+Slots are written once and never change, so the *final* buffer holds what every layer read: layer l's view is the final
+buffer with its own `length`. The reverse loop therefore keeps that one buffer and carries one gradient buffer, which
+
+1. hands layer l the gradient of the entries that it wrote (its slots, complete once all later layers are reversed),
+2. receives in place what layer l's read contributes to the slots of earlier layers.
+
+Per layer only what `remat` names is stored (DESIGN.md decision 3), never the buffer.
+
+Two kinds of block:
+
+- any function `block(params, x, stream, *shared) -> (x, stream)`: its backward recomputes the whole block from its
+  input;
+- a `PartedBlock`, cut before and after the attention op, so that attention's output and log-sum-exp can be kept and its
+  forward is not run again, and the op's backward adds into the gradient buffer directly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moda_jax.model.depth_stream import DepthStream, Entry, is_traced, read_slot, write_slot
+from pallas_kernels import block as attention_block
+
+Array = jax.Array
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What the forward loop keeps per layer, besides the layer's input: the meaning of a `remat` name."""
+
+    attention: bool  # the op's output [B, T, N, H] and lse [B, T, N]
+    parts: bool  # everything that autodiff of the parts before and after the op needs
+
+
+REMAT = {
+    "full": Stored(attention=False, parts=False),
+    "attention": Stored(attention=True, parts=False),
+    "none": Stored(attention=True, parts=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PartedBlock:
+    """A layer cut at its attention op, for `depth_scan`.
+
+    Attributes:
+        before: (params, x, *shared) -> (query [B, T, N, H], key, value [B, T, K, H]).
+        after: (params, x, key, value, attended [B, T, N, H], *shared) -> (x, entries); entries is a tuple of
+            `entries_per_layer` pairs (key, value), [B, T, K, H] each.
+        entries_per_layer: slots that the layer fills.
+        writes_own_key_value: entries[0] is `before`'s (key, value): they are then re-read from the stream, not stored.
+        segment_ids: (*shared) -> [B, T] int32 or None: the op's mask.
+        scale: of the logits; None: H ** -0.5.
+        implementation: of the op; None: the best for the device.
+    """
+
+    before: Callable[..., tuple[Array, Array, Array]]
+    after: Callable[..., tuple[PyTree, tuple[Entry, ...]]]
+    entries_per_layer: int
+    writes_own_key_value: bool = False
+    segment_ids: Callable[..., Array | None] = lambda *shared: None
+    scale: float | None = None
+    implementation: str | None = None
+
+
+def depth_scan(
+    block: Callable[..., tuple[PyTree, DepthStream]] | PartedBlock,
+    params: PyTree,
+    x: PyTree,
+    stream: DepthStream,
+    *shared: PyTree,
+    remat: str = "attention",
+    unroll: bool = False,
+    gradient_dtype: jnp.dtype | str | None = None,
+) -> tuple[PyTree, DepthStream]:
+    """Runs a stack of layers, each reading and appending to the depth stream, with memory linear in the slots.
+
+    Args:
+        block: `block(params_of_one_layer, x, stream, *shared) -> (x, stream)`, which changes the stream by `append`
+            only, or a `PartedBlock`. Everything that is differentiated must come in through the arguments.
+        params: arrays stacked over layers: leading axis L on every leaf.
+        x: the first layer's input, an array or pytree; every layer returns the same shapes and dtypes.
+        stream: what came before; enough free slots for all layers.
+        *shared: given to every layer unchanged (positions, segment ids, ...); gradients of the layers are summed.
+        remat: for a `PartedBlock`, what is stored per layer for the backward pass: "full": the layer's input alone, all
+            else is recomputed; "attention": also attention's output and lse, so that attention's forward is not run
+            again; "none": everything. Other blocks are always recomputed from their input.
+        unroll: compile every layer by itself instead of one loop body.
+        gradient_dtype: dtype in which the stream's gradient accumulates over the layers; None: the stream's.
+
+    Returns:
+        The last layer's output and the stream with all entries.
+
+    Raises:
+        ValueError: an unknown `remat`, params without a common leading axis, or not enough free slots (when the
+            stream's length is concrete; a traced overflow leaves the stream as it is).
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r}: expected one of {tuple(REMAT)}")
+    leading = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
+    if len(leading) != 1 or leading == {()}:
+        raise ValueError(
+            f"depth_scan: params must share one leading axis of layers, got leading sizes {sorted(leading)}"
+        )
+    ((num_layers,),) = leading
+    if isinstance(block, PartedBlock):
+        _check_capacity(stream, num_layers * block.entries_per_layer)
+        reread = block.writes_own_key_value and not is_traced(stream.length)
+        layer: _Layer = _PartedLayer(block, REMAT[remat], reread=reread)
+    else:
+        layer = _WholeLayer(block)
+    dtype = stream.key.dtype if gradient_dtype is None else jnp.dtype(gradient_dtype)
+    # Inside the loop the length is traced; out here it stays concrete when it came so.
+    written = layer.entries(params, x, stream, shared) * num_layers
+    x, key, value = _loop(layer, unroll, dtype, params, x, stream.key, stream.value, jnp.int32(stream.length), shared)
+    return x, DepthStream(key, value, stream.length_after(written))
+
+
+def _check_capacity(stream: DepthStream, entries: int) -> None:
+    if not is_traced(stream.length) and int(stream.length) + entries > stream.slots:
+        raise ValueError(
+            f"depth_scan: the layers write {entries} entries, but {stream.slots - int(stream.length)} of the stream's "
+            f"{stream.slots} slots are free"
+        )
+
+
+class _Layer:
+    """One layer of the loop: `run` it forward, or `reverse` it. Compared by identity (static argument of `_loop`)."""
+
+    def entries(self, params: PyTree, x: PyTree, stream: DepthStream, shared: tuple) -> int:
+        """Slots that each layer fills."""
+        raise NotImplementedError
+
+    def run(self, params: PyTree, x: PyTree, stream: DepthStream, shared: tuple) -> tuple[PyTree, DepthStream, PyTree]:
+        """(x, stream, what to store for `reverse`)."""
+        raise NotImplementedError
+
+    def reverse(
+        self,
+        params: PyTree,
+        stored: PyTree,
+        stream: DepthStream,
+        shared: tuple,
+        dx: PyTree,
+        dkey: Array,
+        dvalue: Array,
+    ) -> tuple[PyTree, PyTree, Array, Array, tuple]:
+        """(dparams, dx, dkey, dvalue, dshared); `stream` is the final buffer with this layer's length."""
+        raise NotImplementedError
+
+
+def _forward(layer: _Layer, unroll: bool, params, x, key, value, length, shared):
+    """The loop itself; returns also what each layer stored and the length that it saw, stacked over layers."""
+
+    def step(carry, params_l):
+        x, stream = carry
+        x, after, stored = layer.run(params_l, x, stream, shared)
+        return (x, after), (stored, stream.length)
+
+    (x, stream), stored = jax.lax.scan(step, (x, DepthStream(key, value, length)), params, unroll=unroll)
+    return (x, stream.key, stream.value), stored
+
+
+def _loop_forward(layer, unroll, gradient_dtype, params, x, key, value, length, shared):
+    outputs, stored = _forward(layer, unroll, params, x, key, value, length, shared)
+    return outputs, (params, stored, outputs[1], outputs[2], length, shared)
+
+
+def _loop_backward(layer, unroll, gradient_dtype, residuals, cotangents):
+    params, (stored, lengths), key, value, length, shared = residuals
+    dx, dkey, dvalue = cotangents
+    stream_dtype = key.dtype
+    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(shared)]
+    dshared = [jnp.zeros_like(leaf) for leaf, keep in zip(jax.tree.leaves(shared), inexact, strict=True) if keep]
+
+    def step(carry, layer_l):
+        dx, dkey, dvalue, dshared = carry
+        params_l, stored_l, length_l = layer_l
+        dparams, dx, dkey, dvalue, more = layer.reverse(
+            params_l, stored_l, DepthStream(key, value, length_l), shared, dx, dkey, dvalue
+        )
+        more = [leaf for leaf, keep in zip(jax.tree.leaves(more), inexact, strict=True) if keep]
+        return (dx, dkey, dvalue, [a + b for a, b in zip(dshared, more, strict=True)]), dparams
+
+    carry = (dx, dkey.astype(gradient_dtype), dvalue.astype(gradient_dtype), dshared)
+    (dx, dkey, dvalue, dshared), dparams = jax.lax.scan(
+        step, carry, (params, stored, lengths), reverse=True, unroll=unroll
+    )
+    # What the layers wrote replaced the incoming contents of those slots.
+    incoming = (jnp.arange(key.shape[2]) < length)[:, None, None]  # [S, 1, 1]
+    dkey, dvalue = (jnp.where(incoming, d, 0).astype(stream_dtype) for d in (dkey, dvalue))
+    sums = iter(dshared)
+    no_gradient = [
+        next(sums) if keep else np.zeros(leaf.shape, jax.dtypes.float0)
+        for leaf, keep in zip(jax.tree.leaves(shared), inexact, strict=True)
+    ]
+    dshared = jax.tree.unflatten(jax.tree.structure(shared), no_gradient)
+    return dparams, dx, dkey, dvalue, np.zeros((), jax.dtypes.float0), dshared
+
+
+def _loop_primal(layer, unroll, gradient_dtype, params, x, key, value, length, shared):
+    return _forward(layer, unroll, params, x, key, value, length, shared)[0]
+
+
+_loop = jax.custom_vjp(_loop_primal, nondiff_argnums=(0, 1, 2))
+_loop.defvjp(_loop_forward, _loop_backward)
+
+
+class _WholeLayer(_Layer):
+    """Any block: stores the layer's input, recomputes the block, differentiates it with JAX's own autodiff."""
+
+    def __init__(self, block: Callable[..., tuple[PyTree, DepthStream]]) -> None:
+        self.block = block
+
+    def entries(self, params, x, stream, shared):
+        # Traced with a concrete length, so that a full stream is an error and the number of appends is known.
+        params_l = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
+        counts = []
+
+        def one(params, x, key, value, shared):
+            start = np.int32(0) if is_traced(stream.length) else np.int32(stream.length)
+            x_out, after = self.block(params, x, DepthStream(key, value, start), *shared)
+            counts.append(int(after.length) - int(start))
+            return x_out
+
+        before, after = x, jax.eval_shape(one, params_l, x, stream.key, stream.value, shared)
+        expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), before)
+        came = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after)
+        if expected != came:
+            raise ValueError(
+                f"depth_scan: the block returned x with (shape, dtype) {came}, expected its input's {expected}"
+            )
+        num_layers = jax.tree.leaves(params)[0].shape[0]
+        _check_capacity(stream, num_layers * counts[0])
+        return counts[0]
+
+    def run(self, params, x, stream, shared):
+        x_out, after = self.block(params, x, stream, *shared)
+        return x_out, after, x
+
+    def reverse(self, params, stored, stream, shared, dx, dkey, dvalue):
+        def one(params, x, key, value, shared):
+            x_out, after = self.block(params, x, DepthStream(key, value, stream.length), *shared)
+            return (x_out, after.key, after.value), after.length
+
+        _, vjp, length_after = jax.vjp(one, params, stored, stream.key, stream.value, shared, has_aux=True)
+        # Only this layer's own slots go in, so that what comes out is its contribution alone and adds in any dtype.
+        slot = jnp.arange(stream.slots)
+        own = ((slot >= stream.length) & (slot < length_after))[:, None, None]  # [S, 1, 1]
+        own_dkey, own_dvalue = (jnp.where(own, d, 0).astype(stream.key.dtype) for d in (dkey, dvalue))
+        dparams, dx, dkey_l, dvalue_l, dshared = vjp((dx, own_dkey, own_dvalue))
+        return dparams, dx, dkey + dkey_l.astype(dkey.dtype), dvalue + dvalue_l.astype(dvalue.dtype), dshared
+
+
+class _PartedLayer(_Layer):
+    """A `PartedBlock`: keeps what `stored` names; the op's backward adds into the stream's gradient directly."""
+
+    def __init__(self, block: PartedBlock, stored: Stored, *, reread: bool) -> None:
+        self.block = block
+        self.stored = stored
+        self.reread = reread  # (key, value) stand in the layer's first slot, so they need not be kept
+        self.plans: tuple[_Plan, _Plan] | None = None  # how `run` stored the parts, for `reverse`
+
+    def entries(self, params, x, stream, shared):
+        return self.block.entries_per_layer
+
+    def run(self, params, x, stream, shared):
+        query, key, value, before = self._before(params, x, shared)
+        attended, lse = self._attend(query, key, value, stream, shared)
+        x_out, entries, after = self._after(params, x, key, value, attended, shared)
+        stored = {"x": x}
+        if self.stored.attention:
+            stored |= {"attended": attended, "lse": lse}
+        if self.stored.parts:
+            stored |= {"query": query} if self.reread else {"query": query, "key": key, "value": value}
+            before_plan = _Plan.of(before, (params, x, shared))
+            after_plan = _Plan.of(after, (params, x, key, value, attended, shared))
+            stored |= {"before": before_plan.store(before), "after": after_plan.store(after)}
+            self.plans = (before_plan, after_plan)
+        for entry_key, entry_value in entries:
+            stream = DepthStream(
+                write_slot(stream.key, entry_key, stream.length),
+                write_slot(stream.value, entry_value, stream.length),
+                stream.length_after(1),
+            )
+        return x_out, stream, stored
+
+    def reverse(self, params, stored, stream, shared, dx, dkey, dvalue):
+        x = stored["x"]
+        if self.stored.parts:
+            query, key, value = (stored.get(name) for name in ("query", "key", "value"))
+        else:
+            query, key, value, before = self._before(params, x, shared)
+        if self.reread:
+            key, value = read_slot(stream.key, stream.length), read_slot(stream.value, stream.length)
+        if self.stored.attention:
+            attended, lse = stored["attended"], stored["lse"]
+        else:
+            attended, lse = self._attend(query, key, value, stream, shared)
+        if self.stored.parts:
+            before_plan, after_plan = self.plans
+            before = before_plan.restore(stored["before"], (params, x, shared))
+            after = after_plan.restore(stored["after"], (params, x, key, value, attended, shared))
+        else:
+            _, _, after = self._after(params, x, key, value, attended, shared)
+
+        dentries = tuple(
+            tuple(read_slot(d, stream.length_after(i)).astype(stream.key.dtype) for d in (dkey, dvalue))
+            for i in range(self.block.entries_per_layer)
+        )
+        dparams_after, dx_after, dkey_after, dvalue_after, dattended, dshared_after = after((dx, dentries))
+        delta = jnp.sum(dattended.astype(jnp.float32) * attended.astype(jnp.float32), axis=-1)  # [B, T, N]
+        dquery, dkey_op, dvalue_op, dkey_sum, dvalue_sum = attention_block.attention_backward(
+            query, key, value, *_depth(stream), dattended, lse, delta,
+            depth_key_gradient=dkey if stream.slots else None, depth_value_gradient=dvalue if stream.slots else None,
+            **self._options(query, shared),
+        )  # fmt: skip
+        if stream.slots:
+            dkey, dvalue = dkey_sum, dvalue_sum
+        dparams_before, dx_before, dshared_before = before((dquery, dkey_op + dkey_after, dvalue_op + dvalue_after))
+        return (
+            _add(dparams_after, dparams_before),
+            _add(dx_after, dx_before),
+            dkey,
+            dvalue,
+            _add(dshared_after, dshared_before),
+        )
+
+    def _before(self, params, x, shared):
+        """(query, key, value, vjp of the part before the op)."""
+        (query, key, value), vjp = jax.vjp(
+            lambda params, x, shared: self.block.before(params, x, *shared), params, x, shared
+        )
+        return query, key, value, vjp
+
+    def _after(self, params, x, key, value, attended, shared):
+        """(x, entries, vjp of the part after the op)."""
+
+        def after(params, x, key, value, attended, shared):
+            return self.block.after(params, x, key, value, attended, *shared)
+
+        (x_out, entries), vjp = jax.vjp(after, params, x, key, value, attended, shared)
+        if len(entries) != self.block.entries_per_layer:
+            raise ValueError(
+                f"depth_scan: `after` returned {len(entries)} entries, expected entries_per_layer="
+                f"{self.block.entries_per_layer}"
+            )
+        return x_out, entries, vjp
+
+    def _attend(self, query, key, value, stream, shared):
+        """The op's (output, lse)."""
+        return attention_block.attention_forward(query, key, value, *_depth(stream), **self._options(query, shared))
+
+    def _options(self, query, shared) -> dict[str, Any]:
+        scale = query.shape[-1] ** -0.5 if self.block.scale is None else self.block.scale
+        segment_ids = self.block.segment_ids(*shared)
+        return {
+            "scale": scale,
+            "causal": True,
+            "query_segment_ids": segment_ids,
+            "key_segment_ids": segment_ids,
+            "implementation": self.block.implementation,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How a vjp function is stored: its arrays, less those that the reverse loop has anyway.
+
+    A vjp function is a pytree whose leaves are the arrays that it kept. Many are the very inputs of the part (weights,
+    the layer's input, attention's output); storing those per layer would copy them, the weights above all.
+    """
+
+    treedef: Any
+    sources: tuple[int | None, ...]  # per leaf: index into the inputs' leaves, or None: stored
+
+    @classmethod
+    def of(cls, vjp: Callable, inputs: PyTree) -> _Plan:
+        """The plan for `vjp`, traced in the same loop body as `inputs`."""
+        index = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(inputs))}
+        leaves, treedef = jax.tree.flatten(vjp)
+        return cls(treedef, tuple(index.get(id(leaf)) for leaf in leaves))
+
+    def store(self, vjp: Callable) -> list[Array]:
+        """The arrays of `vjp` that have to be kept."""
+        leaves = jax.tree.leaves(vjp)
+        return [leaf for leaf, source in zip(leaves, self.sources, strict=True) if source is None]
+
+    def restore(self, stored: list[Array], inputs: PyTree) -> Callable:
+        """The vjp function again, from what was kept and the same inputs."""
+        kept, known = iter(stored), jax.tree.leaves(inputs)
+        return jax.tree.unflatten(self.treedef, [next(kept) if i is None else known[i] for i in self.sources])
+
+
+def _depth(stream: DepthStream) -> tuple[Array | None, Array | None, Array | np.int32 | None]:
+    """The op's depth operands: none for a stream without slots, which is plain attention."""
+    return (stream.key, stream.value, stream.length) if stream.slots else (None, None, None)
+
+
+def _add(a: PyTree, b: PyTree) -> PyTree:
+    """Leafwise sum; integer leaves have no gradient (dtype float0) and pass through."""
+    return jax.tree.map(lambda a, b: a if a.dtype == jax.dtypes.float0 else a + b, a, b)

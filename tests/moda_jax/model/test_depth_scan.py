@@ -1,0 +1,244 @@
+"""The layer loop: gradients equal plain autodiff's; memory is linear in depth, compile time does not follow it."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support import plain_model
+
+from moda_jax import DepthStream, PartedBlock, Transformer, TransformerConfig, depth_scan
+from pallas_kernels import moda_attention
+
+B, T, D, K, H, L = 2, 7, 8, 2, 4, 3
+N = 4
+
+
+def layer_params(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = {"q": (D, N, H), "k": (D, K, H), "v": (D, K, H), "o": (N, H, D)}
+    return {
+        name: jax.random.normal(key, (L, *shape)) * 0.4 for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def before(p, x, scale, segment_ids):
+    x = x * scale
+    return tuple(jnp.einsum("btd,dnh->btnh", x, p[name]) for name in "qkv")
+
+
+def after(p, x, key, value, attended, scale, segment_ids):
+    x = x + jnp.tanh(jnp.einsum("btnh,nhd->btd", attended, p["o"]))
+    second = jnp.einsum("btd,dnh->btnh", x, p["k"])
+    return x, ((key, value), (second, second + value))
+
+
+def whole(p, x, stream, scale, segment_ids):
+    query, key, value = before(p, x, scale, segment_ids)
+    attended = moda_attention(
+        query, key, value, stream.key, stream.value, depth_length=stream.length, segment_ids=segment_ids,
+        implementation="xla",
+    )  # fmt: skip
+    x, entries = after(p, x, key, value, attended, scale, segment_ids)
+    for entry in entries:
+        stream = stream.append(*entry)
+    return x, stream
+
+
+PARTED = PartedBlock(
+    before,
+    after,
+    entries_per_layer=2,
+    writes_own_key_value=True,
+    segment_ids=lambda scale, ids: ids,
+    implementation="xla",
+)
+SEGMENTS = jnp.asarray([[0, 0, 0, 1, 1, 1, 1]] * B, jnp.int32)
+
+
+def start(slots=2 * L + 1, filled=1, dtype=jnp.float32):
+    """A stream whose first slots were filled by somebody else; the rest holds NaN."""
+    keys = jax.random.split(jax.random.key(9), 2)
+    key, value = (jax.random.normal(k, (B, T, slots, K, H)).at[:, :, filled:].set(jnp.nan).astype(dtype) for k in keys)
+    return DepthStream(key, value, np.int32(filled))
+
+
+def run(loop, params, x, stream, scale):
+    """A scalar of everything that comes out, so that every cotangent is exercised."""
+    x, stream = loop(params, x, stream, scale)
+    slot = jnp.arange(stream.slots)[:, None, None]
+    filled = jnp.where(slot < stream.length, stream.key * jnp.cos(slot) + stream.value * jnp.sin(slot + 1.0), 0)
+    return jnp.sum(jnp.sin(x)) + jnp.sum(filled)
+
+
+def plain_loop(params, x, stream, scale):
+    for i in range(L):
+        x, stream = whole(jax.tree.map(lambda leaf, i=i: leaf[i], params), x, stream, scale, SEGMENTS)
+    return x, stream
+
+
+def arguments():
+    return layer_params(), jax.random.normal(jax.random.key(3), (B, T, D)), start(), jnp.float32(0.9)
+
+
+def gradients(loop, traced_length=False):
+    def value(params, x, key, val, scale, length):
+        return run(loop, params, x, DepthStream(key, val, length), scale)
+
+    params, x, stream, scale = arguments()
+    differentiate = jax.value_and_grad(value, argnums=(0, 1, 2, 3, 4))
+    if traced_length:
+        return jax.jit(differentiate)(params, x, stream.key, stream.value, scale, stream.length)
+    return jax.jit(lambda *a: differentiate(*a, stream.length))(params, x, stream.key, stream.value, scale)
+
+
+CASES = {
+    "any block": (whole, {}),
+    "any block, unrolled": (whole, {"unroll": True}),
+    "parted": (PARTED, {}),
+    "parted, full remat": (PARTED, {"remat": "full"}),
+    "parted, no remat": (PARTED, {"remat": "none"}),
+    "parted, float32 gradient": (PARTED, {"gradient_dtype": "float32"}),
+    "parted, kv stored": (dataclasses.replace(PARTED, writes_own_key_value=False), {"remat": "none"}),
+}
+
+
+@pytest.mark.parametrize("traced_length", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_plain_autodiff(case, traced_length):
+    block, options = CASES[case]
+
+    def loop(params, x, stream, scale):
+        return depth_scan(block, params, x, stream, scale, SEGMENTS, **options)
+
+    got = gradients(loop, traced_length)
+    expected = gradients(plain_loop)
+    for (path, a), (_, b) in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree_util.tree_leaves_with_path(expected), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_returned_stream_holds_every_entry_and_counts_them():
+    params, x, stream, scale = arguments()
+    expected_x, expected = plain_loop(params, x, stream, scale)
+    got_x, got = depth_scan(PARTED, params, x, stream, scale, SEGMENTS)
+    assert got.length == expected.length == 2 * L + 1
+    np.testing.assert_allclose(got_x, expected_x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got.key, expected.key, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got.value, expected.value, rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_remat_and_a_pytree_carry():
+    params, x, stream, scale = arguments()
+
+    def block(p, carry, stream, scale):
+        x, total = carry
+        x, stream = whole(p, x, stream, scale, SEGMENTS)
+        return (x, total + jnp.sum(x)), stream
+
+    def value(x):
+        (x, total), _ = depth_scan(block, params, (x, jnp.float32(0)), stream, scale)
+        return total + jnp.sum(x)
+
+    xs = jnp.stack([x, 2 * x])
+    expected = jnp.stack([jax.grad(value)(x) for x in xs])
+    np.testing.assert_allclose(jax.vmap(jax.grad(value))(xs), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.grad(jax.checkpoint(value))(x), expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [whole, PARTED], ids=["any block", "parted"])
+def test_too_few_slots_are_refused(block):
+    params, x, _, scale = arguments()
+    with pytest.raises(ValueError, match="write 6 entries, but 5 of the stream's 6 slots are free"):
+        depth_scan(block, params, x, start(slots=6), scale, SEGMENTS)
+
+
+@pytest.mark.parametrize("block", [whole, PARTED], ids=["any block", "parted"])
+def test_a_traced_overflow_loses_nothing_and_has_right_gradients(block):
+    stream = start(slots=4, filled=1)
+
+    def value(loop, params, x, length):
+        return run(loop, params, x, DepthStream(stream.key, stream.value, length), jnp.float32(0.9))
+
+    def loop(params, x, stream, scale):
+        return depth_scan(block, params, x, stream, scale, SEGMENTS)
+
+    params, x, _, _ = arguments()
+    got = jax.jit(jax.value_and_grad(lambda *a: value(loop, *a), argnums=(0, 1)))(params, x, jnp.int32(1))
+    expected = jax.jit(jax.value_and_grad(lambda *a: value(plain_loop, *a), argnums=(0, 1)))(params, x, jnp.int32(1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
+
+
+def test_bad_arguments_are_named():
+    params, x, stream, scale = arguments()
+    with pytest.raises(ValueError, match="remat='some': expected one of"):
+        depth_scan(whole, params, x, stream, scale, SEGMENTS, remat="some")
+    with pytest.raises(ValueError, match="one leading axis of layers"):
+        depth_scan(whole, params | {"o": params["o"][:2]}, x, stream, scale, SEGMENTS)
+    with pytest.raises(ValueError, match="expected its input's"):
+        depth_scan(lambda p, x, s: (x[:, :-1], s), params, x, stream)
+
+
+# ---- memory and compile time of a whole train step -------------------------------------------------------------------
+
+
+def model_config(num_layers, **fields):
+    return TransformerConfig(
+        vocab_size=64, num_layers=num_layers, width=64, num_heads=4, num_kv_heads=2, head_dim=32, ffn_width=64,
+        dtype="float32", attention_implementation="xla", **fields,
+    )  # fmt: skip
+
+
+def train_step(config, plain=False):
+    """(jitted step, its arguments as shapes): gradient of the mean cross-entropy and a plain descent."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    tokens = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
+    def loss(params, tokens):
+        if plain:
+            logits = plain_model.logits(params, config, tokens)
+        else:
+            logits = nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))(tokens)
+        return -jnp.mean(jax.nn.log_softmax(logits)[:, :-1, 0])
+
+    def step(params, tokens):
+        gradient = jax.grad(loss)(params, tokens)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+
+    return jax.jit(step, donate_argnums=0), (params, tokens)
+
+
+def temporary_bytes(num_layers, plain=False, **fields):
+    step, shapes = train_step(model_config(num_layers, **fields), plain)
+    return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_linearly_with_depth():
+    ours = {layers: temporary_bytes(layers) for layers in (16, 32, 64)}
+    plain = {layers: temporary_bytes(layers, plain=True) for layers in (16, 32)}
+    report = f"temporary bytes: ours {ours}, plain list of KV {plain}"
+    print(report)
+    assert ours[32] <= 2.2 * ours[16], report
+    assert ours[64] <= 2.2 * ours[32], report
+    assert plain[32] > 2.5 * plain[16], report
+
+
+def test_compile_time_does_not_follow_depth():
+    def seconds(num_layers):
+        step, shapes = train_step(model_config(num_layers))
+        best = float("inf")
+        for _ in range(3):
+            lowered = step.lower(*shapes)
+            begin = time.perf_counter()
+            lowered.compile()
+            best = min(best, time.perf_counter() - begin)
+        return best
+
+    twelve, forty_eight = seconds(12), seconds(48)
+    assert forty_eight <= 1.5 * twelve, f"12 layers compile in {twelve:.2f} s, 48 in {forty_eight:.2f} s"

@@ -1,0 +1,159 @@
+"""The model against an independent unrolled one, and what it must never do: look ahead, or across documents."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support import plain_model
+
+from moda_jax import Transformer, TransformerConfig
+
+TINY = TransformerConfig(
+    vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=48,
+    max_sequence_length=64, dtype="float32", attention_implementation="xla", initializer_range=0.15,
+)  # fmt: skip
+VARIANTS = {
+    f"{norm}-{name}": dataclasses.replace(TINY, norm=norm, **fields)
+    for norm in ("pre", "post")
+    for name, fields in {
+        "none": {"depth": "none"},
+        "own": {"depth_ffn_kv": False},
+        "ffn": {},
+        "ffn+attn": {"depth_attn_kv": True},
+    }.items()
+}
+
+
+def build(config, seed=0):
+    """(graphdef, params as nested dict); norm scales are perturbed, so that a norm in the wrong place shows."""
+    graph, params = nnx.split(Transformer(config, rngs=nnx.Rngs(seed)))
+    params = nnx.to_pure_dict(params)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return graph, jax.tree.unflatten(tree, leaves)
+
+
+def apply(graph, params, *args):
+    state = nnx.State(jax.tree.map(nnx.Param, params))
+    return nnx.merge(graph, state)(*args)
+
+
+def packed(key, batch=2, length=21, vocab=61):
+    tokens = jax.random.randint(key, (batch, length), 0, vocab)
+    segment_ids = jnp.asarray(np.repeat([[3, 0, 7]], batch, 0).repeat([5, 9, length - 14], axis=1), jnp.int32)
+    positions = jnp.asarray(np.concatenate([np.arange(5), np.arange(9), np.arange(length - 14)]), jnp.int32)
+    return tokens, segment_ids, jnp.broadcast_to(positions, (batch, length))
+
+
+def compare(got, expected, tolerance, name=""):
+    error = jnp.linalg.norm(got - expected) / jnp.maximum(jnp.linalg.norm(expected), 1e-30)
+    assert error < tolerance, f"{name}: relative L2 error {error:.2e}, bound {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_gradients_equal_the_plain_unrolled_model(name):
+    config = VARIANTS[name]
+    graph, params = build(config)
+    tokens, segment_ids, positions = packed(jax.random.key(5))
+    weights = jax.random.normal(jax.random.key(6), (*tokens.shape, config.vocab_size))
+
+    def ours(params):
+        out = apply(graph, params, tokens, segment_ids, positions)
+        return jnp.sum(weights * jax.nn.log_softmax(out)), out
+
+    def plain(params):
+        out = plain_model.logits(params, config, tokens, segment_ids, positions)
+        return jnp.sum(weights * jax.nn.log_softmax(out)), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+    (_, expected), expected_gradients = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+    assert out.dtype == jnp.float32
+    compare(out, expected, 1e-5, "logits")
+    for (path, got), (_, want) in zip(
+        jax.tree_util.tree_leaves_with_path(gradients),
+        jax.tree_util.tree_leaves_with_path(expected_gradients),
+        strict=True,
+    ):
+        compare(got, want, 3e-5, jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"remat": "full"}, {"remat": "none"}, {"layer_loop": "unroll"}, {"norm": "pre", "remat": "none"}]
+)
+def test_remat_and_unrolling_change_no_number(fields):
+    config = dataclasses.replace(TINY, **fields)
+    graph, params = build(config)
+    base_graph, _ = build(dataclasses.replace(TINY, norm=config.norm))
+    tokens, segment_ids, positions = packed(jax.random.key(5))
+
+    def loss(params, graph):
+        return jnp.sum(jax.nn.logsumexp(apply(graph, params, tokens, segment_ids, positions), axis=-1))
+
+    got = jax.jit(jax.grad(lambda p: loss(p, graph)))(params)
+    expected = jax.jit(jax.grad(lambda p: loss(p, base_graph)))(params)
+    jax.tree_util.tree_map_with_path(lambda path, a, b: compare(a, b, 1e-5, jax.tree_util.keystr(path)), got, expected)
+
+
+@pytest.mark.parametrize("name", ["post-ffn", "pre-none"])
+def test_no_logit_depends_on_a_later_token_or_another_document(name):
+    config = VARIANTS[name]
+    graph, params = build(config)
+    tokens, segment_ids, positions = packed(jax.random.key(7), batch=1)
+    model = nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
+    table = params["embedding"]["table"]
+
+    def logits(embedded):  # [1, T, D] in place of the embedding's rows
+        model.embedding = lambda _: embedded
+        model.embedding.logits = lambda x: jnp.einsum("btd,vd->btv", x, table)
+        return model(tokens, segment_ids, positions)[0].sum(-1)
+
+    depends = jnp.abs(jax.jacrev(logits)(table[tokens])[:, 0]).max(-1) > 0  # [T out, T in]
+    same = segment_ids[0][:, None] == segment_ids[0][None, :]
+    np.testing.assert_array_equal(depends, np.tril(np.ones_like(depends)) & np.asarray(same))
+
+
+def test_one_layer_and_defaults():
+    config = dataclasses.replace(TINY, num_layers=1)
+    graph, params = build(config)
+    assert "layers" not in params
+    tokens = jnp.arange(6, dtype=jnp.int32)[None]
+    explicit = apply(graph, params, tokens, jnp.zeros((1, 6), jnp.int32), jnp.arange(6, dtype=jnp.int32)[None])
+    np.testing.assert_array_equal(apply(graph, params, tokens), explicit)
+
+
+def test_the_last_layer_has_no_projections_and_the_stream_no_slot_for_it():
+    config = VARIANTS["post-ffn+attn"]
+    _, params = build(config)
+    assert set(params["layers"]["depth"]) == {"ffn_kv", "attention_kv"}
+    assert "depth" not in params["last_layer"]
+    assert config.depth_slots == 2 * (config.num_layers - 1)
+
+
+def test_bfloat16_stays_close_to_float32():
+    config = dataclasses.replace(TINY, initializer_range=0.05)
+    graph, params = build(config)
+    graph16, _ = build(dataclasses.replace(config, dtype="bfloat16"))
+    tokens = packed(jax.random.key(8))[0]
+    exact, rounded = apply(graph, params, tokens), apply(graph16, params, tokens)
+    assert rounded.dtype == jnp.float32
+    compare(rounded, exact, 3e-2, "bfloat16 logits")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((jnp.zeros((3,), jnp.int32),), "tokens: got shape \\(3,\\)"),
+        ((jnp.zeros((1, 3)),), "tokens: .*dtype float32"),
+        ((jnp.zeros((1, 65), jnp.int32),), "at most max_sequence_length=64"),
+        ((jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 4), jnp.int32)), "segment_ids: got shape \\(1, 4\\)"),
+        ((jnp.zeros((1, 3), jnp.int32), None, jnp.zeros((2, 3), jnp.int32)), "positions: got shape \\(2, 3\\)"),
+    ],
+)
+def test_wrong_inputs_are_named(args, message):
+    model = nnx.eval_shape(lambda: Transformer(TINY, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda model: model(*args), model)
