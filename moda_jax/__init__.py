@@ -1,6 +1,7 @@
 """Mixture-of-Depths Attention (arXiv 2603.15619) in JAX: layers, models and training."""
 
 from moda_jax.config import TransformerConfig
+from moda_jax.model.accounting import forward_flops, param_count, train_flops_per_token
 from moda_jax.model.attention import MoDAAttention
 from moda_jax.model.depth_scan import PartedBlock, depth_scan
 from moda_jax.model.depth_stream import DepthStream
@@ -13,4 +14,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "depth_scan",
+    "forward_flops",
+    "param_count",
+    "train_flops_per_token",
 ]

@@ -22,20 +22,29 @@ class Projection(nnx.Module):
         shape: shape of the kernel.
         initializer_range: standard deviation of the kernel at the start (normal distribution).
         dtype: compute dtype; the kernel itself is float32.
+        out_dtype: dtype of the result; None: the compute dtype.
         rngs: source of the kernel.
     """
 
     def __init__(
-        self, spec: str, shape: tuple[int, ...], *, initializer_range: float, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        spec: str,
+        shape: tuple[int, ...],
+        *,
+        initializer_range: float,
+        dtype: jnp.dtype,
+        out_dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
+        self.out_dtype = out_dtype
         init = nnx.initializers.normal(initializer_range)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
 
     def __call__(self, x: Array) -> Array:
         """The product, in the compute dtype."""
-        return contract(self.spec, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return contract(self.spec, x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.out_dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -17,7 +17,7 @@ from moda_jax.model.depth_mechanism import make_mechanism
 from moda_jax.model.depth_scan import PartedBlock, depth_scan
 from moda_jax.model.depth_stream import DepthStream, Entry
 from moda_jax.model.layers import Embedding, Projection, RMSNorm, SwiGLU
-from moda_jax.model.precision import compute_dtype, contract
+from moda_jax.model.precision import compute_dtype
 
 Array = jax.Array
 
@@ -105,12 +105,7 @@ class Transformer(nnx.Module):
         self.layers = _stacked_blocks(config, rngs) if config.num_layers > 1 else None
         self.last_layer = Block(config, writes=False, rngs=rngs)
         self.final_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
-        self.head = None
-        if not config.tie_embeddings:
-            self.head = Projection(
-                "btd,dv->btv", (config.width, config.vocab_size),
-                initializer_range=config.initializer_range, dtype=dtype, rngs=rngs,
-            )  # fmt: skip
+        self.head = None if config.tie_embeddings else _untied_head(config, dtype, rngs)
 
     def __call__(self, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None) -> Array:
         """Next-token logits.
@@ -142,10 +137,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """hidden [B, T, D] to [B, T, V] float32."""
-        if self.head is None:
-            return self.embedding.logits(hidden)
-        dtype = compute_dtype(self.config.dtype)
-        return contract("btd,dv->btv", hidden.astype(dtype), self.head.kernel[...].astype(dtype), jnp.float32)
+        return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
 
     def _run_layers(self, x, stream, positions, segment_ids):
         """The first L-1 layers, by the loop that keeps one depth buffer."""
@@ -186,6 +178,14 @@ class Transformer(nnx.Module):
         longest = self.config.max_sequence_length
         if tokens.shape[1] > longest:
             raise ValueError(f"tokens: got {tokens.shape[1]} tokens, expected at most max_sequence_length={longest}")
+
+
+def _untied_head(config: TransformerConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> Projection:
+    """The output projection of a model whose embedding is not tied to it: logits in float32."""
+    return Projection(
+        "btd,dv->btv", (config.width, config.vocab_size),
+        initializer_range=config.initializer_range, dtype=dtype, out_dtype=jnp.float32, rngs=rngs,
+    )  # fmt: skip
 
 
 def _stacked_blocks(config: TransformerConfig, rngs: nnx.Rngs) -> Block:
