@@ -183,6 +183,43 @@ def test_bad_arguments_are_named():
         depth_scan(lambda p, x, s: (x[:, :-1], s), params, x, stream)
 
 
+def test_a_bfloat16_gradient_buffer_adds_little_error_after_36_layers():
+    """DESIGN.md decision 3: 36 accumulations in the compute dtype, against the same in float32 and all in float32.
+
+    Measured (CPU, width 128, 70 slots): value projection 7.2 % relative error in bfloat16 compute with a bfloat16
+    buffer, 7.1 % with a float32 one; the buffer's own share is the smaller part.
+    """
+    config = TransformerConfig(
+        vocab_size=64, num_layers=36, width=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_width=64, dtype="float32",
+        attention_implementation="xla", initializer_range=0.05,
+    )  # fmt: skip
+    params = nnx.state(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param)
+    tokens = jax.random.randint(jax.random.key(0), (2, 33), 0, 64)
+
+    def gradient(**fields):
+        config_ = dataclasses.replace(config, **fields)
+        graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config_, rngs=nnx.Rngs(0))))
+
+        def loss(params):
+            logits = nnx.merge(graph, params)(tokens[:, :-1])
+            return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1))
+
+        return nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))["layers"]
+
+    exact = gradient()
+    narrow = gradient(dtype="bfloat16")
+    wide = gradient(dtype="bfloat16", depth_gradient_dtype="float32")
+    for path in (("attention", "key"), ("attention", "value"), ("depth", "ffn_kv")):
+        e, n, w = (tree[path[0]][path[1]]["kernel"] for tree in (exact, narrow, wide))
+        narrow_error, wide_error = (float(jnp.linalg.norm(g - e) / jnp.linalg.norm(e)) for g in (n, w))
+        report = (
+            f"{'.'.join(path)}: error {narrow_error:.4f} with a bfloat16 buffer, {wide_error:.4f} with a float32 one"
+        )
+        print(report)
+        assert not np.array_equal(n, w), "the buffer's dtype made no difference at all"
+        assert narrow_error < 1.1 * wide_error, report
+
+
 # ---- memory and compile time of a whole train step -------------------------------------------------------------------
 
 
