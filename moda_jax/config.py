@@ -126,8 +126,9 @@ class DataConfig:
         source: "python_stdlib" (built in); a directory of .txt, .jsonl and .jsonl.gz files; or "tfds:NAME[:VERSION]" or
             "tfds:DIRECTORY", a TFDS dataset that is prepared as array_record.
         feature: the text or token feature of a TFDS dataset, the text field of a .jsonl line.
-        train_split, validation_split: names of a TFDS dataset's splits; other sources are split by file hash.
-        validation_fraction: share of the files that the hash sends to validation.
+        train_split, validation_split: names of a TFDS dataset's splits; other sources are split by a hash of the
+            document's name (its path; for .jsonl also the line).
+        validation_fraction: share of the documents that the hash of their names sends to validation.
         tokenizer: "bytes", or the path of a Hugging Face tokenizer.json.
         end_of_text: the tokenizer.json's token that ends a document; None: the first that is known of
             "<|endoftext|>", "</s>", "<eos>".

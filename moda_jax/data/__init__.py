@@ -1,0 +1,1 @@
+"""Text to batches: corpus and TFDS sources, tokenizers, packing, and the Grain pipeline."""

@@ -1,0 +1,199 @@
+"""From a config to batches of rows: preparation, order, prefetch, resume.
+
+Rows are a function of (corpus, tokenizer, sequence length, seed, epoch, global row index) alone. Global rows are
+counted over the whole run: a batch of size B holds the B rows from its position on, and process p of P takes the p-th
+of P equal blocks of them, so the assembled batch is the same array whatever P is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from moda_jax.config import DataConfig
+from moda_jax.data.cache import cache_directory, cache_key
+from moda_jax.data.packing import Batch, pack_rows, pad_rows
+from moda_jax.data.sources import find_split
+from moda_jax.data.token_store import TOKENS_VERSION, TokenDataset, prepare_tokens
+from moda_jax.data.tokenizer import Tokenizer
+
+_READ_THREADS = 2  # building a row is short work under the GIL; a second thread hides a page that must come from disk
+
+
+def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenDataset:
+    """The tokenised split of `data.source`; prepares what the cache does not hold, with progress on stderr.
+
+    Args:
+        config: the data section.
+        split: "train" or "validation".
+        tokenizer: from `load_tokenizer`.
+
+    Raises:
+        ValueError: a source that is missing, empty or not usable, or a split too small for one row; the message names
+            the config field.
+    """
+    source = find_split(config, split)
+    key = cache_key(documents=source.identity, tokenizer=tokenizer.fingerprint, version=TOKENS_VERSION)
+    dataset = prepare_tokens(cache_directory(config) / "tokens" / key, source.open, tokenizer, source.name)
+    if dataset.num_rows(config.sequence_length) == 0:
+        raise ValueError(
+            f"data.source={config.source!r}: the {split} split has {dataset.num_tokens} tokens in "
+            f"{dataset.num_documents} documents, too few for one row: data.sequence_length={config.sequence_length} "
+            f"needs {config.sequence_length + 1}"
+        )
+    return dataset
+
+
+class TrainBatches:
+    """An endless iterator of batches that knows where it is; see `train_batches`.
+
+    Attributes:
+        position: global rows consumed so far, over all processes: what a checkpoint stores.
+    """
+
+    def __init__(self, batches: grain.MapDataset, batch_size: int, position: int, prefetch_batches: int):
+        self._batch_size = batch_size
+        self._iterator = _iterate(batches, prefetch_batches)
+        self.position = position
+
+    def __iter__(self) -> TrainBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self.position += self._batch_size
+        return batch
+
+    def close(self) -> None:
+        """Ends the reading threads; further batches are a ValueError."""
+        self._iterator.close()
+
+    def __enter__(self) -> TrainBatches:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def train_batches(
+    dataset: TokenDataset,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    position: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainBatches:
+    """Endless training batches; every epoch has every row once, in its own order when `data.shuffle` is on.
+
+    Args:
+        dataset: from `open_dataset`.
+        config: `sequence_length`, `shuffle` and `prefetch_batches` are used.
+        batch_size: B, rows of a global batch.
+        seed: of the order.
+        position: global rows that were consumed before; with `TrainBatches.position` of an earlier run, the batches go
+            on exactly where it stopped.
+        process_index, process_count: this process's share is B / process_count rows.
+
+    Returns:
+        An iterator of `Batch` (this process's rows) with `position` and `close()`.
+
+    Raises:
+        ValueError: an argument out of range, or a batch size that the processes cannot share.
+    """
+    rows_here = _share(batch_size, process_index, process_count)
+    for name, value in (("seed", seed), ("position", position)):
+        if value < 0:
+            raise ValueError(f"{name}={value}: expected a number >= 0")
+    T = config.sequence_length
+    rows = grain.MapDataset.range(_num_rows(dataset, T))
+    if config.shuffle:
+        rows = rows.shuffle(seed=_order_seed(seed))
+    batches = (
+        rows.repeat()[position:]
+        .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
+        .map(lambda ids: pack_rows(dataset.tokens, dataset.offsets, ids[rows_here], T))
+    )
+    return TrainBatches(batches, batch_size, position, config.prefetch_batches)
+
+
+def validation_batches(
+    dataset: TokenDataset,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    num_batches: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """One pass over the rows in order; the last batch is filled up with rows whose target mask is 0.
+
+    Args:
+        dataset: from `open_dataset`.
+        config: `sequence_length` and `prefetch_batches` are used.
+        batch_size: B, rows of a global batch.
+        num_batches: at most so many batches; 0: all rows.
+        process_index, process_count: this process's share is B / process_count rows of every batch.
+
+    Returns:
+        An iterator of `Batch`, as many in every process.
+
+    Raises:
+        ValueError: an argument out of range, or a batch size that the processes cannot share.
+    """
+    rows_here = _share(batch_size, process_index, process_count)
+    if num_batches < 0:
+        raise ValueError(f"num_batches={num_batches}: expected a number >= 0 (0: all)")
+    T = config.sequence_length
+    num_rows = _num_rows(dataset, T)
+    if num_batches:
+        num_rows = min(num_rows, num_batches * batch_size)
+
+    def pack(ids: np.ndarray) -> Batch:
+        return pad_rows(pack_rows(dataset.tokens, dataset.offsets, ids[rows_here], T), batch_size // process_count)
+
+    batches = grain.MapDataset.range(num_rows).batch(batch_size, drop_remainder=False, batch_fn=np.asarray).map(pack)
+
+    def run() -> Iterator[Batch]:
+        iterator = _iterate(batches, config.prefetch_batches)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    return run()
+
+
+def _iterate(batches: grain.MapDataset, prefetch_batches: int) -> grain.DatasetIterator:
+    """Reads ahead in threads; the order stays."""
+    options = grain.ReadOptions(num_threads=min(_READ_THREADS, prefetch_batches), prefetch_buffer_size=prefetch_batches)
+    return iter(batches.to_iter_dataset(options))
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+    """This process's rows of a global batch: one block, so that processes in order make up the batch in order."""
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size}: expected a positive multiple of process_count={process_count}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index}: expected a number in 0..{process_count - 1}")
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
+
+
+def _num_rows(dataset: TokenDataset, sequence_length: int) -> int:
+    num_rows = dataset.num_rows(sequence_length)
+    if not 0 < num_rows < 2**32:  # Grain's shuffle counts in 32 bits
+        raise ValueError(
+            f"data.sequence_length={sequence_length}: gives {num_rows} rows of {dataset.name}, which has "
+            f"{dataset.num_tokens} tokens; expected 1..{2**32 - 1} rows"
+        )
+    return num_rows
+
+
+def _order_seed(seed: int) -> int:
+    """A 32-bit seed for Grain, which adds the epoch to it: without hashing, seed 1 would be seed 0 one epoch late."""
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")

@@ -1,0 +1,175 @@
+"""A split as one flat array of tokens on disk, made once and memory-mapped: any row of any length at any time.
+
+tokens.npy   [N] uint16 when the vocabulary fits, else uint32: every document's tokens, then its end-of-text
+offsets.npy  [documents + 1] int64: document d is tokens[offsets[d]:offsets[d + 1]]
+meta.json    counts and the fingerprint
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from moda_jax.data.cache import prepare_once
+from moda_jax.data.packing import count_rows
+from moda_jax.data.tokenizer import Tokenizer
+
+_logger = logging.getLogger(__name__)
+
+TOKENS_VERSION = 1  # of the files below; a change of it tokenises everything anew
+
+# Documents tokenised together: enough to keep all cores busy, few enough to hold in memory.
+_CHUNK_DOCUMENTS, _CHUNK_BYTES = 256, 2**22
+
+
+class DocumentSource(Protocol):
+    """Documents by position: text as bytes, or (holds_tokens) token ids as integer arrays [n]."""
+
+    holds_tokens: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> bytes | np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDataset:
+    """A tokenised split.
+
+    Attributes:
+        tokens: uint16 or uint32 [N], memory-mapped.
+        offsets: int64 [num_documents + 1], memory-mapped.
+        fingerprint: depends on the tokens, the documents' bounds and the tokenizer alone, so equal data has equal
+            fingerprints on any machine.
+        name: the split in words, for messages.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    fingerprint: str
+    name: str
+
+    @property
+    def num_tokens(self) -> int:
+        """N: all tokens, end-of-text included."""
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents that are not empty."""
+        return len(self.offsets) - 1
+
+    def num_rows(self, sequence_length: int) -> int:
+        """Rows of an epoch at T = `sequence_length`."""
+        return count_rows(self.num_tokens, sequence_length)
+
+
+def prepare_tokens(
+    directory: Path, open_documents: Callable[[], DocumentSource], tokenizer: Tokenizer, name: str
+) -> TokenDataset:
+    """Opens the tokenised split in `directory`; makes it first if it is not there.
+
+    Args:
+        directory: its place in the cache.
+        open_documents: opens the documents; called only if they must be tokenised.
+        tokenizer: encodes text, and ends every document.
+        name: the split in words, for messages.
+
+    Raises:
+        ValueError: token ids outside of the tokenizer's vocabulary; or the directory holds something else.
+    """
+    prepare_once(directory, lambda new: _write(new, open_documents(), tokenizer, name), f"Tokens of {name}")
+    meta = json.loads((directory / "meta.json").read_text())
+    # An empty file cannot be mapped; the array of an empty split can be read.
+    tokens = np.load(directory / "tokens.npy", mmap_mode="r" if meta["num_tokens"] else None)
+    offsets = np.load(directory / "offsets.npy", mmap_mode="r")
+    if len(tokens) != meta["num_tokens"] or len(offsets) != meta["num_documents"] + 1:
+        raise ValueError(f"{directory}: the arrays do not have the lengths in meta.json; delete the directory")
+    return TokenDataset(tokens=tokens, offsets=offsets, fingerprint=meta["fingerprint"], name=name)
+
+
+def _write(directory: Path, documents: DocumentSource, tokenizer: Tokenizer, name: str) -> None:
+    """Tokenises all documents into the three files."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    end_of_text = np.array([tokenizer.end_of_text_id], dtype)
+    digest = hashlib.blake2b(tokenizer.fingerprint.encode(), digest_size=16)
+    offsets = array.array("q", [0])
+    num_empty = num_replaced = 0
+    with (directory / "tokens.npy").open("wb") as file:
+        _write_header(file, 0, dtype)
+        for encoded, replaced in _encode(documents, tokenizer, name):
+            num_replaced += replaced
+            pieces = [np.zeros(0, dtype)]
+            for document in encoded:
+                if len(document) == 0:
+                    num_empty += 1
+                    continue
+                pieces.append(document)
+                if document[-1] != tokenizer.end_of_text_id:  # a token feature may bring its own
+                    pieces.append(end_of_text)
+                offsets.append(offsets[-1] + len(document) + (pieces[-1] is end_of_text))
+            block = np.concatenate(pieces, dtype=dtype, casting="unsafe")  # all ids are inside the vocabulary
+            file.write(block.data)
+            digest.update(block.data)
+        _write_header(file, offsets[-1], dtype)
+    bounds = np.asarray(offsets, "<i8")
+    np.save(directory / "offsets.npy", bounds)
+    digest.update(bounds.data)
+    meta = {
+        "name": name,
+        "num_tokens": offsets[-1],
+        "num_documents": len(offsets) - 1,
+        "num_empty_documents": num_empty,
+        "num_documents_with_invalid_utf8": num_replaced,
+        "tokenizer": tokenizer.fingerprint,
+        "fingerprint": digest.hexdigest(),
+    }
+    (directory / "meta.json").write_text(json.dumps(meta, indent=1))
+    _logger.info("%s: %d documents, %d tokens", name, len(offsets) - 1, offsets[-1])
+    if num_empty:
+        _logger.info("%s: %d empty documents skipped", name, num_empty)
+    if num_replaced:
+        _logger.warning("%s: %d documents are not valid UTF-8; what is not became U+FFFD", name, num_replaced)
+
+
+def _encode(documents: DocumentSource, tokenizer: Tokenizer, name: str) -> Iterator[tuple[list[np.ndarray], int]]:
+    """Chunks of tokenised documents, and how many of a chunk had invalid UTF-8, with a progress bar."""
+    with tqdm(total=len(documents), unit=" documents", desc=f"Tokenizing {name}") as bar:
+        chunk, size = [], 0
+        for index in range(len(documents)):
+            document = documents[index]
+            chunk.append(document)
+            size += len(document)
+            if len(chunk) == _CHUNK_DOCUMENTS or size >= _CHUNK_BYTES or index == len(documents) - 1:
+                if documents.holds_tokens:
+                    for document in chunk:
+                        _check_token_ids(document, tokenizer, name)
+                    yield chunk, 0
+                else:
+                    yield tokenizer.encode_batch(chunk)
+                bar.update(len(chunk))
+                chunk, size = [], 0
+
+
+def _check_token_ids(document: np.ndarray, tokenizer: Tokenizer, name: str) -> None:
+    if len(document) and not 0 <= int(document.min()) <= int(document.max()) < tokenizer.vocab_size:
+        raise ValueError(
+            f"data.feature: {name} holds token ids {document.min()}..{document.max()}; data.tokenizer has "
+            f"0..{tokenizer.vocab_size - 1}. Expected the tokenizer that made these tokens"
+        )
+
+
+def _write_header(file, num_tokens: int, dtype: np.dtype) -> None:
+    """Writes the .npy header at the file's start; NumPy leaves room in it for a longer first axis."""
+    file.seek(0)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_tokens,)}
+    np.lib.format.write_array_header_1_0(file, header)

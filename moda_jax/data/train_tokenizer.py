@@ -1,0 +1,93 @@
+"""Trains a byte-level BPE on the train split of a text source and writes a Hugging Face tokenizer.json.
+
+python -m moda_jax.data.tokenizer train --vocab-size=8192 --output=tokenizer.json [--source=python_stdlib]
+
+Byte-level: every byte is in the vocabulary, so any text can be encoded and nothing is unknown. The token
+"<|endoftext|>" ends documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tqdm import tqdm
+
+from moda_jax.config import DataConfig
+from moda_jax.data.sources import find_split
+from moda_jax.data.token_store import DocumentSource
+from moda_jax.data.tokenizer import END_OF_TEXT_NAMES, HuggingFaceTokenizer
+
+_MIN_VOCAB_SIZE = 257  # the bytes and the end-of-text token
+
+
+def train_bpe(config: DataConfig, vocab_size: int, output: str | Path) -> HuggingFaceTokenizer:
+    """Trains on the documents of the train split, with progress on stderr, and writes `output` when it is complete.
+
+    Args:
+        config: the source of the text.
+        vocab_size: tokens, end-of-text included; a small source may give fewer.
+        output: the tokenizer.json to write; replaced if it is there.
+
+    Returns:
+        The tokenizer, as loaded from `output`.
+
+    Raises:
+        ValueError: a vocabulary too small for the bytes, no directory to write into, a source without text.
+    """
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise ValueError(f"vocab_size={vocab_size}: expected at least {_MIN_VOCAB_SIZE}, the bytes and end-of-text")
+    output = Path(output).expanduser()
+    if not output.parent.is_dir():
+        raise ValueError(f"output={str(output)!r}: there is no directory {str(output.parent)!r}")
+    source = find_split(config, "train")
+    documents = source.open()
+    if documents.holds_tokens:
+        raise ValueError(f"data.feature={config.feature!r}: {source.name} holds token ids there; expected text")
+    end_of_text = END_OF_TEXT_NAMES[0]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end_of_text],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=True,
+    )
+    tokenizer.train_from_iterator(_texts(documents, source.name), trainer=trainer, length=len(documents))
+    unfinished = output.with_name(f"{output.name}.{os.getpid()}.incomplete")
+    try:
+        tokenizer.save(str(unfinished))
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return HuggingFaceTokenizer(output)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    defaults = DataConfig()
+    parser = argparse.ArgumentParser(prog="python -m moda_jax.data.tokenizer", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a byte-level BPE and write its tokenizer.json")
+    train.add_argument("--vocab-size", type=int, required=True, help="tokens, end-of-text included")
+    train.add_argument("--output", required=True, help="the tokenizer.json to write")
+    train.add_argument("--source", default=defaults.source, help="as data.source (default: %(default)s)")
+    train.add_argument("--feature", default=defaults.feature, help="as data.feature (default: %(default)s)")
+    train.add_argument("--cache-dir", default=defaults.cache_dir, help="as data.cache_dir (default: the user's)")
+    flags = parser.parse_args(arguments)
+    try:
+        config = DataConfig(source=flags.source, feature=flags.feature, cache_dir=flags.cache_dir)
+        tokenizer = train_bpe(config, flags.vocab_size, flags.output)
+    except ValueError as error:
+        parser.error(str(error))  # exits with status 2
+    print(f"{flags.output}: {tokenizer.vocab_size} tokens; use it with --config.data.tokenizer={flags.output}")
+    return 0
+
+
+def _texts(documents: DocumentSource, name: str) -> Iterator[str]:
+    for index in tqdm(range(len(documents)), unit=" documents", desc=f"Reading {name}"):
+        yield documents[index].decode("utf-8", "replace")

@@ -1,0 +1,129 @@
+"""The tokenised form: layout, dtypes, end-of-text, empty documents, fingerprints."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from moda_jax.data import token_store
+from moda_jax.data.token_store import prepare_tokens
+from moda_jax.data.tokenizer import ByteTokenizer
+
+
+class Documents(list):
+    holds_tokens = False
+
+
+class TokenDocuments(list):
+    holds_tokens = True
+
+
+class WideTokenizer(ByteTokenizer):
+    """Bytes, shifted so far that 16 bits are too few."""
+
+    vocab_size = 70000
+    end_of_text_id = 69999
+    fingerprint = "wide"
+
+    def encode_batch(self, documents):
+        return [np.frombuffer(document, np.uint8).astype(np.int32) + 69000 for document in documents], 0
+
+
+class StrictTokenizer(ByteTokenizer):
+    """Says which documents it had to repair."""
+
+    def encode_batch(self, documents):
+        return super().encode_batch(documents)[0], sum(b"\xff" in document for document in documents)
+
+
+def no_documents():
+    raise AssertionError("asked for the documents")
+
+
+def test_layout(tmp_path):
+    dataset = prepare_tokens(tmp_path / "t", lambda: Documents([b"ab", b"", b"c"]), ByteTokenizer(), "texts")
+    assert dataset.tokens.tolist() == [97, 98, 256, 99, 256]
+    assert dataset.offsets.tolist() == [0, 3, 5]
+    assert (dataset.num_tokens, dataset.num_documents, dataset.name) == (5, 2, "texts")
+    assert dataset.tokens.dtype == np.uint16 and dataset.offsets.dtype == np.int64
+    assert isinstance(dataset.tokens, np.memmap) and isinstance(dataset.offsets, np.memmap)
+    assert not dataset.tokens.flags.writeable
+    assert [dataset.num_rows(T) for T in (1, 2, 4, 5)] == [4, 2, 1, 0]
+
+
+def test_wide_vocabulary(tmp_path):
+    dataset = prepare_tokens(tmp_path / "t", lambda: Documents([b"a"]), WideTokenizer(), "texts")
+    assert dataset.tokens.dtype == np.uint32 and dataset.tokens.tolist() == [69097, 69999]
+
+
+def test_tokens_with_and_without_their_own_end_of_text(tmp_path):
+    documents = TokenDocuments([np.array([1, 256]), np.array([256, 2], np.uint64), np.array([256])])
+    dataset = prepare_tokens(tmp_path / "t", lambda: documents, ByteTokenizer(), "tokens")
+    assert dataset.tokens.tolist() == [1, 256, 256, 2, 256, 256]
+    assert dataset.offsets.tolist() == [0, 2, 5, 6]
+
+
+@pytest.mark.parametrize("ids", [[-1, 3], [3, 257], [2**40]])
+def test_token_ids_outside_of_the_vocabulary(tmp_path, ids):
+    with pytest.raises(ValueError, match=r"data\.feature: tokens holds token ids .*; data\.tokenizer has 0\.\.256"):
+        prepare_tokens(tmp_path / "t", lambda: TokenDocuments([np.array(ids)]), ByteTokenizer(), "tokens")
+    assert not (tmp_path / "t").exists()
+
+
+def test_chunks_do_not_show(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    documents = Documents(rng.integers(0, 256, rng.integers(0, 50)).astype(np.uint8).tobytes() for _ in range(100))
+    whole = prepare_tokens(tmp_path / "whole", lambda: documents, ByteTokenizer(), "texts")
+    monkeypatch.setattr(token_store, "_CHUNK_DOCUMENTS", 7)
+    monkeypatch.setattr(token_store, "_CHUNK_BYTES", 60)
+    chunked = prepare_tokens(tmp_path / "chunked", lambda: documents, ByteTokenizer(), "texts")
+    assert whole.fingerprint == chunked.fingerprint
+    np.testing.assert_array_equal(whole.tokens, chunked.tokens)
+    expected = [token for document in documents if document for token in (*document, 256)]
+    assert whole.tokens.tolist() == expected
+
+
+def test_made_once(tmp_path):
+    first = prepare_tokens(tmp_path / "t", lambda: Documents([b"ab"]), ByteTokenizer(), "texts")
+    again = prepare_tokens(tmp_path / "t", no_documents, ByteTokenizer(), "texts")
+    assert again.fingerprint == first.fingerprint and again.tokens.tolist() == first.tokens.tolist()
+
+
+def test_fingerprint(tmp_path):
+    def fingerprint(place, documents, tokenizer):
+        return prepare_tokens(tmp_path / place, lambda: Documents(documents), tokenizer, place).fingerprint
+
+    base = fingerprint("a", [b"ab", b"c"], ByteTokenizer())
+    assert fingerprint("b", [b"ab", b"", b"c"], ByteTokenizer()) == base
+    different = [
+        fingerprint("c", [b"c", b"ab"], ByteTokenizer()),
+        fingerprint("d", [b"ab", b"d"], ByteTokenizer()),
+        fingerprint("e", [b"abc"], ByteTokenizer()),
+        fingerprint("f", [b"ab", b"c"], WideTokenizer()),
+    ]
+    assert len({base, *different}) == 5
+
+
+def test_what_was_skipped_and_repaired_is_counted(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "moda_jax"):
+        prepare_tokens(tmp_path / "t", lambda: Documents([b"", b"a\xff", b"", b"b"]), StrictTokenizer(), "texts")
+    assert "texts: 2 documents, 5 tokens" in caplog.text
+    assert "texts: 2 empty documents skipped" in caplog.text
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
+        "texts: 1 documents are not valid UTF-8; what is not became U+FFFD"
+    ]
+    meta = json.loads((tmp_path / "t" / "meta.json").read_text())
+    assert (meta["num_empty_documents"], meta["num_documents_with_invalid_utf8"]) == (2, 1)
+
+
+def test_no_token_at_all(tmp_path):
+    dataset = prepare_tokens(tmp_path / "t", lambda: Documents([b""]), ByteTokenizer(), "texts")
+    assert (dataset.num_tokens, dataset.num_documents, dataset.num_rows(1)) == (0, 0, 0)
+
+
+def test_arrays_that_are_not_what_was_written(tmp_path):
+    prepare_tokens(tmp_path / "t", lambda: Documents([b"ab"]), ByteTokenizer(), "texts")
+    np.save(tmp_path / "t" / "tokens.npy", np.zeros(2, np.uint16))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/t: the arrays do not have the lengths in meta\.json"):
+        prepare_tokens(tmp_path / "t", no_documents, ByteTokenizer(), "texts")
