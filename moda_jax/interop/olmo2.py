@@ -1,0 +1,271 @@
+"""OLMo 2 checkpoints: reads what transformers saves for an `Olmo2ForCausalLM`, without torch.
+
+A checkpoint is a directory with config.json and either model.safetensors or model.safetensors.index.json and the
+files that it names. The model is `TransformerConfig(depth="none", norm="post", qk_norm=True)`.
+
+A linear layer's weight is stored as [outputs, inputs], ours is the transpose, with the heads as an axis of their own:
+the query projection [N * H, D] becomes [D, N, H], the output projection [D, N * H] becomes [N, H, D]. Rotary pairs are
+(i, i + H/2) on both sides, so no channel moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp  # also registers NumPy's bfloat16, without which safetensors cannot read one
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+
+from moda_jax.config import TransformerConfig
+from moda_jax.model.transformer import Transformer
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
+
+# Our parameter: (tensor in the file, leading axes of our array that are the linear layer's inputs; 0: stored as it is).
+OUTER_TENSORS = {
+    "embedding.table": ("model.embed_tokens.weight", 0),
+    "final_norm.scale": ("model.norm.weight", 0),
+    "head.kernel": ("lm_head.weight", 1),
+}
+# The same inside a layer; in the file behind "model.layers.<i>.".
+LAYER_TENSORS = {
+    "attention.query.kernel": ("self_attn.q_proj.weight", 1),
+    "attention.key.kernel": ("self_attn.k_proj.weight", 1),
+    "attention.value.kernel": ("self_attn.v_proj.weight", 1),
+    "attention.output.kernel": ("self_attn.o_proj.weight", 2),
+    "attention.query_norm.scale": ("self_attn.q_norm.weight", 0),
+    "attention.key_norm.scale": ("self_attn.k_norm.weight", 0),
+    "attention_norm.scale": ("post_attention_layernorm.weight", 0),
+    "ffn.gate.kernel": ("mlp.gate_proj.weight", 1),
+    "ffn.up.kernel": ("mlp.up_proj.weight", 1),
+    "ffn.down.kernel": ("mlp.down_proj.weight", 1),
+    "ffn_norm.scale": ("post_feedforward_layernorm.weight", 0),
+}
+
+
+def load_olmo2(
+    directory: str | os.PathLike[str], *, dtype: str | None = None, attention_implementation: str | None = None
+) -> tuple[TransformerConfig, Transformer]:
+    """A model with the weights of a transformers `Olmo2ForCausalLM`.
+
+    Args:
+        directory: holds config.json and the safetensors.
+        dtype: compute dtype, see `TransformerConfig`. The parameters are float32 whatever dtype the files have.
+        attention_implementation: see `TransformerConfig`.
+
+    Returns:
+        The config (`depth="none"`) and the model.
+
+    Raises:
+        FileNotFoundError: config.json or the safetensors are not there.
+        ValueError: the config asks for something that this model does not have (the field is named), or a tensor is
+            missing, unknown, of another shape than the config says, or not of a floating dtype (the tensor is named).
+    """
+    directory = pathlib.Path(directory)
+    config = dataclasses.replace(
+        _read_config(directory / "config.json"), dtype=dtype, attention_implementation=attention_implementation
+    )
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    shapes = {path: parameter.shape for path, parameter in nnx.to_flat_state(state)}
+    sources = {path: _sources(path, shape, config.num_layers) for path, shape in shapes.items()}
+    with contextlib.ExitStack() as stack:
+        files = _open_files(directory, stack)
+        _check_tensors(directory, files, [tensor for tensors in sources.values() for tensor in tensors])
+        # One parameter at a time, so that the peak is the model and one of its (stacked) parameters.
+        arrays = {path: jnp.asarray(_read(files, sources[path], shape)) for path, shape in shapes.items()}
+    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(arrays))
+    return config, nnx.merge(graph, state)
+
+
+# The config.
+
+
+def _read_config(path: pathlib.Path) -> TransformerConfig:
+    """The TransformerConfig that config.json describes."""
+    values = _read_json(path)
+    where = f"{path}: "
+    for field, default, known, expected in (
+        ("model_type", None, ("olmo2",), "'olmo2'"),
+        ("hidden_act", "silu", ("silu",), "'silu'"),
+        ("attention_bias", False, (False,), "False, this model has no biases"),
+        ("attention_dropout", 0.0, (0.0,), "0, this model has no dropout"),
+        ("partial_rotary_factor", None, (None, 1.0), "1, all channels are rotated"),
+        ("quantization_config", None, (None,), "none, this model reads floating-point weights"),
+        ("tie_word_embeddings", False, (False, True), "True or False"),
+    ):
+        if values.get(field, default) not in known:
+            raise ValueError(f"{where}{field}={values.get(field)!r}: expected {expected}")
+
+    def positive_int(field: str, default: int | None = None) -> int:
+        value = default if values.get(field) is None else values[field]
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{where}{field}={value!r}: expected a positive integer")
+        return value
+
+    width, num_heads = positive_int("hidden_size"), positive_int("num_attention_heads")
+    fields = {
+        "vocab_size": positive_int("vocab_size"),
+        "num_layers": positive_int("num_hidden_layers"),
+        "width": width,
+        "num_heads": num_heads,
+        "num_kv_heads": positive_int("num_key_value_heads", default=num_heads),
+        "head_dim": positive_int("head_dim", default=width // num_heads),
+        "ffn_width": positive_int("intermediate_size"),
+        "rope_theta": _rope_theta(values, where),
+        "norm_epsilon": _positive_number(values, "rms_norm_eps", where),
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "max_sequence_length": positive_int("max_position_embeddings"),
+    }
+    try:
+        return TransformerConfig(norm="post", depth="none", depth_ffn_kv=False, qk_norm=True, **fields)
+    except ValueError as error:  # names our field; say which file led there
+        raise ValueError(f"{where}{error}") from error
+
+
+def _rope_theta(values: Mapping[str, Any], where: str) -> float:
+    """The rotary base, from `rope_theta` (transformers 4) or `rope_parameters` (5); scaled rotations are refused."""
+    found = {}
+    if values.get("rope_theta") is not None:
+        found["rope_theta"] = _positive_number(values, "rope_theta", where)
+    for field in ("rope_parameters", "rope_scaling"):
+        parameters = values.get(field)
+        if parameters is None:
+            continue
+        if not isinstance(parameters, Mapping):
+            raise ValueError(f"{where}{field}={parameters!r}: expected an object")
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{where}{field}.rope_type={kind!r}: expected 'default', rotations without scaling")
+        if parameters.get("partial_rotary_factor") not in (None, 1.0):
+            share = parameters["partial_rotary_factor"]
+            raise ValueError(f"{where}{field}.partial_rotary_factor={share!r}: expected 1, all channels are rotated")
+        if parameters.get("rope_theta") is not None:
+            found[f"{field}.rope_theta"] = _positive_number(parameters, "rope_theta", f"{where}{field}.")
+    if not found:
+        raise ValueError(f"{where}rope_theta: absent, expected it there or in rope_parameters")
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{field}={value!r}" for field, value in found.items())
+        raise ValueError(f"{where}{listed}: expected one value")
+    return next(iter(found.values()))
+
+
+def _positive_number(values: Mapping[str, Any], field: str, where: str) -> float:
+    value = values.get(field)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{where}{field}={value!r}: expected a positive number")
+    return float(value)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or UTF-8
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+# The tensors.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the checkpoint, which becomes a parameter or one layer of a stacked parameter."""
+
+    name: str
+    shape: tuple[int, ...]  # in our layout
+    input_axes: int  # leading axes of `shape` that the file has last, as one; 0: stored as it is
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Its shape in the file."""
+        if not self.input_axes:
+            return self.shape
+        return math.prod(self.shape[self.input_axes :]), math.prod(self.shape[: self.input_axes])
+
+    def convert(self, stored: np.ndarray) -> np.ndarray:
+        """The file's array in our layout, float32."""
+        stored = stored.astype(np.float32)
+        return stored.T.reshape(self.shape) if self.input_axes else stored
+
+
+def _sources(path: tuple[str, ...], shape: tuple[int, ...], num_layers: int) -> list[_Tensor]:
+    """The tensors that fill one parameter: one, or one per layer for the stacked first L-1 layers."""
+    if path[0] not in ("layers", "last_layer"):
+        name, input_axes = OUTER_TENSORS[".".join(path)]
+        return [_Tensor(name, shape, input_axes)]
+    name, input_axes = LAYER_TENSORS[".".join(path[1:])]
+    if path[0] == "last_layer":
+        return [_Tensor(f"model.layers.{num_layers - 1}.{name}", shape, input_axes)]
+    return [_Tensor(f"model.layers.{i}.{name}", shape[1:], input_axes) for i in range(num_layers - 1)]
+
+
+def _open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
+    """Tensor name to (file, its open reader), for all tensors of the checkpoint."""
+    if (directory / SINGLE_FILE).exists():
+        names = [SINGLE_FILE]
+    elif (directory / INDEX_FILE).exists():
+        weight_map = _read_json(directory / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{directory / INDEX_FILE}: expected weight_map, an object of tensor names to file names")
+        names = sorted(set(weight_map.values()))
+    else:
+        raise FileNotFoundError(f"{directory}: found neither {SINGLE_FILE} nor {INDEX_FILE}")
+    tensors: dict[str, tuple[pathlib.Path, Any]] = {}
+    for name in names:
+        path = directory / name
+        try:
+            reader = stack.enter_context(safe_open(path, framework="numpy"))
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+        held = reader.keys()
+        for tensor in held:
+            if tensor in tensors:
+                raise ValueError(f"tensor {tensor}: stands in both {tensors[tensor][0].name} and {name}")
+            tensors[tensor] = (path, reader)
+    return tensors
+
+
+def _check_tensors(directory: pathlib.Path, files: Mapping[str, tuple[pathlib.Path, Any]], wanted: list[_Tensor]):
+    """Every wanted tensor is there with its shape and a floating dtype, and no other. Before any data is read."""
+    names = [tensor.name for tensor in wanted]
+    missing = [name for name in names if name not in files]
+    extra = sorted(set(files) - set(names))
+    if missing or extra:
+        problems = [f"{len(missing)} missing: {_some(missing)}"] if missing else []
+        problems += [f"{len(extra)} that this model does not have: {_some(extra)}"] if extra else []
+        raise ValueError(f"{directory}: the tensors do not fit config.json; {'; '.join(problems)}")
+    for tensor in wanted:
+        path, reader = files[tensor.name]
+        header = reader.get_slice(tensor.name)
+        shape, dtype = tuple(header.get_shape()), header.get_dtype()
+        if shape != tensor.stored_shape:
+            raise ValueError(f"{path}: tensor {tensor.name} has shape {shape}, expected {tensor.stored_shape}")
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{path}: tensor {tensor.name} has dtype {dtype}, expected one of {FLOAT_DTYPES}")
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    """The first few names."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _read(files: Mapping[str, tuple[pathlib.Path, Any]], tensors: list[_Tensor], shape: tuple[int, ...]) -> np.ndarray:
+    """One parameter of shape `shape`, float32, from its tensors."""
+    parameter = np.empty(shape, np.float32)
+    layers = parameter.reshape(len(tensors), *tensors[0].shape)
+    for layer, tensor in zip(layers, tensors, strict=True):
+        _, reader = files[tensor.name]
+        layer[...] = tensor.convert(reader.get_tensor(tensor.name))
+    return parameter
