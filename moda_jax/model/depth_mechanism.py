@@ -85,6 +85,7 @@ class MixtureOfDepths(DepthMechanism):
         width, num_kv_heads, head_dim: of the layer.
         ffn_kv: the FFN sub-layer writes an entry too, a linear projection of its input (table 3 row 4).
         attention_kv: the attention sub-layer writes a projection of its input instead of its own KV (row 5).
+        writes: False for a layer that reads only (the last): no entries, no projections.
         initializer_range: standard deviation of the projections at the start.
         dtype: compute dtype.
         rngs: source of the projections.
@@ -98,6 +99,7 @@ class MixtureOfDepths(DepthMechanism):
         *,
         ffn_kv: bool,
         attention_kv: bool,
+        writes: bool = True,
         initializer_range: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -108,17 +110,19 @@ class MixtureOfDepths(DepthMechanism):
                 initializer_range=initializer_range, dtype=dtype, rngs=rngs,
             )  # fmt: skip
 
-        self.entries_per_layer = 1 + int(ffn_kv)
-        self.writes_own_key_value = not attention_kv
-        self.ffn_kv = projection() if ffn_kv else None
-        self.attention_kv = projection() if attention_kv else None
+        self.entries_per_layer = (1 + int(ffn_kv)) if writes else 0
+        self.writes_own_key_value = writes and not attention_kv
+        self.ffn_kv = projection() if writes and ffn_kv else None
+        self.attention_kv = projection() if writes and attention_kv else None
 
     def attention_entries(
         self, attention: Attention, inputs: Array, key: Array, value: Array, positions: Array
     ) -> tuple[Entry, ...]:
-        """One entry: the sequence key and value themselves, or the projection that replaces them."""
-        if self.attention_kv is None:
+        """One entry: the sequence key and value themselves, or the projection that replaces them; none in the last."""
+        if self.writes_own_key_value:
             return ((key, value),)
+        if self.attention_kv is None:
+            return ()
         return (_projected_entry(self.attention_kv, attention, inputs, positions),)
 
     def ffn_entries(self, attention: Attention, inputs: Array, positions: Array) -> tuple[Entry, ...]:
@@ -140,6 +144,6 @@ def make_mechanism(config: TransformerConfig, *, writes: bool, dtype: jnp.dtype,
         return DepthMechanism()
     return MixtureOfDepths(
         config.width, config.num_kv_heads, config.head_dim,
-        ffn_kv=writes and config.depth_ffn_kv, attention_kv=writes and config.depth_attn_kv,
+        ffn_kv=config.depth_ffn_kv, attention_kv=config.depth_attn_kv, writes=writes,
         initializer_range=config.initializer_range, dtype=dtype, rngs=rngs,
     )  # fmt: skip

@@ -20,6 +20,7 @@ Two kinds of block:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -114,20 +115,24 @@ def depth_scan(
         )
     ((num_layers,),) = leading
     if isinstance(block, PartedBlock):
-        _check_capacity(stream, num_layers * block.entries_per_layer)
         reread = block.writes_own_key_value and not is_traced(stream.length)
-        layer: _Layer = _PartedLayer(block, REMAT[remat], reread=reread)
+        layer: _Layer = _PartedLayer(block, REMAT[remat], reread)
     else:
         layer = _WholeLayer(block)
     dtype = stream.key.dtype if gradient_dtype is None else jnp.dtype(gradient_dtype)
-    # Inside the loop the length is traced; out here it stays concrete when it came so.
-    written = layer.entries(params, x, stream, shared) * num_layers
-    x, key, value = _loop(layer, unroll, dtype, params, x, stream.key, stream.value, jnp.int32(stream.length), shared)
-    return x, DepthStream(key, value, stream.length_after(written))
+    length = None
+    if not is_traced(stream.length):  # inside the loop it is traced; out here it stays concrete
+        entries = num_layers * layer.entries(params, x, stream, shared)
+        _check_capacity(stream, entries)
+        length = stream.length_after(entries)
+    x, key, value, traced_length = _loop(
+        layer, unroll, dtype, params, x, stream.key, stream.value, jnp.int32(stream.length), shared
+    )
+    return x, DepthStream(key, value, traced_length if length is None else length)
 
 
 def _check_capacity(stream: DepthStream, entries: int) -> None:
-    if not is_traced(stream.length) and int(stream.length) + entries > stream.slots:
+    if int(stream.length) + entries > stream.slots:
         raise ValueError(
             f"depth_scan: the layers write {entries} entries, but {stream.slots - int(stream.length)} of the stream's "
             f"{stream.slots} slots are free"
@@ -135,10 +140,10 @@ def _check_capacity(stream: DepthStream, entries: int) -> None:
 
 
 class _Layer:
-    """One layer of the loop: `run` it forward, or `reverse` it. Compared by identity (static argument of `_loop`)."""
+    """One layer of the loop: `run` it forward, or `reverse` it. Compared by value (static argument of `_loop`)."""
 
     def entries(self, params: PyTree, x: PyTree, stream: DepthStream, shared: tuple) -> int:
-        """Slots that each layer fills."""
+        """Slots that each layer fills; the stream's length is concrete."""
         raise NotImplementedError
 
     def run(self, params: PyTree, x: PyTree, stream: DepthStream, shared: tuple) -> tuple[PyTree, DepthStream, PyTree]:
@@ -159,6 +164,8 @@ class _Layer:
         raise NotImplementedError
 
 
+# Jitted by itself, so that a model that is called without jit compiles its loop once and not at every call.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _forward(layer: _Layer, unroll: bool, params, x, key, value, length, shared):
     """The loop itself; returns also what each layer stored and the length that it saw, stacked over layers."""
 
@@ -168,7 +175,7 @@ def _forward(layer: _Layer, unroll: bool, params, x, key, value, length, shared)
         return (x, after), (stored, stream.length)
 
     (x, stream), stored = jax.lax.scan(step, (x, DepthStream(key, value, length)), params, unroll=unroll)
-    return (x, stream.key, stream.value), stored
+    return (x, stream.key, stream.value, stream.length), stored
 
 
 def _loop_forward(layer, unroll, gradient_dtype, params, x, key, value, length, shared):
@@ -178,7 +185,7 @@ def _loop_forward(layer, unroll, gradient_dtype, params, x, key, value, length, 
 
 def _loop_backward(layer, unroll, gradient_dtype, residuals, cotangents):
     params, (stored, lengths), key, value, length, shared = residuals
-    dx, dkey, dvalue = cotangents
+    dx, dkey, dvalue, _ = cotangents
     stream_dtype = key.dtype
     inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(shared)]
     dshared = [jnp.zeros_like(leaf) for leaf, keep in zip(jax.tree.leaves(shared), inexact, strict=True) if keep]
@@ -216,32 +223,31 @@ _loop = jax.custom_vjp(_loop_primal, nondiff_argnums=(0, 1, 2))
 _loop.defvjp(_loop_forward, _loop_backward)
 
 
+@dataclasses.dataclass(frozen=True)
 class _WholeLayer(_Layer):
     """Any block: stores the layer's input, recomputes the block, differentiates it with JAX's own autodiff."""
 
-    def __init__(self, block: Callable[..., tuple[PyTree, DepthStream]]) -> None:
-        self.block = block
+    block: Callable[..., tuple[PyTree, DepthStream]]
 
     def entries(self, params, x, stream, shared):
-        # Traced with a concrete length, so that a full stream is an error and the number of appends is known.
         params_l = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
         counts = []
 
         def one(params, x, key, value, shared):
-            start = np.int32(0) if is_traced(stream.length) else np.int32(stream.length)
-            x_out, after = self.block(params, x, DepthStream(key, value, start), *shared)
-            counts.append(int(after.length) - int(start))
+            x_out, after = self.block(params, x, DepthStream(key, value, stream.length), *shared)
+            if is_traced(after.length):
+                raise ValueError(
+                    "depth_scan: the block appends a traced number of entries, expected one known in Python"
+                )
+            counts.append(int(after.length) - int(stream.length))
             return x_out
 
-        before, after = x, jax.eval_shape(one, params_l, x, stream.key, stream.value, shared)
-        expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), before)
-        came = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after)
+        after = jax.eval_shape(one, params_l, x, stream.key, stream.value, shared)
+        expected, came = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (x, after))
         if expected != came:
             raise ValueError(
                 f"depth_scan: the block returned x with (shape, dtype) {came}, expected its input's {expected}"
             )
-        num_layers = jax.tree.leaves(params)[0].shape[0]
-        _check_capacity(stream, num_layers * counts[0])
         return counts[0]
 
     def run(self, params, x, stream, shared):
@@ -262,14 +268,13 @@ class _WholeLayer(_Layer):
         return dparams, dx, dkey + dkey_l.astype(dkey.dtype), dvalue + dvalue_l.astype(dvalue.dtype), dshared
 
 
+@dataclasses.dataclass(frozen=True)
 class _PartedLayer(_Layer):
     """A `PartedBlock`: keeps what `stored` names; the op's backward adds into the stream's gradient directly."""
 
-    def __init__(self, block: PartedBlock, stored: Stored, *, reread: bool) -> None:
-        self.block = block
-        self.stored = stored
-        self.reread = reread  # (key, value) stand in the layer's first slot, so they need not be kept
-        self.plans: tuple[_Plan, _Plan] | None = None  # how `run` stored the parts, for `reverse`
+    block: PartedBlock
+    stored: Stored
+    reread: bool  # (key, value) stand in the layer's first slot, so they need not be kept
 
     def entries(self, params, x, stream, shared):
         return self.block.entries_per_layer
@@ -283,10 +288,8 @@ class _PartedLayer(_Layer):
             stored |= {"attended": attended, "lse": lse}
         if self.stored.parts:
             stored |= {"query": query} if self.reread else {"query": query, "key": key, "value": value}
-            before_plan = _Plan.of(before, (params, x, shared))
-            after_plan = _Plan.of(after, (params, x, key, value, attended, shared))
-            stored |= {"before": before_plan.store(before), "after": after_plan.store(after)}
-            self.plans = (before_plan, after_plan)
+            stored["before"] = _StoredVjp.of(before, (params, x, shared))
+            stored["after"] = _StoredVjp.of(after, (params, x, key, value, attended, shared))
         for entry_key, entry_value in entries:
             stream = DepthStream(
                 write_slot(stream.key, entry_key, stream.length),
@@ -308,9 +311,8 @@ class _PartedLayer(_Layer):
         else:
             attended, lse = self._attend(query, key, value, stream, shared)
         if self.stored.parts:
-            before_plan, after_plan = self.plans
-            before = before_plan.restore(stored["before"], (params, x, shared))
-            after = after_plan.restore(stored["after"], (params, x, key, value, attended, shared))
+            before = stored["before"].restore((params, x, shared))
+            after = stored["after"].restore((params, x, key, value, attended, shared))
         else:
             _, _, after = self._after(params, x, key, value, attended, shared)
 
@@ -373,32 +375,30 @@ class _PartedLayer(_Layer):
         }
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["treedef", "sources"])
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How a vjp function is stored: its arrays, less those that the reverse loop has anyway.
+class _StoredVjp:
+    """A vjp function as what has to be stored of it: its arrays, less those that the reverse loop has anyway.
 
-    A vjp function is a pytree whose leaves are the arrays that it kept. Many are the very inputs of the part (weights,
+    A vjp function is a pytree whose leaves are the arrays that it keeps. Many are the very inputs of the part (weights,
     the layer's input, attention's output); storing those per layer would copy them, the weights above all.
     """
 
+    kept: list[Array]
     treedef: Any
-    sources: tuple[int | None, ...]  # per leaf: index into the inputs' leaves, or None: stored
+    sources: tuple[int | None, ...]  # per leaf: index into the inputs' leaves, or None: kept
 
     @classmethod
-    def of(cls, vjp: Callable, inputs: PyTree) -> _Plan:
-        """The plan for `vjp`, traced in the same loop body as `inputs`."""
+    def of(cls, vjp: Callable, inputs: PyTree) -> _StoredVjp:
+        """What to store of `vjp`, traced in the same loop body as `inputs`."""
         index = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(inputs))}
         leaves, treedef = jax.tree.flatten(vjp)
-        return cls(treedef, tuple(index.get(id(leaf)) for leaf in leaves))
+        sources = tuple(index.get(id(leaf)) for leaf in leaves)
+        return cls([leaf for leaf, source in zip(leaves, sources, strict=True) if source is None], treedef, sources)
 
-    def store(self, vjp: Callable) -> list[Array]:
-        """The arrays of `vjp` that have to be kept."""
-        leaves = jax.tree.leaves(vjp)
-        return [leaf for leaf, source in zip(leaves, self.sources, strict=True) if source is None]
-
-    def restore(self, stored: list[Array], inputs: PyTree) -> Callable:
+    def restore(self, inputs: PyTree) -> Callable:
         """The vjp function again, from what was kept and the same inputs."""
-        kept, known = iter(stored), jax.tree.leaves(inputs)
+        kept, known = iter(self.kept), jax.tree.leaves(inputs)
         return jax.tree.unflatten(self.treedef, [next(kept) if i is None else known[i] for i in self.sources])
 
 

@@ -74,8 +74,6 @@ class DepthStream:
                 )
         if not is_traced(self.length) and int(self.length) >= self.slots:
             raise ValueError(f"DepthStream.append: all {self.slots} slots are filled")
-        if self.slots == 0:
-            return self
         return DepthStream(
             write_slot(self.key, key, self.length), write_slot(self.value, value, self.length), self.length_after(1)
         )
@@ -94,6 +92,8 @@ def is_traced(length: Array | np.int32) -> bool:
 
 def write_slot(buffer: Array, entry: Array, slot: Array | np.int32) -> Array:
     """`buffer` [B, T, S, K, H] with `entry` [B, T, K, H] in slot `slot`; unchanged if there is no such slot."""
+    if buffer.shape[2] == 0:
+        return buffer
     entry = entry.astype(buffer.dtype)[:, :, None]  # [B, T, 1, K, H]
     if is_traced(slot):
         # dynamic_update_slice clamps its index: without this a full stream would lose its last entry.
@@ -103,5 +103,7 @@ def write_slot(buffer: Array, entry: Array, slot: Array | np.int32) -> Array:
 
 def read_slot(buffer: Array, slot: Array | np.int32) -> Array:
     """Slot `slot` of `buffer` [B, T, S, K, H] as [B, T, K, H]; zeros if there is no such slot."""
+    if buffer.shape[2] == 0:
+        return jnp.zeros((*buffer.shape[:2], *buffer.shape[3:]), buffer.dtype)
     entry = jax.lax.dynamic_slice_in_dim(buffer, slot, 1, axis=2)[:, :, 0]
     return jnp.where(slot < buffer.shape[2], entry, 0) if is_traced(slot) else entry

@@ -23,5 +23,8 @@ def dot_precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 
 def contract(spec: str, a: jax.Array, b: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """`einsum(spec, a, b)` of two arrays of one dtype, accumulated in float32; result in `out_dtype` (default: theirs)."""
+    """`einsum(spec, a, b)` of two arrays of one dtype, result in `out_dtype` (default: theirs).
+
+    Matrix units accumulate in float32; a result in a narrow dtype is rounded once at the end.
+    """
     return jnp.einsum(spec, a, b, precision=dot_precision(a.dtype), preferred_element_type=out_dtype or a.dtype)

@@ -7,6 +7,9 @@ decision 2).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -38,7 +41,6 @@ class Block(nnx.Module):
     def __init__(self, config: TransformerConfig, *, writes: bool, rngs: nnx.Rngs) -> None:
         dtype = compute_dtype(config.dtype)
         self.config = config
-        self.writes = writes
         self.attention = Attention(
             config.width, config.num_heads, config.num_kv_heads, config.head_dim, qk_norm=config.qk_norm,
             rope_theta=config.rope_theta, norm_epsilon=config.norm_epsilon,
@@ -72,14 +74,11 @@ class Block(nnx.Module):
     ) -> tuple[Array, tuple[Entry, ...]]:
         """The rest of the layer, from the op's output [B, T, N, H]: (residual stream, depth entries)."""
         post = self.config.norm == "post"
-        entries: tuple[Entry, ...] = ()
-        if self.writes:
-            entries += self.depth.attention_entries(self.attention, self._attention_input(x), key, value, positions)
+        entries = self.depth.attention_entries(self.attention, self._attention_input(x), key, value, positions)
         y = self.attention.output(attended)
         x = x + (self.attention_norm(y) if post else y)
         inputs = x if post else self.ffn_norm(x)
-        if self.writes:
-            entries += self.depth.ffn_entries(self.attention, inputs, positions)
+        entries += self.depth.ffn_entries(self.attention, inputs, positions)
         y = self.ffn(inputs)
         return x + (self.ffn_norm(y) if post else y), entries
 
@@ -146,24 +145,13 @@ class Transformer(nnx.Module):
         params = jax.tree.map(lambda p: p.astype(x.dtype) if p.ndim > 2 else p, params)
         config = self.config
 
-        if self.last_layer.depth.reads_in_operator:
-            block = PartedBlock(
-                before=lambda params, x, positions, _: nnx.merge(graph, params).before(x, positions),
-                after=lambda params, x, key, value, attended, positions, _: nnx.merge(graph, params).after(
-                    x, key, value, attended, positions
-                ),
-                entries_per_layer=self.layers.depth.entries_per_layer,
-                writes_own_key_value=self.layers.depth.writes_own_key_value,
-                segment_ids=lambda _, segment_ids: segment_ids,
-                implementation=config.attention_implementation,
-            )
-        else:
-
-            def block(params, x, stream, positions, segment_ids):
-                return nnx.merge(graph, params)(x, stream, positions, segment_ids)
-
+        depth = self.layers.depth
+        layer = _layer_function(
+            graph, depth.reads_in_operator, depth.entries_per_layer, depth.writes_own_key_value,
+            config.attention_implementation,
+        )  # fmt: skip
         return depth_scan(
-            block, params, x, stream, positions, segment_ids,
+            layer, params, x, stream, positions, segment_ids,
             remat=config.remat, unroll=config.layer_loop == "unroll", gradient_dtype=config.depth_gradient_dtype,
         )  # fmt: skip
 
@@ -178,6 +166,33 @@ class Transformer(nnx.Module):
         longest = self.config.max_sequence_length
         if tokens.shape[1] > longest:
             raise ValueError(f"tokens: got {tokens.shape[1]} tokens, expected at most max_sequence_length={longest}")
+
+
+@functools.lru_cache(maxsize=64)  # the same functions for the same model: JAX then knows that it has traced them
+def _layer_function(
+    graph: nnx.GraphDef,
+    reads_in_operator: bool,
+    entries_per_layer: int,
+    writes_own_key_value: bool,
+    implementation: str | None,
+) -> Callable | PartedBlock:
+    """One stacked layer as `depth_scan` takes it: cut at the op if its mechanism reads the stream nowhere else."""
+
+    def whole(params, x, stream, positions, segment_ids):
+        return nnx.merge(graph, params)(x, stream, positions, segment_ids)
+
+    def before(params, x, positions, segment_ids):
+        return nnx.merge(graph, params).before(x, positions)
+
+    def after(params, x, key, value, attended, positions, segment_ids):
+        return nnx.merge(graph, params).after(x, key, value, attended, positions)
+
+    if not reads_in_operator:
+        return whole
+    return PartedBlock(
+        before, after, entries_per_layer, writes_own_key_value,
+        segment_ids=lambda positions, segment_ids: segment_ids, implementation=implementation,
+    )  # fmt: skip
 
 
 def _untied_head(config: TransformerConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> Projection:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.quick_compile import QUICK
 
 from moda_jax import DepthStream, MoDAAttention, depth_scan
 
@@ -87,7 +88,10 @@ def test_scan_remat_vmap_and_depth_scan_agree_with_the_unrolled_stack(stack):
     }
 
     def gradient(way):
-        return jax.jit(jax.value_and_grad(lambda params, x: jnp.sum(jnp.sin(way(params, x)[0])), argnums=(0, 1)))
+        return jax.jit(
+            jax.value_and_grad(lambda params, x: jnp.sum(jnp.sin(way(params, x)[0])), argnums=(0, 1)),
+            compiler_options=QUICK,
+        )
 
     expected = gradient(lambda params, x: unrolled(graph, params, x))(params, x)
     for name, way in ways.items():

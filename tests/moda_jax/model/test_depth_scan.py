@@ -1,6 +1,7 @@
 """The layer loop: gradients equal plain autodiff's; memory is linear in depth, compile time does not follow it."""
 
 import dataclasses
+import functools
 import time
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from support import plain_model
+from support.quick_compile import QUICK
 
 from moda_jax import DepthStream, PartedBlock, Transformer, TransformerConfig, depth_scan
 from pallas_kernels import moda_attention
@@ -91,8 +93,10 @@ def gradients(loop, traced_length=False):
     params, x, stream, scale = arguments()
     differentiate = jax.value_and_grad(value, argnums=(0, 1, 2, 3, 4))
     if traced_length:
-        return jax.jit(differentiate)(params, x, stream.key, stream.value, scale, stream.length)
-    return jax.jit(lambda *a: differentiate(*a, stream.length))(params, x, stream.key, stream.value, scale)
+        return jax.jit(differentiate, compiler_options=QUICK)(params, x, stream.key, stream.value, scale, stream.length)
+    return jax.jit(lambda *a: differentiate(*a, stream.length), compiler_options=QUICK)(
+        params, x, stream.key, stream.value, scale
+    )
 
 
 CASES = {
@@ -106,8 +110,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("traced_length", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@functools.cache
+def expected_gradients():
+    return gradients(plain_loop)
+
+
+@pytest.mark.parametrize(
+    ("case", "traced_length"),
+    [*((case, False) for case in CASES), ("any block", True), ("parted", True), ("parted, no remat", True)],
+)
 def test_gradients_equal_plain_autodiff(case, traced_length):
     block, options = CASES[case]
 
@@ -115,7 +126,7 @@ def test_gradients_equal_plain_autodiff(case, traced_length):
         return depth_scan(block, params, x, stream, scale, SEGMENTS, **options)
 
     got = gradients(loop, traced_length)
-    expected = gradients(plain_loop)
+    expected = expected_gradients()
     for (path, a), (_, b) in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree_util.tree_leaves_with_path(expected), strict=True
     ):
@@ -158,8 +169,9 @@ def test_too_few_slots_are_refused(block):
 
 
 @pytest.mark.parametrize("block", [whole, PARTED], ids=["any block", "parted"])
-def test_a_traced_overflow_loses_nothing_and_has_right_gradients(block):
-    stream = start(slots=4, filled=1)
+@pytest.mark.parametrize("slots", [0, 1, 4])
+def test_a_traced_overflow_loses_nothing_and_has_right_gradients(block, slots):
+    stream = start(slots=slots, filled=min(slots, 1))
 
     def value(loop, params, x, length):
         return run(loop, params, x, DepthStream(stream.key, stream.value, length), jnp.float32(0.9))
@@ -168,8 +180,12 @@ def test_a_traced_overflow_loses_nothing_and_has_right_gradients(block):
         return depth_scan(block, params, x, stream, scale, SEGMENTS)
 
     params, x, _, _ = arguments()
-    got = jax.jit(jax.value_and_grad(lambda *a: value(loop, *a), argnums=(0, 1)))(params, x, jnp.int32(1))
-    expected = jax.jit(jax.value_and_grad(lambda *a: value(plain_loop, *a), argnums=(0, 1)))(params, x, jnp.int32(1))
+    got, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(value, way), argnums=(0, 1)), compiler_options=QUICK)(
+            params, x, jnp.int32(stream.length)
+        )
+        for way in (loop, plain_loop)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
 
 
@@ -204,7 +220,7 @@ def test_a_bfloat16_gradient_buffer_adds_little_error_after_36_layers():
             logits = nnx.merge(graph, params)(tokens[:, :-1])
             return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1))
 
-        return nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))["layers"]
+        return nnx.to_pure_dict(jax.jit(jax.grad(loss), compiler_options=QUICK)(params))["layers"]
 
     exact = gradient()
     narrow = gradient(dtype="bfloat16")
@@ -253,7 +269,7 @@ def train_step(config, plain=False):
 
 def temporary_bytes(num_layers, plain=False, **fields):
     step, shapes = train_step(model_config(num_layers, **fields), plain)
-    return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    return step.lower(*shapes).compile(compiler_options=QUICK).memory_analysis().temp_size_in_bytes
 
 
 def test_memory_grows_linearly_with_depth():

@@ -1,6 +1,7 @@
 """The model against an independent unrolled one, and what it must never do: look ahead, or across documents."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from support import plain_model
+from support.quick_compile import QUICK
 
 from moda_jax import Transformer, TransformerConfig
 
 TINY = TransformerConfig(
-    vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=48,
+    vocab_size=61, num_layers=3, width=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=48,
     max_sequence_length=64, dtype="float32", attention_implementation="xla", initializer_range=0.15,
 )  # fmt: skip
 VARIANTS = {
@@ -69,8 +71,8 @@ def test_logits_and_gradients_equal_the_plain_unrolled_model(name):
         out = plain_model.logits(params, config, tokens, segment_ids, positions)
         return jnp.sum(weights * jax.nn.log_softmax(out)), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
-    (_, expected), expected_gradients = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+    (_, out), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True), compiler_options=QUICK)(params)
+    (_, expected), expected_gradients = jax.jit(jax.value_and_grad(plain, has_aux=True), compiler_options=QUICK)(params)
     assert out.dtype == jnp.float32
     compare(out, expected, 1e-5, "logits")
     for (path, got), (_, want) in zip(
@@ -81,21 +83,27 @@ def test_logits_and_gradients_equal_the_plain_unrolled_model(name):
         compare(got, want, 3e-5, jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize(
-    "fields", [{"remat": "full"}, {"remat": "none"}, {"layer_loop": "unroll"}, {"norm": "pre", "remat": "none"}]
-)
-def test_remat_and_unrolling_change_no_number(fields):
-    config = dataclasses.replace(TINY, **fields)
+def gradient_of(config):
     graph, params = build(config)
-    base_graph, _ = build(dataclasses.replace(TINY, norm=config.norm))
     tokens, segment_ids, positions = packed(jax.random.key(5))
 
-    def loss(params, graph):
+    def loss(params):
         return jnp.sum(jax.nn.logsumexp(apply(graph, params, tokens, segment_ids, positions), axis=-1))
 
-    got = jax.jit(jax.grad(lambda p: loss(p, graph)))(params)
-    expected = jax.jit(jax.grad(lambda p: loss(p, base_graph)))(params)
-    jax.tree_util.tree_map_with_path(lambda path, a, b: compare(a, b, 1e-5, jax.tree_util.keystr(path)), got, expected)
+    return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+
+
+@functools.cache
+def default_gradient():
+    return gradient_of(TINY)
+
+
+@pytest.mark.parametrize("fields", [{"remat": "full"}, {"remat": "none"}, {"layer_loop": "unroll"}])
+def test_remat_and_unrolling_change_no_number(fields):
+    got = gradient_of(dataclasses.replace(TINY, **fields))
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: compare(a, b, 1e-5, jax.tree_util.keystr(path)), got, default_gradient()
+    )
 
 
 @pytest.mark.parametrize("name", ["post-ffn", "pre-none"])
@@ -108,7 +116,9 @@ def test_no_logit_depends_on_a_later_token_or_another_document(name):
     def logits(table):
         return apply(graph, params | {"embedding": {"table": table}}, tokens, segment_ids, positions)[0].sum(-1)
 
-    gradient = jax.jit(jax.jacrev(logits))(params["embedding"]["table"])[:, tokens[0]]  # [T out, T in, D]
+    gradient = jax.jit(jax.jacrev(logits), compiler_options=QUICK)(params["embedding"]["table"])[
+        :, tokens[0]
+    ]  # [T out, T in, D]
     same = segment_ids[0][:, None] == segment_ids[0][None, :]
     np.testing.assert_array_equal(jnp.any(gradient != 0, axis=-1), jnp.tril(same))
 
@@ -120,6 +130,17 @@ def test_one_layer_and_defaults():
     tokens = jnp.arange(6, dtype=jnp.int32)[None]
     explicit = apply(graph, params, tokens, jnp.zeros((1, 6), jnp.int32), jnp.arange(6, dtype=jnp.int32)[None])
     np.testing.assert_array_equal(apply(graph, params, tokens), explicit)
+
+
+def test_a_call_without_jit_compiles_once():
+    model = Transformer(TINY, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(6, dtype=jnp.int32)[None]
+    first = model(tokens)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled = []
+        patch.setattr("jax._src.interpreters.pxla.logger.log", lambda *args: compiled.append(args))
+        np.testing.assert_array_equal(model(tokens), first)
+    assert not [args for args in compiled if "ompil" in str(args)], compiled
 
 
 def test_the_last_layer_has_no_projections_and_the_stream_no_slot_for_it():
@@ -135,7 +156,9 @@ def test_bfloat16_stays_close_to_float32():
     graph, params = build(config)
     graph16, _ = build(dataclasses.replace(config, dtype="bfloat16"))
     tokens = packed(jax.random.key(8))[0]
-    exact, rounded = apply(graph, params, tokens), apply(graph16, params, tokens)
+    exact, rounded = (
+        jax.jit(functools.partial(apply, g), compiler_options=QUICK)(params, tokens) for g in (graph, graph16)
+    )
     assert rounded.dtype == jnp.float32
     compare(rounded, exact, 3e-2, "bfloat16 logits")
 
