@@ -1,0 +1,1 @@
+"""Run configurations: `base.py` holds every field and its default, the others say how they differ from it."""

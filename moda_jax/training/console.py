@@ -1,0 +1,230 @@
+"""What a person at the terminal sees: log lines, one live progress line, and errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import itertools
+import logging
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from moda_jax.config import Config
+
+EXIT_USER_ERROR = 2
+_REDRAW_SECONDS = 0.1
+_LOGGERS = ("moda_jax", "pallas_kernels")
+
+_DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error, and every library's log lines")
+
+
+class ProgressLine:
+    """One line on a terminal that is overwritten in place; where the stream is no terminal, a log line now and then.
+
+    Args:
+        logger: where the plain lines go.
+        stream: None for stderr.
+    """
+
+    _shown: ProgressLine | None = None  # the one that stands on the terminal: log lines must step around it
+
+    def __init__(self, logger: logging.Logger, stream: TextIO | None = None):
+        self._logger = logger
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+        self._text = ""
+        self._drawn = -math.inf
+
+    def show(self, text: str, *, milestone: bool) -> None:
+        """Shows the text; where there is no terminal, only a milestone is worth a line."""
+        if not self._live:
+            if milestone:
+                self._logger.info("%s", text)
+            return
+        self._text, ProgressLine._shown = text, self
+        if time.monotonic() - self._drawn >= _REDRAW_SECONDS:
+            self._draw()
+
+    def close(self) -> None:
+        """Takes the line away."""
+        if ProgressLine._shown is self:
+            self.hide()
+            ProgressLine._shown = None
+
+    def hide(self) -> None:
+        """Clears the line until the next `show`."""
+        self._stream.write("\r\x1b[K")
+        self._stream.flush()
+        self._drawn = -math.inf
+
+    def _draw(self) -> None:
+        columns = os.get_terminal_size(self._stream.fileno()).columns or 80  # some terminals say 0
+        self._stream.write(f"\r\x1b[K{self._text[: columns - 1]}")
+        self._stream.flush()
+        self._drawn = time.monotonic()
+
+    @classmethod
+    def hide_shown(cls) -> None:
+        """Clears the line that stands on the terminal, if there is one."""
+        if cls._shown is not None:
+            cls._shown.hide()
+
+
+class _ProgressSafeHandler(logging.Handler):
+    """Writes log lines to stderr without tearing a progress line, ours or tqdm's, apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ProgressLine.hide_shown()
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: "1:02:03", "2:03"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def quantity(number: float) -> str:
+    """A count that a person reads at a glance: "950", "12.3k", "4.56M", "1.20B"."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}k" if unit == "k" else f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command-line program: parses the flags, sets up logging, calls main.
+
+    A mistake on the command line ends in one line on stderr and exit code 2; `--debug` shows the traceback too.
+
+    Args:
+        main: called without arguments once the flags are parsed; it puts what can fail by the user's fault in
+            `user_errors`.
+    """
+
+    def run(_: Sequence[str]) -> None:
+        _set_up_logging()
+        try:
+            main()
+        except KeyboardInterrupt:
+            sys.exit(_fail("interrupted; the same command resumes from the newest checkpoint", exit_code=130))
+
+    app.run(run, flags_parser=_parse_flags)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the process with one line and exit code 2 if the block raises what a bad config or a missing feature raises.
+
+    Meant for a program's set-up: the same exceptions in the middle of a run are bugs, and keep their traceback.
+    """
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        if _DEBUG.value:
+            traceback.print_exc()
+        sys.exit(_fail(str(error)))
+
+
+def config_from_flag(flag: flags.FlagHolder) -> tuple[Config, str]:
+    """The validated config that a `config_flags.DEFINE_config_file` flag holds, and a name for it.
+
+    Args:
+        flag: the flag.
+
+    Returns:
+        The config, and the file's name without ".py", with the argument appended: "moda_700m_row4".
+
+    Raises:
+        ValueError: no config file was named, or the config is not valid.
+    """
+    if flag.value is None:
+        raise ValueError(f"--{flag.name}: missing; name a config file, as in --{flag.name}=configs/quickstart.py")
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS[flag.name]).partition(":")
+    name = f"{Path(path).stem}_{argument}" if argument else Path(path).stem
+    return Config.from_dict(flag.value.to_dict()), name
+
+
+def check_config_arguments(arguments: Sequence[str], flag: str = "config") -> None:
+    """Checks that the config file is there and that every `--config.section.key` names a field of `Config`.
+
+    Args:
+        arguments: the command line.
+        flag: the name of the config flag.
+
+    Raises:
+        ValueError: no such file, or an unknown section or key; the message names the nearest known ones.
+    """
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == flag:
+            path = Path((value if equals else following).partition(":")[0])
+            if not path.is_file():
+                raise ValueError(f"--{flag}={path}: no such file")
+    sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    known = [f"{name}.{key.name}" for name, section in sections.items() for key in dataclasses.fields(section)]
+    for argument in arguments:
+        name = argument.split("=", 1)[0].lstrip("-").removeprefix("no")
+        if not argument.startswith("-") or not name.startswith(f"{flag}."):
+            continue
+        path = name.removeprefix(f"{flag}.")
+        if path in known:
+            continue
+        if path in sections:
+            raise ValueError(f"--{flag}.{path}: is a section; set one of its keys, as in --{flag}.{path}.KEY=VALUE")
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+        section = path.split(".")[0]
+        others = [key for key in known if key.startswith(f"{section}.")] or list(sections)
+        hint = f"did you mean --{flag}.{near[0]}?" if near else f"known: {', '.join(others)}"
+        raise ValueError(f"--{flag}.{path}: unknown config key; {hint}")
+
+
+def _parse_flags(arguments: Sequence[str]) -> Sequence[str]:
+    """absl's parser, with one line for what it and ml_collections raise."""
+    try:
+        check_config_arguments(arguments[1:])
+        rest = flags.FLAGS(arguments)
+        if len(rest) > 1:
+            raise ValueError(f"{rest[1]!r}: unexpected argument; options are written --name=value")
+        return rest
+    except (ValueError, TypeError, AttributeError, KeyError, flags.Error) as error:
+        # An error inside a config file reaches us with its whole traceback as text; the last line is what went wrong.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        if "--debug" in arguments:
+            traceback.print_exc()
+        sys.exit(_fail(lines[-1].removeprefix("ValueError: ") if lines else repr(error)))
+
+
+def _set_up_logging() -> None:
+    handler = _ProgressSafeHandler()
+    handler.setFormatter(_Formatter())
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    absl_logging.set_verbosity(absl_logging.INFO if _DEBUG.value else absl_logging.ERROR)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        return f"{time.strftime('%H:%M:%S')} {level}{record.getMessage()}"
+
+
+def _fail(message: str, exit_code: int = EXIT_USER_ERROR) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return exit_code

@@ -1,0 +1,81 @@
+"""OLMo 2's optimizer: AdamW with warm-up, cosine decay, clipping, and no weight decay on norms and embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moda_jax.config import OptimizerConfig
+
+# A parameter's last name says what it is. A new kind of parameter must be entered here: silently decaying it, or not,
+# would be a decision that nobody took.
+_DECAYED = {"kernel": True, "scale": False, "table": False}
+
+
+def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """The learning rate by the number of updates already done.
+
+    Update number n (counted from 1) runs at peak * n / warmup_steps during warm-up, at the peak when n = warmup_steps,
+    and then falls along half a cosine to final_learning_rate_fraction of the peak at n = num_steps, where it stays.
+
+    Args:
+        config: the optimizer's section.
+        num_steps: updates of the whole run.
+
+    Returns:
+        count -> float32 scalar; `count` is an int or an int32 scalar array, n - 1.
+    """
+    decay_steps = max(num_steps - config.warmup_steps, 1)
+    final = config.final_learning_rate_fraction
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        n = jnp.asarray(count, jnp.float32) + 1.0
+        warmup = n / max(config.warmup_steps, 1)
+        progress = jnp.clip((n - config.warmup_steps) / decay_steps, 0.0, 1.0)
+        cosine = final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return config.learning_rate * jnp.where(n < config.warmup_steps, warmup, cosine)
+
+    return schedule
+
+
+def weight_decay_mask(params: Any) -> Any:
+    """True for the parameters that decay: matrices; not norm scales, not embedding tables.
+
+    An untied output head is a matrix ("head.kernel") and decays; a tied one is the embedding and does not.
+
+    Args:
+        params: nested dicts of arrays, named as the model names them.
+
+    Returns:
+        The same tree of bools.
+
+    Raises:
+        ValueError: a parameter of a kind that has no rule.
+    """
+
+    def decays(path: tuple, _: Any) -> bool:
+        kind = path[-1].key
+        if kind not in _DECAYED:
+            name = ".".join(str(key.key) for key in path)
+            raise ValueError(f"parameter {name}: no weight decay rule for {kind!r}; known: {', '.join(_DECAYED)}")
+        return _DECAYED[kind]
+
+    return jax.tree.map_with_path(decays, params)
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay, learning rate; moments in the parameters' dtype (float32).
+
+    Args:
+        config: the optimizer's section.
+        num_steps: updates of the whole run, for the schedule.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.gradient_clip_norm),
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
+    )

@@ -1,0 +1,103 @@
+"""One optimizer step and one evaluation step: pure functions, jitted by the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moda_jax.config import TrainConfig
+from moda_jax.training.loss import LossSums, loss_sums
+from moda_jax.training.state import ModelFunction, TrainState
+
+Array = jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports, float32 scalars that stay on the device until somebody reads them.
+
+    Attributes:
+        loss: mean cross-entropy over the step's targets, in nats, without z-loss.
+        grad_norm: global norm of the gradient before clipping.
+        learning_rate: that the update was done with.
+        num_targets: targets that counted, over all micro-batches.
+    """
+
+    loss: Array
+    grad_norm: Array
+    learning_rate: Array
+    num_targets: Array
+
+
+def make_train_step(
+    model: ModelFunction, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: TrainConfig
+) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
+    """The function (state, batch) -> (state, metrics); jit it with the state donated.
+
+    The objective is the mean over all targets of the step (over all micro-batches and devices) of
+    -log p(target) + z_loss * log(Z)^2. A batch without targets gives loss 0 and gradient 0.
+
+    Args:
+        model: see `state.model_function`.
+        optimizer, schedule: see `optimizer`.
+        config: the training section, for `accumulation_steps` and `z_loss`.
+    """
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        num_targets = jnp.sum(batch.target_mask)
+        divisor = jnp.maximum(num_targets, 1.0)
+
+        def objective(params: Any, micro_batch: Any) -> tuple[Array, Array]:
+            sums = _micro_batch_sums(model, params, micro_batch)
+            return (sums.loss + config.z_loss * sums.z_loss) / divisor, sums.loss / divisor
+
+        def gradient(micro_batch: Any) -> tuple[Array, Any]:
+            (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params, micro_batch)
+            return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+        loss, grads = _sum_over_micro_batches(gradient, batch, config.accumulation_steps)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
+        metrics = StepMetrics(loss, optax.tree.norm(grads), schedule(state.step), num_targets)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
+
+    return train_step
+
+
+def make_eval_step(model: ModelFunction, config: TrainConfig) -> Callable[[Any, Any], LossSums]:
+    """The function (params, batch) -> LossSums, in micro-batches of the training's size; jit it.
+
+    Args:
+        model: see `state.model_function`.
+        config: the training section, for `accumulation_steps`.
+    """
+
+    def eval_step(params: Any, batch: Any) -> LossSums:
+        return _sum_over_micro_batches(
+            lambda micro_batch: _micro_batch_sums(model, params, micro_batch), batch, config.accumulation_steps
+        )
+
+    return eval_step
+
+
+def _micro_batch_sums(model: ModelFunction, params: Any, batch: Any) -> LossSums:
+    logits = model(params, batch.tokens, batch.segment_ids, batch.positions)  # [B, T, V]
+    return loss_sums(logits, batch.targets, batch.target_mask)
+
+
+def _sum_over_micro_batches(function: Callable[[Any], Any], batch: Any, count: int) -> Any:
+    """Sum of `function` over `count` micro-batches, one at a time. Micro-batch i takes rows i, i + count, ...: when the
+    rows are sharded in blocks over devices, every device then has its share of each micro-batch."""
+    if count == 1:
+        return function(batch)
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro_batches))
+    )
+    total, _ = jax.lax.scan(
+        lambda sums, micro_batch: (jax.tree.map(jnp.add, sums, function(micro_batch)), None), zeros, micro_batches
+    )
+    return total

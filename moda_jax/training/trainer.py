@@ -1,0 +1,381 @@
+"""A run from start to end: open, restore, step, log, evaluate, save, finish."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moda_jax.config import Config
+from moda_jax.data.packing import Batch
+from moda_jax.data.pipeline import open_dataset, train_batches, validation_batches
+from moda_jax.data.tokenizer import check_vocabulary, load_tokenizer
+from moda_jax.model.accounting import param_count, train_flops_per_token
+from moda_jax.model.precision import compute_dtype
+from moda_jax.training import workdir as workdir_lib
+from moda_jax.training.checkpoint import CheckpointError, Checkpoints, check_step, saved_steps
+from moda_jax.training.console import ProgressLine, duration, quantity
+from moda_jax.training.metrics import MetricsWriter, peak_flops, perplexity, plot_losses, read_metrics
+from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from moda_jax.training.sample import sample_text
+from moda_jax.training.state import initial_state, model_function
+from moda_jax.training.train_step import StepMetrics, make_eval_step, make_train_step
+
+_logger = logging.getLogger(__name__)
+
+_RECORDED_VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint")
+
+
+class RunResult(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+        workdir: its directory.
+        step: updates done.
+        num_steps: updates of the whole run.
+        resumed_finished: there was nothing to do.
+        validation_loss: the last one, in nats per token; None if there was no evaluation.
+        unit: what a token is: "byte" or "token".
+        sample: the text sample, or None.
+    """
+
+    workdir: Path
+    step: int
+    num_steps: int
+    resumed_finished: bool
+    validation_loss: float | None
+    unit: str
+    sample: str | None
+
+    def __str__(self) -> str:
+        if self.resumed_finished:
+            text = f"{self.workdir}: this run is finished, step {self.step} of {self.num_steps}; nothing to do"
+        elif self.step < self.num_steps:
+            text = f"{self.workdir}: stopped at step {self.step} of {self.num_steps}; the same command goes on there"
+        else:
+            text = f"{self.workdir}: finished, step {self.step} of {self.num_steps}"
+        if self.validation_loss is not None:
+            value = perplexity(self.validation_loss)
+            text += f"\nvalidation loss {self.validation_loss:.4f} nats per {self.unit}, perplexity {value:.3f}"
+        if self.sample is not None:
+            text += f"\nsample:\n{self.sample}"
+        return text
+
+
+class TrainingRun:
+    """One run in one directory, good for one call of `train`.
+
+    The constructor does all that can fail by the user's fault: it checks the directory's config, opens the data, traces
+    the step and restores the newest checkpoint. Until these checks have passed nothing but prepared data is written,
+    and the step is not compiled. `train` then trains.
+
+    Args:
+        config: the run.
+        workdir: its directory; created if it is not there.
+
+    Raises:
+        ValueError: a mistake in config, data or directory; the message names the field.
+        NotImplementedError: the config asks for what this device or version cannot do.
+    """
+
+    def __init__(self, config: Config, workdir: str | Path):
+        self._began = time.monotonic()
+        self.workdir = Path(workdir)
+        self.config = _resolve(config)
+        changes = workdir_lib.check_config(self.workdir, self.config)
+        self._checkpoint_directory = self.workdir / workdir_lib.CHECKPOINT_DIRECTORY
+        steps = saved_steps(self._checkpoint_directory)
+        self.step = steps[0] if steps else 0
+        if steps:
+            check_step(self._checkpoint_directory, self.step)
+        self.is_finished = self.step >= self.config.train.num_steps
+        if self.is_finished:
+            return
+        self._open_data()
+        self._check_sample()
+        self._trace_steps()
+        if not steps:
+            workdir_lib.write_config(self.workdir, self.config, changes)
+        self._checkpoints = Checkpoints(self._checkpoint_directory, self.config.checkpoint)
+        self._restore_or_initialize(steps)
+        if steps:  # a restore can still be refused, so only now
+            workdir_lib.write_config(self.workdir, self.config, changes)
+        self._describe()
+
+    def train(self, *, stop_at_step: int | None = None) -> RunResult:
+        """Trains to the end, or to `stop_at_step`, and saves there.
+
+        Args:
+            stop_at_step: stop early at this step, to be resumed; the schedule stays that of the whole run.
+        """
+        if self.is_finished:
+            return self._result(resumed_finished=True)
+        last = min(self.config.train.num_steps, stop_at_step or self.config.train.num_steps)
+        self._metrics = MetricsWriter(self.workdir, self.step)
+        self._progress = ProgressLine(_logger)
+        batches = self._train_batches()
+        try:
+            self._compile()
+            self._loop(batches, last)
+            self._progress.close()
+            sample = self._finish() if self.step == self.config.train.num_steps else None
+            self._checkpoints.wait()
+        finally:
+            self._progress.close()
+            batches.close()
+            self._metrics.close()
+            self._checkpoints.close()
+        return self._result(sample=sample)
+
+    # Set-up.
+
+    def _open_data(self) -> None:
+        config = self.config
+        self._tokenizer = load_tokenizer(config.data)
+        check_vocabulary(self._tokenizer, config.model.vocab_size, config.data)
+        unused = config.model.vocab_size - self._tokenizer.vocab_size
+        if unused > 0.1 * config.model.vocab_size:  # more than anybody pads
+            _logger.warning(
+                "model.vocab_size=%d: data.tokenizer=%r uses only %d of it",
+                config.model.vocab_size, config.data.tokenizer, self._tokenizer.vocab_size,
+            )  # fmt: skip
+        self._train_data = open_dataset(config.data, "train", self._tokenizer)
+        if config.eval.interval_steps:
+            self._validation_data = open_dataset(config.data, "validation", self._tokenizer)
+
+    def _check_sample(self) -> None:
+        """The sample is the last thing that a run does: a prompt that does not fit must not wait until then."""
+        train, longest = self.config.train, self.config.model.max_sequence_length
+        if not train.sample_prompt:
+            return
+        prompt_tokens = len(self._tokenizer.encode(train.sample_prompt))
+        if prompt_tokens + train.sample_tokens > longest:
+            raise ValueError(
+                f"train.sample_tokens={train.sample_tokens}: expected at most {longest - prompt_tokens}, because the "
+                f"prompt has {prompt_tokens} tokens and model.max_sequence_length={longest}"
+            )
+
+    def _trace_steps(self) -> None:
+        """Builds and traces the two jitted functions; shapes only, nothing is compiled or allocated."""
+        config = self.config
+        self._optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+        self._model = model_function(config.model)
+        schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+        train_step = make_train_step(self._model, self._optimizer, schedule, config.train)
+        self._initialize = jax.jit(
+            functools.partial(initial_state, config.model, self._optimizer, config.train.seed)
+        )  # jitted, so that parameters are made on the device and not one operation at a time
+        self._abstract_state = jax.eval_shape(self._initialize)
+        batch = self._abstract_batch()
+        self._traced_train_step = jax.jit(train_step, donate_argnums=0).trace(self._abstract_state, batch)
+        self._eval_step = jax.jit(make_eval_step(self._model, config.train))
+
+    def _abstract_batch(self) -> Batch:
+        shape = (self.config.train.batch_size // jax.process_count(), self.config.data.sequence_length)
+        integers = jax.ShapeDtypeStruct(shape, jnp.int32)
+        return Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+    def _restore_or_initialize(self, steps: list[int]) -> None:
+        self._position = 0
+        if not steps:
+            self._state = self._initialize()
+            return
+        self._state, record = self._checkpoints.restore(self.step, self._abstract_state)
+        for name, value in self._fingerprints().items():
+            if record[name] != value:
+                data = self.config.data
+                raise CheckpointError(
+                    f"{self._checkpoint_directory / str(self.step)}: was trained on other data: its {name} is "
+                    f"{record[name]!r}, that of data.source={data.source!r} under data.tokenizer={data.tokenizer!r} "
+                    f"is {value!r}"
+                )
+        self._position = record["data_position"]
+        found, num_steps = ", ".join(map(str, reversed(steps))), self.config.train.num_steps
+        _logger.info("resuming from step %d of %d (checkpoints found: %s)", self.step, num_steps, found)
+
+    def _describe(self) -> None:
+        config, devices = self.config, jax.devices()
+        tokens_per_step = config.train.batch_size * config.data.sequence_length
+        epochs = config.train.num_steps * tokens_per_step / self._train_data.num_tokens
+        parameters = param_count(config.model)
+        lines = (
+            ("directory", self.workdir),
+            ("device", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"),
+            ("model", f"{quantity(parameters)} parameters ({parameters}), {config.model.num_layers} layers, "
+                      f"depth={config.model.depth}, compute dtype {config.model.dtype}"),
+            ("attention", config.model.attention_implementation or "the best implementation for this device"),
+            ("data", f"{config.data.source}: {quantity(self._train_data.num_tokens)} training tokens in "
+                     f"{self._train_data.num_documents} documents"),
+            ("plan", f"{config.train.num_steps} steps of {tokens_per_step} tokens ({config.train.batch_size} x "
+                     f"{config.data.sequence_length} in {config.train.accumulation_steps} parts), {epochs:.2f} epochs"),
+        )  # fmt: skip
+        for name, text in lines:
+            _logger.info("%-9s %s", name, text)
+
+    # The loop.
+
+    def _train_batches(self):
+        return train_batches(
+            self._train_data, self.config.data, batch_size=self.config.train.batch_size, seed=self.config.train.seed,
+            position=self._position, process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+
+    def _compile(self) -> None:
+        self._progress.show("compiling the train step", milestone=False)
+        began = time.monotonic()
+        self._train_step = self._traced_train_step.lower().compile()
+        _logger.info("compiled the train step in %s", duration(time.monotonic() - began))
+
+    def _loop(self, batches: Any, last: int) -> None:
+        """Steps from `self.step` to `last`. The host reads a step's metrics after it has handed the next one over."""
+        config, first = self.config, self.step + 1
+        self._mark()
+        self._loop_first, self._loop_began = first, time.monotonic()
+        pending: StepMetrics | None = None
+        for step in range(first, last + 1):
+            self._state, metrics = self._train_step(self._state, next(batches))
+            if pending is not None:
+                self._report(step - 1, pending)
+            pending, self.step, self._position = metrics, step, batches.position
+            evaluate = _due(step, config.eval.interval_steps, config.train.num_steps)
+            save = _due(step, config.checkpoint.interval_steps, config.train.num_steps) or step == last
+            if step == first or evaluate or save:
+                self._report(step, pending, evaluate=evaluate)
+                pending = None
+            if step == first:
+                _logger.info("first step done %s after the start", duration(time.monotonic() - self._began))
+            if save:
+                self._save()
+            if evaluate or save:
+                self._mark()
+
+    def _report(self, step: int, metrics: StepMetrics, *, evaluate: bool = False) -> None:
+        """Waits for a step's metrics; a line for the terminal, and one for the files if the step is a logged one."""
+        config = self.config
+        values = jax.tree.map(float, metrics)
+        tokens_per_step = config.train.batch_size * config.data.sequence_length
+        speed = (step - self._marked_step) * tokens_per_step / (time.monotonic() - self._marked_time)
+        seconds_per_step = (time.monotonic() - self._loop_began) / (step - self._loop_first + 1)  # with evaluations
+        left = duration((config.train.num_steps - step) * seconds_per_step)
+        logged = _due(step, config.train.log_interval_steps, config.train.num_steps)
+        self._progress.show(
+            f"step {step}/{config.train.num_steps} | loss {values.loss:.4f} | {quantity(speed)} tokens/s | {left} left",
+            milestone=logged,
+        )
+        if not (logged or evaluate):
+            return
+        entry = {
+            "step": step,
+            "tokens": step * tokens_per_step,
+            "loss": values.loss,
+            "perplexity": perplexity(values.loss),
+            "grad_norm": values.grad_norm,
+            "learning_rate": values.learning_rate,
+            "tokens_per_second": speed,
+            "mfu": self._flops_utilisation(speed),
+        }
+        if evaluate:
+            entry |= self._evaluate(step)
+        self._metrics.write(entry)
+        self._mark_at(step)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Mean loss over the validation split (or its first batches), token-weighted."""
+        config = self.config
+        self._progress.show(f"step {step}/{config.train.num_steps} | evaluating", milestone=False)
+        batches = validation_batches(
+            self._validation_data, config.data, batch_size=config.train.batch_size, num_batches=config.eval.num_batches,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        loss_sum, num_targets = 0.0, 0.0
+        for sums in _one_late(self._eval_step(self._state.params, batch) for batch in batches):
+            loss_sum, num_targets = loss_sum + float(sums.loss), num_targets + float(sums.num_targets)
+        loss = loss_sum / max(num_targets, 1.0)
+        _logger.info("step %d: validation loss %.4f nats per %s", step, loss, self._unit)
+        return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
+
+    def _save(self) -> None:
+        record = {
+            "step": self.step,
+            "data_position": self._position,
+            "config": self.config.to_dict(),
+            "versions": {name: importlib.metadata.version(name) for name in _RECORDED_VERSIONS},
+        }
+        self._checkpoints.save(self.step, self._state, record | self._fingerprints())
+
+    def _mark(self) -> None:
+        self._mark_at(self.step)
+
+    def _mark_at(self, step: int) -> None:
+        """Speed counts from here."""
+        self._marked_step, self._marked_time = step, time.monotonic()
+
+    def _flops_utilisation(self, tokens_per_second: float) -> float | None:
+        device = jax.devices()[0]
+        peak = peak_flops(device.device_kind, self.config.model.dtype)
+        if peak is None:
+            return None
+        flops = train_flops_per_token(self.config.model, self.config.data.sequence_length)
+        return tokens_per_second * flops / (peak * jax.device_count())
+
+    # The end.
+
+    def _finish(self) -> str | None:
+        """Draws the loss curves and samples a text, while the last checkpoint is being written."""
+        _logger.info("loss curves in %s", plot_losses(self.workdir))
+        train = self.config.train
+        if not train.sample_prompt:
+            return None
+        text = sample_text(
+            self._model, self._state.params, self._tokenizer, train.sample_prompt,
+            num_tokens=train.sample_tokens, key=jax.random.fold_in(self._state.key, self.step),
+        )  # fmt: skip
+        (self.workdir / workdir_lib.SAMPLE_FILE).write_text(text, encoding="utf-8")
+        return text
+
+    def _result(self, *, resumed_finished: bool = False, sample: str | None = None) -> RunResult:
+        losses = [entry["validation_loss"] for entry in read_metrics(self.workdir) if "validation_loss" in entry]
+        return RunResult(
+            workdir=self.workdir, step=self.step, num_steps=self.config.train.num_steps,
+            resumed_finished=resumed_finished, validation_loss=losses[-1] if losses else None, unit=self._unit,
+            sample=sample,
+        )  # fmt: skip
+
+    @property
+    def _unit(self) -> str:
+        return "byte" if self.config.data.tokenizer == "bytes" else "token"
+
+    def _fingerprints(self) -> dict[str, str]:
+        return {
+            "dataset_fingerprint": self._train_data.fingerprint,
+            "tokenizer_fingerprint": self._tokenizer.fingerprint,
+        }
+
+
+def _resolve(config: Config) -> Config:
+    """The config with what depends on the device filled in, so that config.json says what the run computes."""
+    dtype = np.dtype(compute_dtype(config.model.dtype)).name
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+
+
+def _one_late[Item](items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each after the next one was asked for: the device has work while the host reads."""
+    previous: list[Item] = []
+    for item in items:
+        yield from previous
+        previous = [item]
+    yield from previous
+
+
+def _due(step: int, interval: int, num_steps: int) -> bool:
+    """Every `interval` steps and at the end."""
+    return interval > 0 and (step % interval == 0 or step == num_steps)

@@ -1,0 +1,74 @@
+import io
+import logging
+import os
+import pty
+
+import pytest
+
+from moda_jax.training.console import ProgressLine, check_config_arguments, duration, quantity, user_errors
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.model.num_layer=3", r"num_layer: unknown config key; did you mean --config\.model\.num_layers\?"),
+        ("--config.modle.num_layers=3", r"did you mean --config\.model\.num_layers"),
+        ("--config.eval.zzzzzzz=3", r"unknown config key; known: eval\.interval_steps, eval\.num_batches"),
+        ("--config.zzzzzzz=3", r"unknown config key; known: model, data, optimizer"),
+        ("--noconfig.model.qk=1", r"--config\.model\.qk: unknown config key"),
+        ("--config.model=3", r"--config\.model: is a section; set one of its keys"),
+        ("--config=/nowhere/x.py:row1", r"--config=/nowhere/x\.py: no such file"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_named(argument, message):
+    with pytest.raises(ValueError, match=message):
+        check_config_arguments([argument])
+
+
+def test_good_arguments_pass():
+    check_config_arguments(
+        [f"--config={__file__}:row1", "--config.model.num_layers=3", "--noconfig.model.qk_norm", "--workdir=x"]
+    )
+    check_config_arguments(["--config", __file__, "--config.data.cache_dir", "config.nothing"])
+
+
+def test_user_errors_end_in_one_line(capsys):
+    import absl.flags
+
+    if not absl.flags.FLAGS.is_parsed():
+        absl.flags.FLAGS(["test"])
+    with pytest.raises(SystemExit) as ended, user_errors():
+        raise ValueError("model.width=-1: expected a positive number")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: model.width=-1: expected a positive number\n"
+    with pytest.raises(KeyError), user_errors():
+        raise KeyError("a bug keeps its traceback")
+
+
+def test_the_progress_line_is_overwritten_on_a_terminal():
+    reader, writer = pty.openpty()  # of size 0 x 0, as some terminals say that they are
+    with os.fdopen(reader, "rb", buffering=0) as reader, os.fdopen(writer, "w") as stream:
+        line = ProgressLine(logging.getLogger("moda_jax.test"), stream)
+        line.show("step 1", milestone=True)
+        line.show("step 2", milestone=True)  # at once: not drawn
+        ProgressLine.hide_shown()
+        line.show("step 3 " + 100 * "x", milestone=False)
+        line.close()
+        ProgressLine.hide_shown()
+        assert reader.read(1000).decode() == ("\r\x1b[Kstep 1" + "\r\x1b[K" + "\r\x1b[Kstep 3 " + 72 * "x" + "\r\x1b[K")
+
+
+def test_without_a_terminal_milestones_are_logged(caplog):
+    stream = io.StringIO()
+    line = ProgressLine(logging.getLogger("moda_jax.test"), stream)
+    with caplog.at_level(logging.INFO, logger="moda_jax"):
+        line.show("step 1", milestone=False)
+        line.show("step 2", milestone=True)
+        line.close()
+    assert caplog.messages == ["step 2"]
+    assert stream.getvalue() == ""
+
+
+def test_numbers_for_people():
+    assert [duration(s) for s in (0.4, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
+    assert [quantity(n) for n in (950, 12345, 4.56e6, 1.2e9)] == ["950", "12.3k", "4.56M", "1.20B"]

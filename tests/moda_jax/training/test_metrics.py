@@ -1,0 +1,72 @@
+import json
+import math
+
+import pytest
+
+from moda_jax.training.metrics import MetricsWriter, peak_flops, perplexity, plot_losses, read_metrics
+
+
+def write(workdir, step, *steps):
+    writer = MetricsWriter(workdir, step)
+    for n in steps:
+        writer.write({"step": n, "loss": 1 / n, "mfu": None} | ({"validation_loss": 2.0} if n % 2 == 0 else {}))
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "dtype", "expected"),
+    [
+        ("NVIDIA H200", "bfloat16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "float16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA GH200 480GB", "bfloat16", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
+        ("NVIDIA H200", "float32", None),
+        ("cpu", "bfloat16", None),
+    ],
+)
+def test_peak_flops(device_kind, dtype, expected):
+    assert peak_flops(device_kind, dtype) == expected
+
+
+def test_perplexity():
+    assert perplexity(2.0) == pytest.approx(math.e**2)
+    assert perplexity(1e4) == math.inf
+    assert math.isnan(perplexity(math.nan))
+
+
+def test_a_line_per_step(tmp_path):
+    write(tmp_path, 0, 1, 2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 1.0, "mfu": None},
+        {"step": 2, "loss": 0.5, "mfu": None, "validation_loss": 2.0},
+    ]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_resume_drops_the_lines_after_its_step(tmp_path):
+    write(tmp_path, 0, 1, 2, 3, 4)
+    write(tmp_path, 2, 3)
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path):
+    write(tmp_path, 0, 1, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2]
+    write(tmp_path, 2, 3)
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_damaged_line_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not JSON"):
+        MetricsWriter(tmp_path, 1)
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    assert plot_losses(tmp_path).read_bytes().startswith(b"\x89PNG")  # without a line yet
+    write(tmp_path, 0, 1, 2, 3)
+    assert plot_losses(tmp_path).stat().st_size > 5000

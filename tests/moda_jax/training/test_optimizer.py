@@ -1,0 +1,88 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moda_jax.config import OptimizerConfig, TransformerConfig
+from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer, weight_decay_mask
+from moda_jax.training.state import split_model
+
+TINY = {
+    "vocab_size": 20, "num_layers": 3, "width": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_width": 16,
+    "depth_attn_kv": True,
+}  # fmt: skip
+
+
+def model_parameters(**fields):
+    config = TransformerConfig(**TINY | fields)
+    return jax.eval_shape(lambda: split_model(config, jax.random.key(0))[1])
+
+
+def named(tree):
+    return {".".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def test_schedule_values():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_learning_rate_fraction=0.1)
+    schedule = learning_rate_schedule(config, num_steps=24)
+    # Update n is schedule(n - 1): linear to the peak at n = 4, half a cosine to a tenth at n = 24.
+    expected = [2.0 * n / 4 for n in range(1, 5)]
+    expected += [2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * (n - 4) / 20)) / 2) for n in range(5, 25)]
+    np.testing.assert_allclose([schedule(n - 1) for n in range(1, 25)], expected, rtol=1e-6)
+    assert float(schedule(23)) == pytest.approx(0.2)
+    assert float(schedule(1000)) == pytest.approx(0.2)
+    assert float(schedule(jnp.int32(13))) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(("warmup_steps", "expected"), [(0, [0.55, 0.1]), (2, [0.5, 1.0])])
+def test_schedule_without_warmup_and_without_decay(warmup_steps, expected):
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=warmup_steps)
+    np.testing.assert_allclose([learning_rate_schedule(config, num_steps=2)(n) for n in range(2)], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_decay_and_norms_and_embeddings_do_not(tied):
+    params = model_parameters(tie_embeddings=tied)
+    mask = named(weight_decay_mask(params))
+    assert mask.keys() == named(params).keys()
+    for name, decays in mask.items():
+        assert decays == name.endswith(".kernel"), name
+    assert mask["embedding.table"] is False
+    assert mask["layers.attention.query_norm.scale"] is False  # two axes, being stacked, and no matrix all the same
+    assert mask["layers.depth.ffn_kv.kernel"] is True
+    assert ("head.kernel" in mask) == (not tied)
+
+
+def test_a_parameter_of_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match=r"parameter layers\.ffn\.bias: no weight decay rule for 'bias'"):
+        weight_decay_mask({"layers": {"ffn": {"bias": jnp.zeros(3)}}})
+
+
+def test_updates_equal_a_float64_adamw():
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=2, weight_decay=0.1, gradient_clip_norm=1.0)
+    optimizer = make_optimizer(config, num_steps=5)
+    random = np.random.default_rng(0)
+    params = {"a": {"kernel": random.normal(size=(3, 4))}, "b": {"scale": random.normal(size=(4,))}}
+    expected = jax.tree.map(np.copy, params)
+    params = jax.tree.map(jnp.float32, params)
+    state = optimizer.init(params)
+    shapes = jax.tree.map(jnp.shape, state)
+    moments = {name: (0.0, 0.0) for name in ("a", "b")}
+    for n, size in ((1, 5.0), (2, 0.01), (3, 1.0)):
+        gradient = jax.tree.map(lambda p, size=size: size * random.normal(size=p.shape), expected)
+        norm = math.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradient)))
+        rate = 0.1 * n / 2 if n < 2 else 0.1 * (0.1 + 0.9 * (1 + math.cos(math.pi * (n - 2) / 3)) / 2)
+        for name, kind, decay in (("a", "kernel", 0.1), ("b", "scale", 0.0)):
+            g = gradient[name][kind] / max(norm, 1.0)
+            first, second = moments[name]
+            first, second = 0.9 * first + 0.1 * g, 0.95 * second + 0.05 * g**2
+            moments[name] = first, second
+            step = (first / (1 - 0.9**n)) / (np.sqrt(second / (1 - 0.95**n)) + 1e-8)
+            expected[name][kind] = expected[name][kind] - rate * (step + decay * expected[name][kind])
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        for name, kind in (("a", "kernel"), ("b", "scale")):
+            np.testing.assert_allclose(params[name][kind], expected[name][kind], rtol=1e-5, err_msg=f"{name}, step {n}")
+    assert jax.tree.map(jnp.shape, state) == shapes

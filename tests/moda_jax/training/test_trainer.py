@@ -1,0 +1,192 @@
+"""The real trainer on a tiny model and corpus. Compiling dominates: few runs are made, many things asked of them."""
+
+import json
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from support.tiny_run import tiny_config, write_corpus
+
+from moda_jax.training.checkpoint import CheckpointError, saved_steps
+from moda_jax.training.metrics import read_metrics
+from moda_jax.training.trainer import TrainingRun
+
+SAMPLE = {"sample_prompt": "def ", "sample_tokens": 10}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    write_corpus(root / "corpus")
+    return root
+
+
+@pytest.fixture(scope="module")
+def make(place):
+    """A run in a directory below `place`; keyword arguments change the config's sections."""
+
+    def make_(name, **sections):
+        sections["train"] = {"accumulation_steps": 2} | SAMPLE | sections.get("train", {})
+        return TrainingRun(tiny_config(place / "corpus", place / "cache", **sections), place / name)
+
+    return make_
+
+
+@pytest.fixture(scope="module")
+def straight(make):
+    """60 steps at a stretch: the run, and its result."""
+    run = make("straight")
+    return run, run.train()
+
+
+@pytest.fixture(scope="module")
+def halves(make):
+    """30 steps, a stop, and 30 more by the same config, in a new run."""
+    first = make("halves")
+    stopped = first.train(stop_at_step=30)
+    second = make("halves")
+    assert second.step == 30
+    return stopped, second, second.train()
+
+
+@pytest.fixture
+def copy(place, straight, request):
+    """A finished run in a directory of its own, to be spoiled."""
+    name = request.node.name
+    shutil.copytree(place / "straight", place / name)
+    return place / name
+
+
+def losses(workdir):
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in read_metrics(workdir)]
+
+
+def files(directory):
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in directory.rglob("*")}
+
+
+def test_what_a_run_leaves_behind(straight, place):
+    run, result = straight
+    workdir = place / "straight"
+    assert result.step == result.num_steps == 60
+    assert saved_steps(workdir / "checkpoints") == [60, 40]
+    assert json.loads((workdir / "config.json").read_text())["model"]["dtype"] == "float32"  # resolved
+    assert (workdir / "loss.png").stat().st_size > 5000
+    assert list((workdir / "tensorboard").iterdir())
+    assert (workdir / "sample.txt").read_text() == result.sample
+    assert result.sample.startswith("def ")
+    assert f"validation loss {result.validation_loss:.4f} nats per byte" in str(result)
+    assert run.config.model.dtype == "float32"
+
+
+def test_metrics_have_a_line_per_step_with_every_key(straight, place):
+    entries = read_metrics(place / "straight")
+    keys = ["step", "tokens", "loss", "perplexity", "grad_norm", "learning_rate", "tokens_per_second", "mfu"]
+    assert [entry["step"] for entry in entries] == list(range(1, 61))
+    for entry in entries:
+        evaluated = entry["step"] in (25, 50, 60)
+        assert list(entry) == keys + (["validation_loss", "validation_perplexity"] if evaluated else [])
+        assert entry["tokens"] == entry["step"] * 4 * 32
+        assert entry["perplexity"] == pytest.approx(np.exp(entry["loss"]))
+        assert entry["tokens_per_second"] > 0
+        assert entry["mfu"] is None  # on a CPU
+    assert entries[4]["learning_rate"] == pytest.approx(1e-2)  # the peak, when warm-up is over
+    assert entries[-1]["learning_rate"] == pytest.approx(1e-3)
+    assert entries[0]["loss"] == pytest.approx(np.log(257), abs=0.1)
+    assert entries[-1]["loss"] < 3.5
+    assert entries[-1]["validation_loss"] == straight[1].validation_loss < 3.5
+
+
+def test_stop_and_resume_is_bit_equal(straight, halves, place):
+    stopped, resumed, result = halves
+    assert stopped.step == 30 and stopped.sample is None and "stopped at step 30 of 60" in str(stopped)
+    assert losses(place / "halves") == losses(place / "straight")
+    assert result.validation_loss == straight[1].validation_loss
+    assert result.sample == straight[1].sample
+    own = jax.tree.leaves_with_path(resumed._state.params)
+    for (path, ours), theirs in zip(own, jax.tree.leaves(straight[0]._state.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_finished_run_says_so_and_touches_nothing(straight, make, place, caplog):
+    before = files(place / "straight")
+    result = make("straight", eval={"interval_steps": 7}).train()
+    assert "this run is finished, step 60 of 60; nothing to do" in str(result)
+    assert result.validation_loss == straight[1].validation_loss
+    assert files(place / "straight") == before
+
+
+def test_another_config_is_refused(straight, make, place):
+    before = files(place / "straight")
+    with pytest.raises(ValueError, match="holds a run with a different config") as error:
+        make("straight", model={"num_layers": 4}, train={"seed": 1, "num_steps": 90})
+    assert "model.num_layers: 3 in the directory, 4 now" in str(error.value)
+    assert "train.seed: 0 in the directory, 1 now" in str(error.value)
+    assert "num_steps" not in str(error.value)
+    assert files(place / "straight") == before
+
+
+def test_more_steps_go_on_and_drop_lines_of_lost_steps(copy, make, caplog):
+    """The newest checkpoint is lost, the metrics know more than the checkpoint: steps 41 to 60 are done again."""
+    shutil.rmtree(copy / "checkpoints" / "60")
+    before = losses(copy)
+    with caplog.at_level(logging.INFO, logger="moda_jax"):
+        run = make(copy.name, train={"num_steps": 70})
+    assert "resuming from step 40 of 70 (checkpoints found: 40)" in caplog.text
+    assert "train.num_steps: 60 in the directory, 70 now" in caplog.text
+    assert json.loads((copy / "config.json").read_text())["train"]["num_steps"] == 70
+    run.train(stop_at_step=44)
+    after = losses(copy)
+    assert [step for step, *_ in after] == list(range(1, 45))
+    assert after[:40] == before[:40]
+    assert after[40] == before[40]  # step 41 starts from the same parameters on the same batch
+    assert saved_steps(copy / "checkpoints") == [44, 40]
+
+
+def test_a_newest_step_that_is_no_checkpoint_is_not_passed_over(copy, make):
+    (copy / "checkpoints" / "61").mkdir()
+    with pytest.raises(CheckpointError, match=r"checkpoints/61: not a complete checkpoint"):
+        make(copy.name)
+
+
+def test_other_data_is_refused(copy, make, place):
+    write_corpus(place / "other_corpus", seed=1)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["source"] = str(place / "other_corpus")
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="was trained on other data: its dataset_fingerprint is"):
+        make(copy.name, data={"source": str(place / "other_corpus")}, train={"num_steps": 70})
+    assert json.loads((copy / "config.json").read_text()) == config  # the new num_steps was not stored
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"vocab_size": 100}}, r"model\.vocab_size=100: expected at least 257"),
+        ({"data": {"source": "/nowhere"}}, r"data\.source='/nowhere'"),
+        ({"train": {"sample_tokens": 61}}, r"train\.sample_tokens=61: expected at most 60"),
+        ({"model": {"num_heads": 3, "num_kv_heads": 2}}, r"model\.num_heads=3: expected a multiple"),
+        (
+            {"data": {"sequence_length": 65}},
+            r"data\.sequence_length=65: expected at most model\.max_sequence_length=64",
+        ),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_written(sections, message, make, place):
+    with pytest.raises(ValueError, match=message):
+        make("refused", **sections)
+    assert not (place / "refused").exists()
+
+
+def test_no_evaluation_no_sample_and_no_checkpoint_but_the_last(make, place):
+    run = make(
+        "bare", train={"num_steps": 5, "log_interval_steps": 2, "sample_prompt": "", "accumulation_steps": 1},
+        eval={"interval_steps": 0}, checkpoint={"interval_steps": 0},
+        model={"vocab_size": 300, "num_layers": 1, "depth": "none"},
+    )  # fmt: skip
+    result = run.train()
+    assert (result.validation_loss, result.sample) == (None, None)
+    assert [entry["step"] for entry in read_metrics(place / "bare")] == [2, 4, 5]
+    assert saved_steps(place / "bare" / "checkpoints") == [5]

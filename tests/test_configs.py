@@ -1,0 +1,112 @@
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from moda_jax import param_count
+from moda_jax.config import Config
+
+DIRECTORY = Path(__file__).parents[1] / "configs"
+
+
+def load(name, *argument):
+    """As `--config=configs/NAME.py:ARGUMENT` does."""
+    spec = importlib.util.spec_from_file_location(f"config_{name}", DIRECTORY / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*argument)
+
+
+def build(name, *argument):
+    return Config.from_dict(load(name, *argument).to_dict())
+
+
+SMALL = ("48_pre", "48_post", "48_pre_depth", "48_post_depth", "48_pre_depth_ffn", "48_post_depth_ffn",
+         "24_post", "24_post_depth", "24_post_depth_ffn")  # fmt: skip
+ALL = [
+    ("base",), ("quickstart",), ("olmo2_700m",), ("moda_700m",), ("moda_1p5b",), ("small",), ("depth_comparison",),
+    *(("moda_700m", f"row{row}") for row in range(1, 6)),
+    *(("small", f"row{row}") for row in range(1, 10)),
+    *(("small", name) for name in SMALL),
+    *(("depth_comparison", name) for name in ("none", "moda", "moda_own_kv")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", ALL, ids=":".join)
+def test_every_config_is_valid(arguments):
+    config = build(*arguments)
+    assert config.model.vocab_size >= 257
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_no_config_is_forgotten():
+    files = {path.stem for path in DIRECTORY.glob("*.py")} - {"__init__"}
+    assert files == {arguments[0] for arguments in ALL}
+
+
+def test_base_is_the_dataclasses_defaults():
+    assert build("base") == Config()
+
+
+def test_every_field_can_be_set_and_keeps_its_type():
+    config = load("base")
+    config.lock()
+    config.model.dtype = "bfloat16"
+    config.data.cache_dir = "/x"
+    config.optimizer.learning_rate = 1
+    built = Config.from_dict(config.to_dict())
+    assert (built.model.dtype, built.data.cache_dir, built.optimizer.learning_rate) == ("bfloat16", "/x", 1.0)
+    with pytest.raises(TypeError):
+        config.model.dtype = 16
+    with pytest.raises(AttributeError):
+        config.model.widht = 3
+
+
+@pytest.mark.parametrize(("row", "millions"), [(1, 669.0), (2, 700.5), (3, 669.0), (4, 705.7), (5, 742.4)])
+def test_the_700m_models_have_the_papers_size(row, millions):
+    config = build("moda_700m", f"row{row}")
+    assert round(param_count(config.model) / 1e6, 1) == millions
+    assert config.train.num_steps * config.train.batch_size * config.data.sequence_length == pytest.approx(
+        400e9, rel=1e-5
+    )
+
+
+def test_the_baseline_is_row_one_and_has_no_depth():
+    assert build("olmo2_700m") == build("moda_700m", "row1")
+    assert build("olmo2_700m").model.depth == "none"
+    assert build("moda_700m") == build("moda_700m", "row4")
+
+
+def test_the_large_model_has_one_and_a_half_billion_parameters_and_its_projections():
+    model = build("moda_1p5b").model
+    assert param_count(dataclasses.replace(model, depth="none")) == pytest.approx(1.50e9, rel=0.005)
+    assert param_count(model) == pytest.approx(1.59e9, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "millions"),
+    [*zip(range(1, 10), SMALL, (123.38, 123.38, 123.38, 123.38, 128.11, 128.11, 71.35, 71.35, 73.72), strict=True)],
+)
+def test_the_small_models_have_the_papers_size(row, name, millions):
+    config = build("small", f"row{row}")
+    assert config == build("small", name)
+    assert param_count(config.model) / 1e6 == pytest.approx(millions, rel=0.003)
+
+
+def test_an_unknown_argument_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"configs/moda_700m\.py:row6: unknown argument; known: row1, row2"):
+        load("moda_700m", "row6")
+    with pytest.raises(ValueError, match=r"configs/small\.py:48: unknown argument; known: 48_pre, "):
+        load("small", "48")
+    with pytest.raises(ValueError, match=r"configs/depth_comparison\.py:x: unknown argument; known: none, moda"):
+        load("depth_comparison", "x")
+
+
+def test_the_depth_comparison_differs_in_depth_alone():
+    none, own, both = (build("depth_comparison", name) for name in ("none", "moda_own_kv", "moda"))
+    assert param_count(none.model) == param_count(own.model) < param_count(both.model)
+    assert none.model.num_layers == 12
+    alike = {"depth": "none", "depth_ffn_kv": none.model.depth_ffn_kv}
+    for config in (own, both):
+        assert dataclasses.replace(config, model=dataclasses.replace(config.model, **alike)) == none

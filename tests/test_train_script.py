@@ -1,0 +1,87 @@
+"""train.py as a user calls it. Every call costs seconds, so the calls are few."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.tiny_run import write_corpus
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = "--config=configs/quickstart.py"
+TINY = (
+    "--config.model.num_layers=2", "--config.model.width=16", "--config.model.num_heads=2",
+    "--config.model.num_kv_heads=1", "--config.model.head_dim=8", "--config.model.ffn_width=16",
+    "--config.data.sequence_length=32", "--config.train.batch_size=4", "--config.train.num_steps=4",
+    "--config.optimizer.warmup_steps=2", "--config.train.sample_tokens=8", "--config.eval.num_batches=2",
+    "--config.train.log_interval_steps=2",
+)  # fmt: skip
+
+
+def train(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+        timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False,
+    )  # fmt: skip
+
+
+def refused(*arguments):
+    """The one line that a refused call prints."""
+    done = train(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ((), "error: --config: missing; name a config file, as in --config=configs/quickstart.py"),
+        (
+            (QUICKSTART, "--config.model.num_layer=3"),
+            "error: --config.model.num_layer: unknown config key; did you mean --config.model.num_layers?",
+        ),
+        (
+            (QUICKSTART, "--config.model.num_layers=3.5"),
+            "error: flag --config.model.num_layers=3.5: invalid literal for int() with base 10: '3.5'",
+        ),
+        (
+            (QUICKSTART, "--config.model.num_heads=5", "--config.model.num_kv_heads=2"),
+            "error: model.num_heads=5: expected a multiple of model.num_kv_heads=2",
+        ),
+        (
+            ("--config=configs/moda_700m.py:row9",),
+            "error: configs/moda_700m.py:row9: unknown argument; known: row1, row2, row3, row4, row5",
+        ),
+    ],
+    ids=["no config", "unknown key", "wrong type", "heads", "unknown argument"],
+)
+def test_a_wrong_command_ends_in_one_line(arguments, line):
+    assert refused(*arguments) == line
+
+
+def test_debug_shows_the_traceback():
+    done = train(QUICKSTART, "--config.model.num_heads=5", "--debug")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr and "config.py" in done.stderr
+
+
+def test_train_resume_and_refuse(tmp_path):
+    command = (
+        QUICKSTART, *TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.cache_dir={tmp_path / 'cache'}",
+        f"--config.data.source={write_corpus(tmp_path / 'corpus')}",
+    )  # fmt: skip
+    done = train(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path / 'run'}: finished, step 4 of 4\nvalidation loss " in done.stdout
+    assert "nats per byte" in done.stdout and "sample:\nimport os" in done.stdout
+    for expected in ("device ", "parameters", "steps of 128 tokens", "compiled the train step", "step 2/4 | loss "):
+        assert expected in done.stderr, expected
+    again = train(*command)
+    assert again.returncode == 0, again.stderr
+    assert "this run is finished, step 4 of 4; nothing to do" in again.stdout
+    line = refused(*command, "--config.model.ffn_width=32")
+    assert "holds a run with a different config" in line

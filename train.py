@@ -1,0 +1,29 @@
+"""Trains a model: `python train.py --config=configs/quickstart.py [--config.SECTION.KEY=VALUE] [--workdir=DIRECTORY]`.
+
+The same command resumes a run that was stopped, and says so when it is finished.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from moda_jax.training.console import config_from_flag, run_command, user_errors
+from moda_jax.training.trainer import TrainingRun
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with its argument after a colon: configs/moda_700m.py:row4."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; by default runs/<name of the config>.")
+
+
+def main() -> None:
+    """Builds and runs; what the run came to is printed on stdout."""
+    with user_errors():
+        config, name = config_from_flag(_CONFIG)
+        run = TrainingRun(config, _WORKDIR.value or Path("runs") / name)
+    print(run.train(), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
