@@ -37,7 +37,7 @@ def get_config(depth: str = "moda") -> ConfigDict:
     config.optimizer.warmup_steps = 60
     config.train.batch_size = 4
     config.train.num_steps = 1500
-    config.eval.interval_steps = 1500  # once, at the end, over the whole validation split
-    config.eval.num_batches = 0
+    config.eval.interval_steps = 500
+    config.eval.num_batches = 256  # 1024 rows, evenly over the validation split
     config.checkpoint.interval_steps = 500
     return config

@@ -130,13 +130,14 @@ def validation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """One pass over the rows in order; the last batch is filled up with rows whose target mask is 0.
+    """One pass over rows in order, all or evenly spread; the last batch is filled up with rows of target mask 0.
 
     Args:
         dataset: from `open_dataset`.
         config: `sequence_length` and `prefetch_batches` are used.
         batch_size: B, rows of a global batch.
-        num_batches: at most so many batches; 0: all rows.
+        num_batches: at most so many batches, of rows spread evenly over the split (the first rows alone would be a few
+            documents); 0: all rows.
         process_index, process_count: this process's share is B / process_count rows of every batch.
 
     Returns:
@@ -149,11 +150,11 @@ def validation_batches(
     if num_batches < 0:
         raise ValueError(f"num_batches={num_batches}: expected a number >= 0 (0: all)")
     T = config.sequence_length
-    num_rows = _num_rows(dataset, T)
-    if num_batches:
-        num_rows = min(num_rows, num_batches * batch_size)
+    all_rows = _num_rows(dataset, T)
+    num_rows = min(all_rows, num_batches * batch_size) if num_batches else all_rows
 
-    def pack(ids: np.ndarray) -> Batch:
+    def pack(places: np.ndarray) -> Batch:
+        ids = places * all_rows // num_rows
         return pad_rows(pack_rows(dataset.tokens, dataset.offsets, ids[rows_here], T), batch_size // process_count)
 
     batches = grain.MapDataset.range(num_rows).batch(batch_size, drop_remainder=False, batch_fn=np.asarray).map(pack)

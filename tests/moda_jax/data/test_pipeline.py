@@ -239,6 +239,13 @@ class TestValidation:
         batches = list(validation_batches(dataset, config, batch_size=8, num_batches=asked))
         assert len(batches) == (given or -(-dataset.num_rows(T) // 8))
 
+    def test_some_batches_are_spread_evenly_over_the_split(self, prepared):
+        config, dataset = prepared
+        R = dataset.num_rows(T)
+        assert R > 24
+        rows = join(list(validation_batches(dataset, config, batch_size=8, num_batches=3)))
+        assert_equal(rows, pack_rows(dataset.tokens, dataset.offsets, np.arange(24) * R // 24, T))
+
     def test_wrong_arguments(self, prepared):
         config, dataset = prepared
         with pytest.raises(ValueError, match=r"num_batches=-1: expected a number >= 0"):
