@@ -232,7 +232,7 @@ class EvalConfig:
 
     Attributes:
         interval_steps: evaluate every so many steps, and at the end; 0: never.
-        num_batches: batches of `train.batch_size` rows per evaluation, spread evenly over the split; 0: the whole split.
+        num_batches: batches of `train.batch_size` rows per evaluation, spread evenly over the split; 0: all of it.
     """
 
     interval_steps: int = 500
