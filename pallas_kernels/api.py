@@ -1,0 +1,206 @@
+"""The public op: `moda_attention` and `depth_attention`."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import block, dispatch, validation
+
+
+class _Static(NamedTuple):
+    """What a call fixes while tracing; hashable."""
+
+    scale: float
+    causal: bool
+    implementation: str
+
+
+def moda_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    depth_key: Array | None = None,
+    depth_value: Array | None = None,
+    *,
+    depth_length: int | Array | None = None,
+    causal: bool = True,
+    segment_ids: Array | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Mixture-of-depths attention: each query attends, under one softmax, to the sequence and to its own token's depth.
+
+        logits_t = [ query_t . key_0..t , query_t . depth_key[t, 0..n-1] ] * scale,    n = depth_length
+        out_t    = softmax(logits_t) @ [ value_0..t ; depth_value[t, 0..n-1] ],    lse_t = log(sum(exp(logits_t)))
+
+    Query head h reads key/value head h // G, for the sequence and the depth KV alike. Differentiable in query, key,
+    value, depth_key and depth_value, through out and lse: once and in reverse mode ("reference": as often as wanted).
+    The contents of unfilled slots, NaN included, do not matter and their gradient is exactly 0. Without a filled slot
+    this is plain attention, bit for bit.
+
+    Under a scanned or unrolled stack of layers plain autodiff through this op keeps one copy of the depth arrays per
+    layer, O(S^2) in all; `moda_jax.depth_scan` avoids that.
+
+    Args:
+        query: [B, T, N, H], float32, bfloat16 or float16; the other arrays share its dtype.
+        key, value: [B, T, K, H]; K divides N.
+        depth_key, depth_value: [B, T, S, K, H], the entries that preceding layers wrote at each token; both or neither.
+        depth_length: filled slots: an int in 0..S, or an int32 scalar array, which is clipped to 0..S; None: all S.
+        causal: a query sees the keys at positions up to its own; else all.
+        segment_ids: [B, T] int32; a query sees keys of an equal id only. The depth part is not affected.
+        scale: a finite number that multiplies the logits; None: H ** -0.5.
+        implementation: "reference", "xla", "mosaic_gpu" or "triton"; None: the best for this device, logged once.
+        return_lse: also return lse.
+
+    Returns:
+        out [B, T, N, H] in the inputs' dtype; with `return_lse` (out, lse), lse [B, T, N] float32, natural logarithm,
+        over sequence and depth together.
+
+    Raises:
+        ValueError: an argument has a wrong rank, shape, dtype, type or range; the message names it.
+        NotImplementedError: the named implementation cannot serve the call; the message says what it lacks.
+
+    Source: arXiv 2603.15619, Algorithm 1.
+    """
+    validation.check_attention(query, key, value, depth_key, depth_value, segment_ids, causal, return_lse)
+    slots = 0 if depth_key is None else depth_key.shape[2]
+    depth_length = validation.checked_depth_length(depth_length, slots)
+    scale = validation.checked_scale(scale, query.shape[-1])
+    if slots == 0 or (isinstance(depth_length, int) and depth_length == 0):
+        depth_key = depth_value = depth_length = None  # plain attention; what is not read has gradient 0
+    facts = block.attention_facts(
+        query, key, depth_key, bool(causal), scale, query_segment_ids=segment_ids, key_segment_ids=segment_ids
+    )
+    static = _Static(scale, bool(causal), dispatch.resolve(implementation, **facts))
+    arrays = query, key, value, depth_key, depth_value, _as_array(depth_length), segment_ids
+    function = _attention_forward if static.implementation == "reference" else _attention
+    out, lse = function(static, *arrays)
+    return (out, lse) if return_lse else out
+
+
+def depth_attention(
+    query: Array,
+    depth_key: Array,
+    depth_value: Array,
+    *,
+    depth_length: int | Array | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """The depth part alone: every query attends to the filled depth slots of its own token.
+
+        out_t = softmax(query_t . depth_key[t, 0..n-1] * scale) @ depth_value[t, 0..n-1],    n = depth_length
+
+    Args:
+        query: [B, T, N, H], float32, bfloat16 or float16.
+        depth_key, depth_value: [B, T, S, K, H], the query's dtype; K divides N.
+        depth_length, scale, implementation, return_lse: as in `moda_attention`.
+
+    Returns:
+        As `moda_attention`. Without a filled slot out is 0, lse is -inf and the gradients are 0.
+
+    Raises:
+        ValueError, NotImplementedError: as `moda_attention`.
+    """
+    validation.check_depth(query, depth_key, depth_value, return_lse)
+    depth_length = validation.checked_depth_length(depth_length, depth_key.shape[2])
+    scale = validation.checked_scale(scale, query.shape[-1])
+    static = _Static(scale, False, dispatch.resolve(implementation, **block.depth_facts(query, depth_key, scale)))
+    function = _depth_forward if static.implementation == "reference" else _depth
+    out, lse = function(static, query, depth_key, depth_value, _as_array(depth_length))
+    return (out, lse) if return_lse else out
+
+
+def _as_array(depth_length: int | Array | None) -> Array | None:
+    return None if depth_length is None else jnp.asarray(depth_length, jnp.int32)
+
+
+# One compilation for all calls of a kind outside of jit; inside of one, just the operations themselves.
+_compiled = functools.partial(jax.jit, static_argnums=0, inline=True)
+
+
+@functools.partial(_compiled, static_argnames="out_dtype")
+def _attention_forward(
+    static: _Static, *arrays: Array | None, out_dtype: jnp.dtype | None = None
+) -> tuple[Array, Array]:
+    *arrays, segment_ids = arrays
+    return block.attention_forward(
+        *arrays, scale=static.scale, causal=static.causal, query_segment_ids=segment_ids, key_segment_ids=segment_ids,
+        out_dtype=out_dtype, implementation=static.implementation,
+    )  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, *arrays: Array | None) -> tuple[Array, Array]:
+    """(out, lse) of query, key, value, depth_key, depth_value, depth_length, segment_ids."""
+    return _attention_forward(static, *arrays)
+
+
+def _attention_fwd(static: _Static, *arrays: Array | None) -> tuple[tuple[Array, Array], tuple]:
+    out, lse = _attention_forward(static, *arrays, out_dtype=_residual_dtype(static))
+    return (out.astype(arrays[0].dtype), lse), (arrays, out, lse)
+
+
+@_compiled
+def _attention_bwd(static: _Static, residuals: tuple, gradients: tuple[Array, Array]) -> tuple:
+    (*arrays, segment_ids), out, lse = residuals
+    dout, dlse = gradients
+    gradients = block.attention_backward(
+        *arrays, dout, lse, _delta(dout, out, dlse), scale=static.scale, causal=static.causal,
+        query_segment_ids=segment_ids, key_segment_ids=segment_ids, implementation=static.implementation,
+    )  # fmt: skip
+    return *gradients, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+@functools.partial(_compiled, static_argnames="out_dtype")
+def _depth_forward(static: _Static, *arrays: Array | None, out_dtype: jnp.dtype | None = None) -> tuple[Array, Array]:
+    return block.depth_forward(*arrays, scale=static.scale, out_dtype=out_dtype, implementation=static.implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _depth(static: _Static, *arrays: Array | None) -> tuple[Array, Array]:
+    """(out, lse) of query, depth_key, depth_value, depth_length."""
+    return _depth_forward(static, *arrays)
+
+
+def _depth_fwd(static: _Static, *arrays: Array | None) -> tuple[tuple[Array, Array], tuple]:
+    out, lse = _depth_forward(static, *arrays, out_dtype=_residual_dtype(static))
+    return (out.astype(arrays[0].dtype), lse), (arrays, out, lse)
+
+
+@_compiled
+def _depth_bwd(static: _Static, residuals: tuple, gradients: tuple[Array, Array]) -> tuple:
+    arrays, out, lse = residuals
+    dout, dlse = gradients
+    gradients = block.depth_backward(
+        *arrays, dout, lse, _delta(dout, out, dlse), scale=static.scale, implementation=static.implementation
+    )
+    return *gradients, None
+
+
+_depth.defvjp(_depth_fwd, _depth_bwd)
+
+
+def _residual_dtype(static: _Static) -> jnp.dtype | None:
+    """The dtype in which out is kept for delta: float32 if the implementation can give it.
+
+    In a row whose softmax is peaked dP - delta is small beside both. A delta from out in a narrow dtype, as
+    FlashAttention takes it, then costs more than all the rest of the backward: 10 times the dense error and more was
+    seen at T = 3.
+    """
+    return jnp.float32 if getattr(dispatch.load(static.implementation), "TAKES_OUT_DTYPE", False) else None
+
+
+def _delta(dout: Array, out: Array, dlse: Array) -> Array:
+    """[B, T, N] float32: rowsum(dout * out) - dlse, what the softmax's gradient subtracts from dP."""
+    return jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse

@@ -1,0 +1,158 @@
+"""The sequence part: blockwise attention of queries over keys, forward and backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.xla.blocks import MASKED, Blocks, dot, loop, sequence_blocks
+
+
+class Masks(NamedTuple):
+    """Which keys a query sees; None where there is no such restriction."""
+
+    causal: bool
+    query_positions: Array | None  # [B, T] int32
+    key_positions: Array | None  # [B, U]
+    query_segment_ids: Array | None  # [B, T]
+    key_segment_ids: Array | None  # [B, U]
+    key_length: Array | None  # [B]
+
+
+def _key_blocks_seen(masks: Masks, queries: Blocks, keys: Blocks, index: Array | int) -> Array | int:
+    """How many leading key blocks the queries of a block can see at most."""
+    count = keys.count
+    if count == 1:
+        return 1
+    if masks.causal and masks.query_positions is None and masks.key_positions is None:
+        count = jnp.minimum(count, (queries.start(index) + queries.size - 1) // keys.size + 1)
+    if masks.key_length is not None:
+        count = jnp.minimum(count, (jnp.max(masks.key_length) + keys.size - 1) // keys.size)
+    return count
+
+
+def _visible(masks: Masks, queries: Blocks, keys: Blocks, i: Array | int, j: Array | int) -> Array | None:
+    """Bool, broadcastable to [B, 1, 1, query block, key block]; None if every query sees every key."""
+    conditions = []
+    if masks.causal:
+        query_positions = _positions(masks.query_positions, queries, i)
+        key_positions = _positions(masks.key_positions, keys, j)
+        conditions.append(key_positions[:, None, :] <= query_positions[:, :, None])
+    if masks.query_segment_ids is not None:
+        query_segments = queries.slice(masks.query_segment_ids, i, 1)
+        key_segments = keys.slice(masks.key_segment_ids, j, 1)
+        conditions.append(query_segments[:, :, None] == key_segments[:, None, :])
+    if masks.key_length is not None:
+        index = keys.start(j) + jnp.arange(keys.size)
+        conditions.append((index < masks.key_length[:, None])[:, None, :])
+    if keys.ragged:
+        conditions.append(keys.fresh(j)[None, None, :])
+    if not conditions:
+        return None
+    visible = conditions[0]
+    for condition in conditions[1:]:
+        visible = visible & condition
+    return visible[:, None, None]
+
+
+def _positions(positions: Array | None, blocks: Blocks, index: Array | int) -> Array:
+    """[B or 1, block] positions of one block."""
+    if positions is None:
+        return (blocks.start(index) + jnp.arange(blocks.size))[None]
+    return blocks.slice(positions, index, 1)
+
+
+def _logits(query: Array, key: Array, scale: float, visible: Array | None) -> Array:
+    """[B, K, G, query block, key block] float32."""
+    logits = dot("bkgth,bkuh->bkgtu", query, key) * scale
+    return logits if visible is None else jnp.where(visible, logits, MASKED)
+
+
+def _group(array: Array, num_kv_heads: int) -> Array:
+    """[B, T, N, ...] -> [B, K, G, T, ...]: heads lead, so that block dots are plain batched matrix products."""
+    batch, tokens, heads, *rest = array.shape
+    return jnp.moveaxis(array.reshape(batch, tokens, num_kv_heads, heads // num_kv_heads, *rest), 1, 3)
+
+
+def _ungroup(array: Array) -> Array:
+    """[B, K, G, T, ...] -> [B, T, N, ...]."""
+    batch, kv_heads, group, tokens, *rest = array.shape
+    return jnp.moveaxis(array, 3, 1).reshape(batch, tokens, kv_heads * group, *rest)
+
+
+def forward(query: Array, key: Array, value: Array, scale: float, masks: Masks) -> tuple[Array, Array]:
+    """(out, lse) of the sequence part, float32."""
+    query = _group(query, key.shape[2])  # [B, K, G, T, H]
+    key, value = jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)  # [B, K, U, H]
+    queries, keys = sequence_blocks(query, key)
+
+    def query_block(i: Array | int, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        block = queries.slice(query, i, 3)
+
+        def key_block(j: Array | int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, acc = state
+            logits = _logits(block, keys.slice(key, j, 2), scale, _visible(masks, queries, keys, i, j))
+            new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
+            # A row that has seen nothing yet has exp(MASKED - MASKED) = 1 here; its first real logit multiplies that
+            # away with exp(MASKED - logit) = 0, and a row that never sees one is emptied at the end.
+            weights = jnp.exp(logits - new_top[..., None])
+            decay = jnp.exp(top - new_top)
+            added = dot("bkgtu,bkuh->bkgth", weights.astype(value.dtype), keys.slice(value, j, 2))
+            return new_top, total * decay + jnp.sum(weights, axis=-1), acc * decay[..., None] + added
+
+        row = block[..., 0]
+        state = (
+            jnp.full_like(row, MASKED, dtype=jnp.float32),
+            jnp.zeros_like(row, dtype=jnp.float32),
+            jnp.zeros_like(block, dtype=jnp.float32),
+        )
+        top, total, acc = loop(_key_blocks_seen(masks, queries, keys, i), key_block, state)
+        empty = top == MASKED
+        out = jnp.where(empty[..., None], 0.0, acc / jnp.where(empty, 1.0, total)[..., None])
+        lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1.0, total)))
+        return queries.update(results[0], out, i, 3), queries.update(results[1], lse, i, 3)
+
+    results = jnp.zeros_like(query, dtype=jnp.float32), jnp.zeros_like(query[..., 0], dtype=jnp.float32)
+    out, lse = loop(queries.count, query_block, results)
+    return _ungroup(out), _ungroup(lse)
+
+
+def backward(
+    query: Array, key: Array, value: Array, dout: Array, lse: Array, delta: Array, scale: float, masks: Masks
+) -> tuple[Array, Array, Array]:
+    """(dquery float32, dkey, dvalue). One pass over the blocks; dkey and dvalue accumulate in float32."""
+    query, dout, lse, delta = (_group(array, key.shape[2]) for array in (query, dout, lse, delta))
+    key, value = jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)  # [B, K, U, H]
+    queries, keys = sequence_blocks(query, key)
+
+    def query_block(i: Array | int, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        block, dout_block, lse_block, delta_block = (queries.slice(x, i, 3) for x in (query, dout, lse, delta))
+        if queries.ragged:  # rows that the block before has done: no probability, no gradient
+            lse_block = jnp.where(queries.fresh(i), lse_block, -MASKED)
+
+        def key_block(j: Array | int, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dquery, dkey, dvalue = sums
+            k, v = keys.slice(key, j, 2), keys.slice(value, j, 2)
+            logits = _logits(block, k, scale, _visible(masks, queries, keys, i, j))
+            weights = jnp.exp(logits - lse_block[..., None])
+            dweights = dot("bkgth,bkuh->bkgtu", dout_block, v)
+            dlogits = (weights * (dweights - delta_block[..., None])).astype(k.dtype)
+            dv = dot("bkgtu,bkgth->bkuh", weights.astype(v.dtype), dout_block)
+            dk = dot("bkgtu,bkgth->bkuh", dlogits, block)
+            return (
+                dquery + dot("bkgtu,bkuh->bkgth", dlogits, k),
+                keys.update(dkey, keys.slice(dkey, j, 2) + dk, j, 2),
+                keys.update(dvalue, keys.slice(dvalue, j, 2) + dv, j, 2),
+            )
+
+        dquery, dkey, dvalue = gradients
+        zeros = jnp.zeros_like(block, dtype=jnp.float32)
+        added, dkey, dvalue = loop(_key_blocks_seen(masks, queries, keys, i), key_block, (zeros, dkey, dvalue))
+        return queries.update(dquery, queries.slice(dquery, i, 3) + added, i, 3), dkey, dvalue
+
+    zeros = (jnp.zeros_like(array, dtype=jnp.float32) for array in (query, key, value))
+    dquery, dkey, dvalue = loop(queries.count, query_block, tuple(zeros))
+    dkey, dvalue = (jnp.moveaxis(array, 2, 1) for array in (dkey * scale, dvalue))
+    return _ungroup(dquery * scale), dkey.astype(key.dtype), dvalue.astype(value.dtype)

@@ -1,0 +1,124 @@
+"""The op's contract: every implementation against the float64 oracle, over a covering selection of cases."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import attention_oracle
+from support.attention_cases import AXES, Case, covering_cases, make_inputs
+from support.dense_attention import dense_attention
+from support.tolerances import assert_close
+
+from pallas_kernels import moda_attention
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
+NAMES = (*attention_oracle.OUTPUTS, *attention_oracle.GRADIENTS)
+CASES = covering_cases()
+# Kernels that also run under the interpreter, where there is no GPU: "mosaic_gpu" joins when it is finished. A case
+# takes seconds there, hence few and small ones. A barrier that nobody signals blocks inside the runtime, and only the
+# thread method gets out of that.
+INTERPRETED: tuple[str, ...] = ()
+SMALL_CASES = tuple(c for c in CASES if c.tokens <= 65 and c.slots <= 16 and c.group <= 4 and c.dtype != "float32")[:5]
+INTERPRETED_MARKS = (pytest.mark.timeout(180, method="thread"),)
+
+
+def _runs() -> list:
+    """Every implementation that can run here, with its cases."""
+    runs = [(name, case, ()) for name in ("reference", "xla") for case in CASES]
+    if jax.default_backend() == "gpu":
+        runs += [("mosaic_gpu", case, (pytest.mark.gpu,)) for case in CASES]
+    else:
+        runs += [(name, case, INTERPRETED_MARKS) for name in INTERPRETED for case in SMALL_CASES]
+    return [pytest.param(name, case, id=f"{name}-{case}", marks=marks) for name, case, marks in runs]
+
+
+@functools.cache
+def _inputs(case: Case) -> dict:
+    return make_inputs(case, seed=CASES.index(case))
+
+
+@functools.cache
+def _expected(case: Case) -> dict[str, np.ndarray]:
+    arrays = dict(_inputs(case))
+    segment_ids = arrays.pop("segment_ids")
+    return attention_oracle.attention(
+        **arrays, depth_length=case.filled, scale=_scale(case), causal=case.causal,
+        query_segment_ids=segment_ids, key_segment_ids=segment_ids,
+    )  # fmt: skip
+
+
+@functools.cache
+def _dense(case: Case) -> dict[str, jax.Array] | None:
+    """What XLA makes of the case in its own narrow dtype."""
+    if case.dtype == "float32":
+        return None
+    arrays = dict(_inputs(case))
+    visible = np.tril(np.ones((case.tokens, case.tokens), bool)) if case.causal else True
+    visible = np.broadcast_to(visible, (case.batch, case.tokens, case.tokens))
+    if case.segments:
+        visible = visible & (arrays["segment_ids"][:, :, None] == arrays["segment_ids"][:, None, :])
+    filled = np.arange(case.slots) < case.filled
+    primals = [arrays[name] for name in ("query", "key", "value", "depth_key", "depth_value")]
+    primals[3:] = [np.where(filled[:, None, None], array, np.zeros_like(array)) for array in primals[3:]]
+
+    @jax.jit
+    def run(*primals):
+        results, pullback = jax.vjp(
+            lambda *args: dense_attention(*args, visible=visible, filled=filled, scale=_scale(case)), *primals
+        )
+        return *results, *pullback((jnp.asarray(arrays["dout"]), jnp.asarray(arrays["dlse"])))
+
+    return dict(zip(NAMES, run(*primals), strict=True))
+
+
+def _scale(case: Case) -> float:
+    return case.head_dim**-0.5 if case.scale is None else case.scale
+
+
+def _run(implementation: str, case: Case) -> dict[str, jax.Array]:
+    """out, lse and the five gradients, in one compiled function."""
+    arrays = _inputs(case)
+    lengths = {"all": None, "int": case.filled, "traced": case.filled, "traced beyond": case.slots + 3}
+    length = lengths[case.length]
+    if "traced" in case.length:
+        length = jnp.int32(length)
+
+    def run(length, segment_ids, dout, dlse, *primals):
+        def op(*primals):
+            return moda_attention(
+                *primals, depth_length=length, causal=case.causal, segment_ids=segment_ids, scale=case.scale,
+                implementation=implementation, return_lse=True,
+            )  # fmt: skip
+
+        results, pullback = jax.vjp(op, *primals)
+        return *results, *pullback((dout, dlse))
+
+    if not isinstance(length, jax.Array):
+        run = functools.partial(run, length)
+        traced = ()
+    else:
+        traced = (length,)
+    primals = (arrays[name] for name in ("query", "key", "value", "depth_key", "depth_value"))
+    results = jax.jit(run)(*traced, arrays["segment_ids"], arrays["dout"], arrays["dlse"], *primals)
+    return dict(zip(NAMES, results, strict=True))
+
+
+@pytest.mark.parametrize(("implementation", "case"), _runs())
+def test_outputs_and_gradients_match_the_oracle(implementation, case):
+    try:
+        actual = _run(implementation, case)
+    except NotImplementedError as error:
+        pytest.skip(f"{implementation} says: {error}")
+    dtype = jnp.dtype(case.dtype)
+    assert actual["lse"].dtype == jnp.float32
+    assert {array.dtype for name, array in actual.items() if name != "lse"} == {dtype}
+    assert_close(actual, _expected(case), dtype, _dense(case))
+    for name in ("ddepth_key", "ddepth_value"):
+        assert not np.any(np.asarray(actual[name][:, :, case.filled :])), f"{name} is not 0 in unfilled slots"
+
+
+def test_the_selection_covers_every_value_of_every_axis():
+    for axis, values in enumerate(AXES):
+        assert {case[axis] for case in CASES} == set(values)

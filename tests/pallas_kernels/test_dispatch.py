@@ -1,0 +1,109 @@
+"""The dispatch table: names, what is missing, and the choice for None."""
+
+import logging
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch, moda_attention
+
+
+def _arrays():
+    return tuple(np.zeros((1, 4, 2, 8), np.float32) for _ in range(3))
+
+
+def _module(refusal: str | None = None, leave_out: str = "") -> types.ModuleType:
+    """A complete implementation that supports every call, or none for the reason given."""
+    module = types.ModuleType("fake")
+
+    def check_supported(**facts):
+        if refusal:
+            raise NotImplementedError(refusal)
+
+    for operation in dispatch.OPERATIONS:
+        setattr(module, operation, check_supported if operation == "check_supported" else (lambda *a, **k: None))
+    if leave_out:
+        delattr(module, leave_out)
+    return module
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A device of compute capability 9.0, with the kernels proved; the log's memory is fresh."""
+    monkeypatch.setattr(dispatch, "MOSAIC_GPU_DEFAULT_CAPABILITIES", frozenset({"9.0"}))
+    monkeypatch.setattr(dispatch, "_device", lambda: ("gpu", "9.0"))
+    dispatch._log_choice.cache_clear()
+
+
+def test_an_unknown_name_is_a_value_error():
+    with pytest.raises(ValueError, match=r"implementation='flash': expected None or one of .*mosaic_gpu"):
+        moda_attention(*_arrays(), implementation="flash")
+
+
+def test_a_name_that_is_not_there_yet_says_so(monkeypatch):
+    monkeypatch.setitem(dispatch.MODULES, "triton", "pallas_kernels.not_written_yet")
+    with pytest.raises(NotImplementedError, match="'triton' is not in this version"):
+        moda_attention(*_arrays(), implementation="triton")
+
+
+def test_a_missing_requirement_of_an_implementation_is_named(monkeypatch, tmp_path):
+    (tmp_path / "needs_more.py").write_text("import a_package_that_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(dispatch.MODULES, "triton", "needs_more")
+    with pytest.raises(NotImplementedError, match="'triton' needs a_package_that_nobody_has"):
+        moda_attention(*_arrays(), implementation="triton")
+
+
+def test_an_incomplete_implementation_says_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, dispatch.MODULES["triton"], _module(leave_out="depth_backward"))
+    with pytest.raises(NotImplementedError, match="'triton' is not complete: it lacks depth_backward"):
+        moda_attention(*_arrays(), implementation="triton")
+
+
+def test_a_named_implementation_never_falls_back(monkeypatch):
+    monkeypatch.setitem(sys.modules, dispatch.MODULES["mosaic_gpu"], _module("no head_dim of 8"))
+    with pytest.raises(NotImplementedError, match="no head_dim of 8"):
+        moda_attention(*_arrays(), implementation="mosaic_gpu")
+
+
+def test_none_is_xla_on_a_cpu_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "_device", lambda: ("cpu", None))
+    dispatch._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        for _ in range(2):
+            assert dispatch.resolve(None) == "xla"
+    assert [record.getMessage() for record in caplog.records] == ["attention implementation: xla (platform cpu)"]
+
+
+def test_none_is_the_kernel_where_it_supports_the_call(monkeypatch, caplog, hopper):
+    monkeypatch.setitem(sys.modules, dispatch.MODULES["mosaic_gpu"], _module())
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        assert dispatch.resolve(None) == "mosaic_gpu"
+    assert "compute capability 9.0" in caplog.text
+
+
+def test_none_says_why_the_kernel_is_not_it(monkeypatch, caplog, hopper):
+    monkeypatch.setitem(sys.modules, dispatch.MODULES["mosaic_gpu"], _module("no float32"))
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        assert dispatch.resolve(None) == "xla"
+    assert "no float32" in caplog.text
+
+
+def test_what_the_dispatcher_is_told_about_a_call(monkeypatch):
+    told = {}
+    module = _module()
+    module.check_supported = lambda **facts: told.update(facts)
+    module.attention_forward = lambda query, *arrays, **options: (query, query[..., 0])
+    monkeypatch.setitem(sys.modules, dispatch.MODULES["mosaic_gpu"], module)
+    query = np.zeros((2, 5, 6, 8), np.float32)
+    key, depth = np.zeros((2, 5, 3, 8), np.float32), np.zeros((2, 5, 7, 3, 8), np.float32)
+    ids = np.zeros((2, 5), np.int32)
+    moda_attention(query, key, key, depth, depth, segment_ids=ids, scale=0.5, implementation="mosaic_gpu")
+    assert told == {
+        "operation": "attention", "dtype": jnp.float32, "batch": 2, "query_tokens": 5, "key_tokens": 5, "slots": 7,
+        "num_heads": 6, "num_kv_heads": 3, "head_dim": 8, "causal": True, "scale": 0.5, "segments": True,
+        "positions": False, "key_length": False,
+    }  # fmt: skip
