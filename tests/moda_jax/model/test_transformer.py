@@ -129,7 +129,7 @@ def test_one_layer_and_defaults():
     assert "layers" not in params
     tokens = jnp.arange(6, dtype=jnp.int32)[None]
     explicit = apply(graph, params, tokens, jnp.zeros((1, 6), jnp.int32), jnp.arange(6, dtype=jnp.int32)[None])
-    np.testing.assert_array_equal(apply(graph, params, tokens), explicit)
+    compare(apply(graph, params, tokens), explicit, 1e-6, "logits")  # two programs: equal but for rounding
 
 
 def test_a_call_without_jit_compiles_once():
