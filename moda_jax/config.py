@@ -13,6 +13,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 NORMS = ("pre", "post")
 DEPTHS = ("none", "moda")
 REMATS = ("full", "attention", "none")
@@ -60,7 +62,8 @@ class TransformerConfig:
         max_sequence_length: longest sequence that the model accepts.
         initializer_range: standard deviation of every weight matrix at the start.
         attention_implementation: name for `pallas_kernels`; None picks the best one for the device.
-        dtype: compute dtype ("float32", "bfloat16", "float16"); None: bfloat16 on a GPU, float32 elsewhere.
+        dtype: compute dtype, "float32", "bfloat16" or "float16" (dtype objects become their names); None: bfloat16 on a
+            GPU, float32 elsewhere.
         remat: what the layer loop stores for the backward pass, see `moda_jax.model.depth_scan`.
         layer_loop: "scan" compiles one layer; "unroll" compiles each (slow to compile, for study).
         depth_gradient_dtype: dtype in which the depth stream's gradient accumulates; None: the compute dtype.
@@ -90,6 +93,8 @@ class TransformerConfig:
     depth_gradient_dtype: str | None = None
 
     def __post_init__(self) -> None:
+        for field in ("dtype", "depth_gradient_dtype"):
+            object.__setattr__(self, field, _dtype_name(getattr(self, field)))
         _check_types("model", self)
         _require_positive(
             "model", self, "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
@@ -326,6 +331,16 @@ def _section_from_dict(name: str, section: type, values: Mapping[str, Any]) -> A
         if key not in known:
             raise ValueError(f"{name}.{key}: unknown config key; known in {name}: {', '.join(known)}")
     return section(**dict(values))
+
+
+def _dtype_name(dtype: Any) -> Any:
+    """The name of a dtype object such as jnp.bfloat16; anything else as it came, for the checks to judge."""
+    if dtype is None or isinstance(dtype, str):
+        return dtype
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return dtype
 
 
 def _check_types(section: str, config: Any) -> None:
