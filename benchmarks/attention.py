@@ -1,0 +1,175 @@
+"""Times the op against cuDNN and against the memory that depth KV must move.
+
+    python -m benchmarks.attention [--grid=paper|model|smoke] [--implementation=NAME] [--output=DIRECTORY]
+
+Columns: our op forward, and forward + backward with all five gradients; cuDNN's flash attention on the sequence part
+alone (what plain attention costs); `goal`, that plus the time in which the depth bytes can move at the bandwidth of a
+measured copy. Forward reads depth K and V once; backward reads them again and writes two gradients of their size.
+
+Grids: `paper` is Table 2 (B=1, K=8, H=64, causal); `model` the 700M model's own layer (B=8, T=4096, N=16, K=8, H=64) at
+several fillings of its 70 slots; `smoke` is tiny, for a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import timing
+from pallas_kernels import moda_attention
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: T tokens, G query heads per KV head, S slots of which `length` are filled."""
+
+    tokens: int
+    group: int
+    slots: int
+    length: int | None = None  # None: all
+    batch: int = 1
+    kv_heads: int = 8
+    head_dim: int = 64
+
+    @property
+    def filled(self) -> int:
+        """Slots that are read."""
+        return self.slots if self.length is None else self.length
+
+    @property
+    def depth_bytes(self) -> tuple[int, int]:
+        """Bytes of depth KV that must move: (forward, forward + backward), 2 bytes an element."""
+        one = 2 * self.batch * self.tokens * self.filled * self.kv_heads * self.head_dim * 2  # K and V
+        return one, 3 * one
+
+    def __str__(self) -> str:
+        return f"B{self.batch} T{self.tokens} G{self.group} S{self.filled}/{self.slots}"
+
+
+GRIDS = {
+    "paper": (
+        *(Case(tokens, 8, 64) for tokens in (1024, 4096, 8192, 16384, 32768, 65536)),
+        *(Case(16384, group, 64) for group in (2, 4, 16, 32)),
+        *(Case(16384, 8, slots) for slots in (128, 256)),
+        *(Case(tokens, group, 0) for tokens, group in ((4096, 8), (16384, 2), (16384, 8), (65536, 8))),
+    ),
+    "model": tuple(Case(4096, 2, 70, length, batch=8) for length in (0, 1, 18, 35, 70)),
+    "smoke": (Case(64, 2, 3, kv_heads=2, head_dim=32), Case(64, 2, 0, kv_heads=2, head_dim=32)),
+}
+
+
+def measure(case: Case, implementation: str | None, dtype: Any, rounds: int) -> dict[str, float | str]:
+    """Seconds by contestant: ours and cuDNN's forward, and forward + backward."""
+    heads, slots = case.kv_heads * case.group, max(case.slots, 1)
+
+    def draw(key: jax.Array) -> tuple[jax.Array, ...]:
+        keys = iter(jax.random.split(key, 6))
+        sequence = [(case.batch, case.tokens, n, case.head_dim) for n in (heads, case.kv_heads, case.kv_heads, heads)]
+        depth = [(case.batch, case.tokens, slots, case.kv_heads, case.head_dim)] * 2
+        return tuple(jax.random.normal(next(keys), shape, dtype) for shape in (*sequence, *depth))
+
+    def ours(query, key, value, dout, depth_key, depth_value):
+        depth = (depth_key, depth_value) if case.slots else (None, None)
+        # A traced length, as in the model's layer loop: one kernel serves all layers.
+        length = jnp.int32(case.filled) if case.slots else None
+        return moda_attention(query, key, value, *depth, depth_length=length, implementation=implementation)
+
+    def cudnn(query, key, value, dout, depth_key, depth_value):
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+
+    def with_backward(forward):
+        def run(query, key, value, dout, depth_key, depth_value):
+            out, pullback = jax.vjp(lambda *x: forward(*x[:3], dout, *x[3:]), query, key, value, depth_key, depth_value)
+            gradients = pullback(dout)
+            return out, gradients if forward is ours and case.slots else gradients[:3]
+
+        return run
+
+    contestants = {
+        "ours forward": ours,
+        "ours forward+backward": with_backward(ours),
+        "cudnn forward": cudnn,
+        "cudnn forward+backward": with_backward(cudnn),
+    }
+    return timing.median_seconds(contestants, timing.input_sets(jax.jit(draw)), rounds=rounds)
+
+
+def run(grid: str, implementation: str | None, rounds: int) -> dict[str, Any]:
+    """All rows of a grid, printed as they come."""
+    on_gpu = jax.default_backend() == "gpu"
+    bandwidth = timing.copy_bytes_per_second(2**31 if on_gpu else 2**24)
+    print(f"{timing.environment()}\ncopy bandwidth {bandwidth / 1e12:.2f} TB/s; times in ms; ratios to cuDNN\n")
+    print(f"{'case':24} {'fwd':>9} {'cudnn':>9} {'ratio':>6} {'fwd+bwd':>9} {'cudnn':>9} {'ratio':>6} {'goal':>6}")
+    rows = []
+    for case in GRIDS[grid]:
+        seconds = measure(case, implementation, jnp.bfloat16 if on_gpu else jnp.float32, rounds)
+        row = dataclasses.asdict(case) | {"seconds": seconds}
+        line = f"{case!s:24}"
+        for i, part in enumerate(("forward", "forward+backward")):
+            mine, theirs = seconds[f"ours {part}"], seconds[f"cudnn {part}"]
+            line += "".join(f" {'-' if isinstance(x, str) else f'{x * 1e3:.3f}':>9}" for x in (mine, theirs))
+            if isinstance(mine, str) or isinstance(theirs, str):
+                line += f" {'-':>6}"
+                continue
+            row[f"ratio {part}"] = mine / theirs
+            row[f"goal {part}"] = 1 + case.depth_bytes[i] / bandwidth / theirs
+            line += f" {row[f'ratio {part}']:>6.2f}"
+        line += f" {row['goal forward+backward']:>6.2f}" if "goal forward+backward" in row else f" {'-':>6}"
+        print(line, flush=True)
+        for name, value in seconds.items():
+            if isinstance(value, str):
+                print(f"    {name}: {value}")
+        rows.append(row)
+    return {"environment": timing.environment(), "grid": grid, "copy_bytes_per_second": bandwidth, "rows": rows}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of forward + backward as a ratio to cuDNN, with the goal as a line over each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["rows"] if "ratio forward+backward" in row]
+    labels = [f"T={row['tokens']}\nG={row['group']}\nS={row['length'] or row['slots']}" for row in rows]
+    figure, axes = plt.subplots(figsize=(1 + 0.75 * len(rows), 4))
+    axes.bar(range(len(rows)), [row["ratio forward+backward"] for row in rows], color="#2f6fb7", label="ours")
+    for i, row in enumerate(rows):
+        goal = row["goal forward+backward"]
+        axes.plot([i - 0.4, i + 0.4], [goal, goal], color="#c46a12", label="cuDNN + depth bytes" if i == 0 else None)
+    axes.axhline(1, color="#444444", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(rows)), labels, fontsize=7)
+    axes.set_ylabel("forward + backward, times cuDNN's\nsequence part alone")
+    axes.set_title(", ".join(result["environment"][key] for key in ("device", "date")), fontsize=9)
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main() -> None:
+    """Runs one grid and writes attention_GRID.json and .png."""
+    parser = argparse.ArgumentParser(description="Times the MoDA op against cuDNN on the sequence part alone.")
+    parser.add_argument("--grid", choices=GRIDS, default="paper")
+    parser.add_argument("--implementation", default=None, help="of the op; by default the best for this device")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    result = run(arguments.grid, arguments.implementation, arguments.rounds)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"attention_{arguments.grid}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    if any("ratio forward+backward" in row for row in result["rows"]):
+        plot(result, path.with_suffix(".png"))
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The benchmark's smoke grid runs on a CPU; its numbers mean nothing there, its plumbing does."""
+
+import json
+
+import pytest
+
+from benchmarks import attention, timing
+
+
+def test_smoke_grid_writes_a_result_that_names_its_machine(tmp_path, monkeypatch, capsys):
+    arguments = ["attention", "--grid=smoke", "--implementation=xla", "--rounds=1", f"--output={tmp_path}"]
+    monkeypatch.setattr("sys.argv", arguments)
+    attention.main()
+    result = json.loads((tmp_path / "attention_smoke.json").read_text())
+    assert set(result["environment"]) == {"device", "platform", "jax", "python", "date"}
+    assert len(result["rows"]) == 2
+    for row in result["rows"]:
+        assert row["seconds"]["ours forward"] > 0 and row["seconds"]["ours forward+backward"] > 0
+    assert "B1 T64 G2 S3/3" in capsys.readouterr().out
+
+
+def test_depth_bytes_are_the_kernel_notes():
+    forward, both = attention.Case(16384, 8, 64).depth_bytes
+    assert forward == 2 * 16384 * 64 * 8 * 64 * 2
+    assert both / 4.3e12 == pytest.approx(1.50e-3, rel=0.01)  # KERNELS.md: 1.50 ms
+
+
+def test_a_contestant_that_cannot_run_is_reported_and_the_others_are_timed():
+    def refuses(x):
+        raise NotImplementedError("no such device")
+
+    times = timing.median_seconds({"refuses": refuses, "adds": lambda x: x + 1}, [(1.0,), (2.0,)], rounds=1)
+    assert times["refuses"] == "NotImplementedError: no such device"
+    assert times["adds"] > 0
