@@ -3,8 +3,8 @@
 The tests read the stored folders and need neither torch nor transformers. To make them again (bit-equal weights are not
 promised across torch versions, and need not be):
 
-    python3.11 -m venv /tmp/olmo2 && /tmp/olmo2/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors==0.8.0
-    /tmp/olmo2/bin/python tests/data/make_olmo2_vectors.py
+    python3.11 -m venv olmo2-env && olmo2-env/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors==0.8.0
+    olmo2-env/bin/python tests/data/make_olmo2_vectors.py
 
 The stored vectors were made with exactly these versions (torch CPU build, Python 3.11.7), November 2026.
 

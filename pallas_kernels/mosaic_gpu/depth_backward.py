@@ -1,0 +1,314 @@
+"""Depth attention backward on Hopper: gradients of the slots of every token, and of its query.
+
+Equation (one token t, one KV head, its G query heads g, n = depth_length filled slots s; lse and delta come from
+outside and may be merged over other keys):
+    P[s, g] = exp(scale * K[t, s] . q[t, g] - lse[t, g]);  dS = P * (V[t, s] . dout[t, g] - delta[t, g])
+    dV[t, s] = sum_g P[s, g] dout[t, g];  dK[t, s] = scale * sum_g dS[s, g] q[t, g];
+    dq[t, g] = scale * sum_s dS[s, g] K[t, s]
+
+Grid, tiles, groups and chunks: as in `depth_forward`; up to 16 query heads a tile, larger groups in several passes that
+    accumulate.
+Blocks (TMA boxes): as in `depth_forward`, and dout like q, lse and delta [32 or 64]; the gradients' boxes are K's and
+V's. Loop order: groups, then chunks. Nothing is summed over tokens, so no block waits for another: deterministic.
+Residents: a ring of `stages` chunks (K, V, q, dout, lse, delta). Every 16 rows of dV (dK) overwrite the rows of V (K)
+    from which they came, and the chunk is stored by TMA from where it was loaded. A first chunk that begins before
+    slot 0 is stored by the threads, row by row: TMA cannot store at negative slots.
+Gradients come in three ways:
+    fresh            arrays of their own; the slots from n on are stored as zeros from one shared-memory tile.
+    16-bit buffers   the old gradient is loaded beside K and V, and the sum is stored in place; only n slots are
+    touched. float32 buffers  read, added and written by the threads, 16 bytes each; only n slots are touched.
+Arithmetic: warp-level mma, slots on the M side: S^T = K q^T and dP^T = V dout^T (accumulators float32); P^T and dS^T,
+    rounded to the inputs' dtype, are at once the A operands of dV = P^T dout and dK = dS^T q (contraction over 8
+    heads); dq^T += K^T dS^T.
+Bytes: n*B*T*K*H*2 * (4 fresh, 6 accumulating) + 2*B*T*N*H*3 + 8*B*T*N; fresh also writes S - n slots of zeros. FLOPs:
+    10*B*T*N*n*H. Memory-bound on an H200: its copies run at about 4.2 TB/s.
+Benchmark: T = 16384, K = 8, H = 64, S = 64, G = 8: 4.8 GB, 1.15 ms at 4.2 TB/s; measured 1.29 ms.
+
+Interpreted on a CPU, the lines that differ are those of `depth_forward`: padding instead of out-of-range boxes, and
+`InterpretedTile` instead of PTX.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import warpgroup
+from pallas_kernels.mosaic_gpu.depth_backward_tile import FLOAT_BUFFERS, FRESH, SMALL_BUFFERS, InterpretedTile, WarpTile
+from pallas_kernels.mosaic_gpu.depth_chunk import (
+    SWIZZLE,
+    compiler_params,
+    depth_boxes,
+    load_chunk,
+    pad_for_interpreter,
+    pad_group,
+    unpad_group,
+)
+from pallas_kernels.mosaic_gpu.depth_tiles import (
+    COLUMNS,
+    WARPS,
+    DepthShape,
+    DepthTiles,
+    backward_tiles,
+    multiprocessors,
+    padded_group,
+    tile_heads,
+)
+
+
+def _body(
+    shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, gradients: str, adds: bool, slot_offset: int
+):
+    rows, stages = tiles.rows, tiles.stages
+    group_rows = WARPS * shape.tile_heads
+    distance = stages - 1 - tiles.draining  # chunks that are loaded ahead
+    zeros = plgpu.OOBFillMode.ZEROS
+
+    def depth_backward_kernel(*refs):
+        q_ref, do_ref, k_ref, v_ref, lse_ref, delta_ref, length_ref, *refs = refs
+        added_ref = refs.pop(0) if adds else None
+        if gradients == FRESH:
+            dq_ref, dk_ref, dv_ref, *refs = refs
+        else:
+            dk_ref, dv_ref, dq_ref, *refs = refs
+        ring, queries, statistics, staging, loaded, *blank = refs
+        block = lax.axis_index("block")
+        length = length_ref[0]
+        chunks = lax.div(length + (rows - 1), rows)
+        groups = lax.div(shape.groups - block + (blocks - 1), blocks)  # of this block; 0 beyond the last one
+        units = groups * chunks
+        column = length * 0  # a traced 0: a box may then reach beyond H
+
+        def boxes(group):
+            return depth_boxes(shape, group, column, tiles.box_heads)
+
+        def locate(unit):
+            turn = lax.div(unit, chunks)
+            chunk = unit - turn * chunks
+            return lax.rem(unit, stages), block + turn * blocks, length - (chunks - chunk) * rows + slot_offset
+
+        def load(unit):
+            stage, group, slot = locate(unit)
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=loaded.at[stage], oob_mode=zeros)
+            first = lax.max(slot_offset - slot, 0)
+            for i, ref in enumerate((lse_ref, delta_ref)):
+                copy(ref.at[pl.ds(group * group_rows, shape.statistics)], statistics.at[stage, i])
+            for c in range(shape.column_blocks):
+                columns = pl.ds(column + c * COLUMNS, COLUMNS)
+                for i, ref in enumerate((q_ref, do_ref)):
+                    source = ref.at[pl.ds(group * group_rows, shape.query_rows), columns]
+                    copy(source, queries.at[stage, i, c])
+            operands = (k_ref, v_ref) + ((dk_ref, dv_ref) if gradients == SMALL_BUFFERS else ())
+            for i, ref in enumerate(operands):
+                for box, c, index in boxes(group):
+                    load_chunk(copy, ref, index, ring.at[stage, i, box, c], rows, slot, first)
+
+        def store(unit):
+            stage, group, slot = locate(unit)
+            for i, ref in enumerate((dk_ref, dv_ref)):
+                source = i + (2 if gradients == SMALL_BUFFERS else 0)
+                for box, c, index in boxes(group):
+                    plgpu.copy_smem_to_gmem(
+                        ring.at[stage, source, box, c], ref.at[index(slot, rows)], commit_group=False
+                    )
+
+        def store_zeros(group):
+            def one_chunk(i, _):
+                for ref in (dk_ref, dv_ref):
+                    for _, _, index in boxes(group):
+                        slot = length + i * rows + slot_offset
+                        plgpu.copy_smem_to_gmem(blank[0], ref.at[index(slot, rows)], commit_group=False)
+                return None
+
+            lax.fori_loop(0, lax.div(shape.slots - length + (rows - 1), rows), one_chunk, None)
+
+        if gradients == FRESH:
+            compute.clear(blank[0])
+            plgpu.commit_smem()
+        for unit in range(distance):
+            pl.when(unit < units)(functools.partial(load, jnp.int32(unit)))
+
+        def group_loop(turn, _):
+            group = block + turn * blocks
+            if gradients == FRESH:
+                store_zeros(group)
+
+            def chunk_loop(chunk, state):
+                unit = turn * chunks + chunk
+                stage, _, slot = locate(unit)
+                if gradients == FLOAT_BUFFERS:
+                    plgpu.commit_smem()  # every warp has left the stage that is loaded next
+                else:
+                    plgpu.wait_smem_to_gmem(tiles.draining, wait_read_only=True)
+                pl.when(unit + distance < units)(functools.partial(load, unit + distance))
+                plgpu.barrier_wait(loaded.at[stage])
+                first = lax.max(slot_offset - slot, 0)  # rows of the first chunk before slot 0
+                place = (stage, first, slot, group)
+                buffers = (dk_ref, dv_ref) if gradients == FLOAT_BUFFERS else ()
+                state = compute.step(ring, queries, statistics, place, buffers, state)
+                if gradients != FLOAT_BUFFERS:
+                    # At negative slots a TMA store is an illegal instruction: a cut first chunk goes by hand.
+                    pl.when(first > 0)(lambda: compute.store(ring, place, (dk_ref, dv_ref)))
+                    plgpu.commit_smem()
+                    pl.when(first == 0)(lambda: store(unit))
+                    plgpu.commit_smem_to_gmem_group()
+                return state
+
+            state = lax.fori_loop(0, chunks, chunk_loop, compute.start())
+            compute.finish(state, staging, group, dq_ref, added_ref)
+            return None
+
+        lax.fori_loop(0, groups, group_loop, None)
+        if gradients != FLOAT_BUFFERS:
+            plgpu.commit_smem_to_gmem_group()
+            plgpu.wait_smem_to_gmem(0)
+
+    return depth_backward_kernel
+
+
+def depth_backward(
+    query: jax.Array,
+    depth_key: jax.Array,
+    depth_value: jax.Array,
+    depth_length: int | jax.Array | None,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    *,
+    scale: float,
+    depth_key_gradient: jax.Array | None = None,
+    depth_value_gradient: jax.Array | None = None,
+    dquery: jax.Array | None = None,
+    tiles: DepthTiles | None = None,
+    blocks: int | None = None,
+    interpret: bool | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of the depth part of an attention whose lse and delta may cover other keys too.
+
+    Args:
+        query, dout: [B, T, N, H], bfloat16 or float16.
+        depth_key, depth_value: [B, T, S, K, H], same dtype. Slots from `depth_length` on are never read.
+        depth_length: filled slots, int or int32 scalar in 0..S; None: all.
+        lse, delta: [B, T, N] float32; delta = rowsum(dout * out) - dlse.
+        scale: factor of the logits.
+        depth_key_gradient, depth_value_gradient: [B, T, S, K, H], the inputs' dtype or float32: the gradients are
+            added to their first `depth_length` slots, in place where the caller's value is not needed any more.
+        dquery: [B, T, N, H], an array to which the query's gradient is added (the sequence part's), or None.
+        tiles: overrides the tile choice. blocks: overrides the number of thread blocks.
+        interpret: run under the Pallas GPU interpreter; None: where there is no GPU.
+
+    Returns:
+        (dquery [B, T, N, H], ddepth_key, ddepth_value [B, T, S, K, H]): fresh arrays, in the inputs' dtype, have
+        zeros in unfilled slots; given buffers come back with their dtype.
+    """
+    num_heads, head_dim = query.shape[2:]
+    slots, num_kv_heads = depth_key.shape[2:4]
+    buffers = (depth_key_gradient, depth_value_gradient)
+    if slots == 0:
+        nothing = jnp.zeros_like(depth_key)
+        dq = jnp.zeros_like(query) if dquery is None else dquery
+        return (dq, *(nothing if b is None else b for b in buffers))
+    if interpret is None:
+        interpret = warpgroup.default_interpret()
+    run = functools.partial(_run, scale=scale, tiles=tiles, blocks=blocks, interpret=interpret)
+    group_size = num_heads // num_kv_heads
+    if padded_group(group_size) != group_size:
+        wider = functools.partial(pad_group, num_kv_heads=num_kv_heads)
+        dq, *gradients = depth_backward(
+            wider(query), depth_key, depth_value, depth_length, wider(dout), wider(lse), wider(delta),
+            scale=scale, depth_key_gradient=buffers[0], depth_value_gradient=buffers[1],
+            dquery=None if dquery is None else wider(dquery), tiles=tiles, blocks=blocks, interpret=interpret,
+        )  # fmt: skip
+        return (unpad_group(dq, num_kv_heads, group_size), *gradients)
+    heads = tile_heads(group_size)
+    if heads == group_size:
+        return run(query, depth_key, depth_value, depth_length, dout, lse, delta, buffers, dquery)
+
+    def split(x):
+        """Query heads of each KV head in parts of a tile: a list of [B, T, K * heads, ...]."""
+        parts = x.reshape(*x.shape[:2], num_kv_heads, group_size // heads, heads, *x.shape[3:])
+        return [parts[:, :, :, i].reshape(*x.shape[:2], -1, *x.shape[3:]) for i in range(group_size // heads)]
+
+    pieces = []
+    added = [None] * (group_size // heads) if dquery is None else split(dquery)
+    for q, do, stats, d, dq in zip(split(query), split(dout), split(lse), split(delta), added, strict=True):
+        dq, *buffers = run(q, depth_key, depth_value, depth_length, do, stats, d, tuple(buffers), dq)
+        pieces.append(dq.reshape(*dq.shape[:2], num_kv_heads, 1, heads, head_dim))
+    return (jnp.concatenate(pieces, axis=3).reshape(query.shape), *buffers)
+
+
+def _run(
+    query, depth_key, depth_value, depth_length, dout, lse, delta, buffers, dquery, *, scale, tiles, blocks, interpret
+):
+    num_heads, head_dim = query.shape[2:]
+    slots, num_kv_heads = depth_key.shape[2:4]
+    tokens = query.shape[0] * query.shape[1]
+    shape = DepthShape(tokens, slots, num_heads, num_kv_heads, head_dim, num_heads // num_kv_heads)
+    if buffers[0] is None:
+        gradients, gradient_dtype = FRESH, None
+    else:
+        gradient_dtype = buffers[0].dtype
+        gradients = FLOAT_BUFFERS if gradient_dtype == jnp.float32 else SMALL_BUFFERS
+    tiles = tiles or backward_tiles(shape, gradient_dtype)
+    blocks = blocks or min(shape.groups, 2 if interpret else multiprocessors() * tiles.blocks)
+    heads_flat = [x.reshape(-1, head_dim) for x in (query, dout)]
+    depth = [x.reshape(tokens, *x.shape[2:]) for x in (depth_key, depth_value)]
+    statistics = [x.reshape(-1).astype(jnp.float32) for x in (lse, delta)]
+    targets = [] if gradients == FRESH else [x.reshape(tokens, *x.shape[2:]) for x in buffers]
+    filled = jnp.asarray(slots if depth_length is None else depth_length, jnp.int32).reshape(1)
+    depth_shape = (tokens, slots, num_kv_heads, head_dim)
+    offset = 0
+    if interpret:
+        offset = tiles.rows
+        heads_flat, padded = pad_for_interpreter(shape, tiles, heads_flat, depth + targets)
+        depth, targets = padded[:2], padded[2:]
+        depth_shape = depth[0].shape
+        missing = shape.groups * WARPS * shape.tile_heads + shape.statistics - tokens * num_heads
+        statistics = [jnp.pad(x, (0, missing)) for x in statistics]
+    compute = (InterpretedTile if interpret else WarpTile)(shape, tiles, scale, query.dtype, gradients)
+
+    columns, dtype = shape.column_blocks, query.dtype
+    parts = 4 if gradients == SMALL_BUFFERS else 2
+    swizzled = functools.partial(plgpu.SMEM, dtype=dtype, transforms=(SWIZZLE,))
+    scratch = [
+        swizzled(shape.ring_shape(tiles, parts)),
+        swizzled((tiles.stages, 2, columns, shape.query_rows, COLUMNS)),
+        plgpu.SMEM((tiles.stages, 2, shape.statistics), jnp.float32),
+        swizzled((WARPS, columns, 8 * shape.head_blocks, COLUMNS)),
+        plgpu.Barrier(num_arrivals=2 + (2 + parts * WARPS // tiles.box_heads) * columns, num_barriers=tiles.stages),
+    ]
+    out_type = [jax.ShapeDtypeStruct((tokens * num_heads, head_dim), dtype)]
+    if gradients == FRESH:
+        scratch.append(swizzled(shape.ring_shape(tiles, parts)[4:]))
+        out_type += [jax.ShapeDtypeStruct(depth_shape, dtype)] * 2
+    name = {FRESH: "", SMALL_BUFFERS: "_accumulate", FLOAT_BUFFERS: "_accumulate_float32"}[gradients]
+    kernel = plgpu.kernel(
+        _body(shape, tiles, blocks, compute, gradients, dquery is not None, offset),
+        out_type=tuple(out_type),
+        scratch_types=tuple(scratch),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=1,
+        thread_name="warpgroup",
+        kernel_name=shape.kernel_name(f"moda_depth_backward{name}", tiles),
+        compiler_params=compiler_params(),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )
+    operands = [*heads_flat, *depth, *statistics, filled]
+    if dquery is not None:
+        operands.append(dquery.reshape(-1, head_dim))
+    if gradients == FRESH:
+        dq, *results = kernel(*operands)
+    else:
+        refs = [jax.new_ref(x) for x in targets]
+        [dq] = kernel(*operands, *refs)
+        results = [jax.freeze(r) for r in refs]
+    if interpret:
+        results = [x[:tokens, tiles.rows : tiles.rows + slots, :, :head_dim] for x in results]
+    return (dq.reshape(query.shape), *(x.reshape(depth_key.shape) for x in results))

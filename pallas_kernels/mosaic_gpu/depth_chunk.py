@@ -1,0 +1,251 @@
+"""What the depth kernels share: how a chunk reaches shared memory, and the fragments that a warp makes of it.
+
+Used by `depth_forward` and `depth_backward`, which explain the chunks, tiles and groups. Functions that take a
+`wm.Lane` run inside `plgpu.inline_mgpu`, on the values of one thread; the others run in the kernel's body or around
+    the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector
+
+from pallas_kernels.mosaic_gpu import warp_mma as wm
+from pallas_kernels.mosaic_gpu.depth_tiles import (
+    COLUMNS,
+    THREADS,
+    WARPS,
+    DepthShape,
+    DepthTiles,
+    padded_group,
+)
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+SWIZZLE = plgpu.SwizzleTransform(128)
+SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def registers(count: int) -> Any:
+    """Layout of a [128 * count] array: every thread owns `count` numbers, which it carries through a loop."""
+    return plgpu.Layout.WG_STRIDED((THREADS * count,), vec_size=1)
+
+
+def thread_values(array: Any) -> list[Any]:
+    """The float32 numbers that this thread owns in an array of layout `registers`."""
+    position = ir.DenseI64ArrayAttr.get([0])
+    return [vector.extract(v, dynamic_position=[], static_position=position) for v in array.registers.flat]
+
+
+def thread_array(values: list[Any]) -> Any:
+    """The reverse of `thread_values`."""
+    one = ir.VectorType.get((1,), wm.f32())
+    packed = np.empty((len(values),), dtype=object)
+    packed[:] = [vector.broadcast(one, v) for v in values]
+    return mgpu.FragmentedArray(_registers=packed, _layout=registers(len(values)).to_mgpu(), _is_signed=None)
+
+
+def scalar(array: Any) -> Any:
+    """MLIR value of a scalar argument of an inlined function."""
+    return array.registers.item()
+
+
+def flat(nested: Any) -> list[Any]:
+    """The numbers of nested lists, in order."""
+    return [x for part in nested for x in flat(part)] if isinstance(nested, (list, tuple)) else [nested]
+
+
+def like(nested: Any, numbers: Any) -> Any:
+    """The reverse of `flat`: `numbers` (an iterator) in the nesting of `nested`."""
+    return [like(part, numbers) for part in nested] if isinstance(nested, (list, tuple)) else next(numbers)
+
+
+def if_loaded(rows: int, block: int, first: Any, compute: Any, otherwise: list[Any]) -> list[Any]:
+    """`compute()` unless the 16 rows of `block` all come before row `first`: those may not have been loaded."""
+    if block == rows // 16 - 1:  # the last row is always a slot
+        return compute()
+    return wm.when(wm.less(first, 16 * (block + 1)), compute, otherwise)
+
+
+def query_fragments(lane: wm.Lane, shape: DepthShape, base: Any) -> list[list[tuple[Any, Any]]]:
+    """B fragments [head block][step] of q^T from the group's rows [column_blocks, query_rows, 64] in shared memory."""
+    place = lane.wide_operand(wm.multiply(lane.warp, shape.tile_heads))
+    fragments = []
+    for n in range(shape.head_blocks):
+        row = []
+        for pair in range((shape.steps + 1) // 2):
+            block = wm.add(base, pair // 2 * shape.query_rows * wm.ROW_BYTES)
+            m = wm.load_matrices(wm.chunk_address(block, place, 8 * n, 4 * (pair % 2)))
+            row += [(m[0], m[1]), (m[2], m[3])]
+        fragments.append(row[: shape.steps])
+    return fragments
+
+
+def score_fragments(
+    shape: DepthShape, rows: int, keys: Any, place: wm.Place, fragments: list, dtype: Any, block: int
+) -> list[list[Any]]:
+    """C fragments [head block] of X q^T for 16 rows of a tile X [column_blocks, rows, 64] in shared memory."""
+    c = [[wm.real(0.0)] * 4 for _ in range(shape.head_blocks)]
+    for step in range(shape.steps):
+        base = wm.add(keys, step // 4 * rows * place.heads * wm.ROW_BYTES)
+        a = wm.load_matrices(wm.chunk_address(base, place, 16 * block, 2 * (step % 4)))
+        for n in range(shape.head_blocks):
+            c[n] = wm.mma_k16(c[n], a, fragments[n][step], dtype)
+    return [list(x) for x in c]
+
+
+def write_heads(
+    lane: wm.Lane,
+    shape: DepthShape,
+    columns: list[list[Any]],
+    staging: Any,
+    address: Any,
+    tile: Any,
+    dtype: Any,
+    added: Any,
+) -> None:
+    """Writes x^T, held as C fragments [step][head block] of [16 columns, 8 heads], to rows of a [rows, H] array.
+
+    Args:
+        columns: float32 C fragments, `columns[step][head_block]`.
+        staging: shared-memory address of this warp's [column_blocks, 8 * head_blocks, 64] scratch.
+        address: global address of the array. added: of an array to add, or None.
+        tile: index of the tile; tiles beyond the last one write nothing.
+    """
+    block_rows = 8 * shape.head_blocks
+    place = lane.wide_operand()
+    nothing = wm.integer(0)
+    for block in range(shape.column_blocks):
+        base = wm.add(staging, block * block_rows * wm.ROW_BYTES)
+        for head_block in range(shape.head_blocks):
+            for pair in range(2):
+                words = []
+                for step in (4 * block + 2 * pair, 4 * block + 2 * pair + 1):
+                    if step < shape.steps:
+                        c = columns[step][head_block]
+                        words += [wm.pack(c[0], c[1], dtype), wm.pack(c[2], c[3], dtype)]
+                    else:
+                        words += [nothing, nothing]
+                wm.store_matrices(wm.chunk_address(base, place, 8 * head_block, 4 * pair), words, transpose=True)
+    wm.warp_barrier()
+    chunk = wm.bit_and(lane.lane, 7)
+    in_range = wm.less(tile, shape.tiles)
+    for block in range(shape.column_blocks):
+        base = wm.add(staging, block * block_rows * wm.ROW_BYTES)
+        for step in range(block_rows // 4):
+            row = wm.add(wm.shift_right(lane.lane, 3), 4 * step)
+            words = wm.load_shared_16_bytes(
+                wm.add(wm.add(base, wm.shift_left(row, 7)), wm.shift_left(wm.bit_xor(chunk, wm.bit_and(row, 7)), 4))
+            )
+            column = wm.add(wm.shift_left(chunk, 3), COLUMNS * block)
+            predicate = wm.both(in_range, wm.both(wm.less(row, shape.tile_heads), wm.less(column, shape.head_dim)))
+            flat_row = wm.add(wm.multiply(tile, shape.tile_heads), row)
+            offset = wm.shift_left(column, 1)
+
+            def place_in(array: Any, flat_row: Any = flat_row, offset: Any = offset) -> Any:
+                return wm.advance(wm.advance(array, flat_row, 2 * shape.head_dim), offset, 1)
+
+            if added is not None:
+                other = wm.load_global_16_bytes(place_in(added), predicate)
+                sums = []
+                for mine, theirs in zip(words, other, strict=True):
+                    x, y = wm.unpack(mine, dtype), wm.unpack(theirs, dtype)
+                    sums.append(wm.pack(wm.arith.addf(x[0], y[0]), wm.arith.addf(x[1], y[1]), dtype))
+                words = sums
+            wm.store_global_16_bytes(place_in(address), words, predicate)
+
+
+def group_queries(shape: DepthShape, staged: jax.Array) -> jax.Array:
+    """[column_blocks, query_rows, 64] -> [4, tile_heads, columns]."""
+    flat = jnp.swapaxes(staged, 0, 1).reshape(staged.shape[1], -1)
+    return flat[: WARPS * shape.tile_heads].reshape(WARPS, shape.tile_heads, -1)
+
+
+def group_tiles(staged: jax.Array) -> jax.Array:
+    """[boxes, column_blocks, rows, (heads of a box,) 64] -> [4, rows, columns]."""
+    if staged.ndim == 5:
+        staged = jnp.moveaxis(staged, 3, 1).reshape(WARPS, *staged.shape[1:3], COLUMNS)
+    return jnp.swapaxes(staged, 1, 2).reshape(staged.shape[0], staged.shape[2], -1)
+
+
+def filled_rows(tiles: jax.Array, first: jax.Array) -> jax.Array:
+    """[4, rows, columns] with zeros before row `first`: not all of those were loaded."""
+    return jnp.where(jnp.arange(tiles.shape[1])[:, None] >= first, tiles, 0)
+
+
+def depth_boxes(
+    shape: DepthShape, group: jax.Array, column: jax.Array, box_heads: int = 1
+) -> Iterator[tuple[int, int, Any]]:
+    """(box, column block, function of (first slot, slots): index into [B*T, S, K, H]) of the four tiles of a group."""
+    for box in range(WARPS // box_heads):
+        tile = lax.div(group * WARPS + box * box_heads, shape.tiles_per_kv_head)
+        token = lax.div(tile, shape.num_kv_heads)
+        head = tile - token * shape.num_kv_heads
+        heads = head if box_heads == 1 else pl.ds(head, box_heads)
+        for c in range(shape.column_blocks):
+            columns = pl.ds(column + c * COLUMNS, COLUMNS)
+            yield box, c, lambda slot, count, at=(token, heads, columns): (at[0], pl.ds(slot, count), *at[1:])
+
+
+def load_chunk(copy: Any, ref: Any, index: Any, tile: Any, rows: int, slot: jax.Array, first: jax.Array) -> None:
+    """Copies the slots of a chunk into a tile of `rows` rows. With half of the rows before slot 0, one half is left
+        alone.
+
+    Args:
+        copy: of a source and a destination. index: of (first slot, count), the place of a box in the array `ref`.
+        slot: of row 0. first: the first row that is a slot.
+    """
+    half = rows // 2
+    if half % 16:
+        copy(ref.at[index(slot, rows)], tile)
+        return
+    pl.when(first < half)(lambda: copy(ref.at[index(slot, rows)], tile))
+    pl.when(first >= half)(lambda: copy(ref.at[index(slot + half, half)], tile.at[pl.ds(half, half)]))
+
+
+def pad_for_interpreter(
+    shape: DepthShape, tiles: DepthTiles, queries: list[jax.Array], depth: list[jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """What TMA does with out-of-range boxes on the chip: zeros around q [rows, H] and around depth arrays [B*T, S, K,
+        H].
+
+    `rows` zero slots stand in front of slot 0, so that a chunk may start there.
+    """
+    columns = shape.column_blocks * COLUMNS - shape.head_dim
+    last_tile = shape.groups * WARPS
+    rows = last_tile * shape.tile_heads + shape.query_rows - queries[0].shape[0]
+    tokens = -(-last_tile // (shape.num_kv_heads * shape.tiles_per_kv_head)) - shape.tokens
+    queries = [jnp.pad(x, ((0, rows), (0, columns))) for x in queries]
+    return queries, [jnp.pad(x, ((0, tokens), (tiles.rows, tiles.rows), (0, 0), (0, columns))) for x in depth]
+
+
+def pad_group(x: jax.Array, num_kv_heads: int) -> jax.Array:
+    """[B, T, N, ...] with zero query heads added to every KV head, up to `padded_group`."""
+    group_size = x.shape[2] // num_kv_heads
+    parts = x.reshape(*x.shape[:2], num_kv_heads, group_size, *x.shape[3:])
+    missing = padded_group(group_size) - group_size
+    parts = jnp.pad(parts, ((0, 0),) * 3 + ((0, missing),) + ((0, 0),) * (x.ndim - 3))
+    return parts.reshape(*x.shape[:2], -1, *x.shape[3:])
+
+
+def unpad_group(x: jax.Array, num_kv_heads: int, group_size: int) -> jax.Array:
+    """The reverse of `pad_group`."""
+    parts = x.reshape(*x.shape[:2], num_kv_heads, -1, *x.shape[3:])[:, :, :, :group_size]
+    return parts.reshape(*x.shape[:2], -1, *x.shape[3:])
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    """Lane semantics: inlined functions see threads. Barriers are placed by hand (`commit_smem` before a refill)."""
+    return plgpu.CompilerParams(
+        approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    )

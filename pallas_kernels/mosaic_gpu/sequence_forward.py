@@ -1,0 +1,415 @@
+"""Sequence attention, forward, for Hopper.
+
+Equation, per batch row b, query head n (KV head n // G), query t:
+    s_u = scale * <query_t, key_u>,  u visible (masks.py)
+    lse = log sum_u exp(s_u);  out = sum_u exp(s_u - lse) value_u
+and, if `other_out`, `other_lse` are given (another block of the same softmax, such as the depth part):
+    lse' = log(exp(lse) + exp(other_lse));  out' = exp(lse - lse') out + exp(other_lse - lse') other_out.
+A query that sees nothing: out 0, lse -inf.
+With out_dtype=float32, out leaves (and other_out comes) as two numbers of the input dtype, rounded and rest.
+
+Grid: (B, query blocks, N); head fastest, so that the CTAs of one KV head run side by side and share K and V in L2;
+    query blocks in descending order, so that the longest causal rows start first.
+Blocks: query and out [query_block, H], 64 rows per consumer warpgroup; key and value [key_block, H].
+Loop: one producer warpgroup streams K and V through two rings of `stages` TMA blocks; each consumer warpgroup walks the
+    key blocks in ascending order: full blocks unmasked, then the diagonal and ragged ones masked. A warpgroup issues
+    Q K^T of block j and P V of block j-1 together and does the softmax of j while the latter runs.
+Resident: query tile in SMEM; out accumulator, running maximum and sum in registers.
+Accumulators: float32 (logits, out, maximum, sum); P is rounded to the input dtype for the second product.
+FLOPs: 4 T U N H B (half if causal). Bytes: query + key + value + out + 4 T N B; each CTA re-reads K and V from L2.
+Bound on an H200 at H=64: exp2 (16 a clock per SM) takes exactly as long as the two products (4096 FLOP a clock per SM),
+    so the tensor cores cannot be full. B=1, T=16384, K=8, G=8, causal: 4.5 to 4.6 ms, 480 TFLOP/s, cuDNN 4.9 to 5.2 ms.
+    Two warpgroups taking turns on the tensor cores (the usual schedule) measured 5.2 ms. H=128: tensor cores.
+Benchmark: python -m benchmarks.attention, rows with S=0, column "forward".
+
+Interpreted on a CPU, P goes through SMEM (`p_stage`): `wgmma` with A in registers is not simulated. See warpgroup.py.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import masks as masks_lib
+from pallas_kernels.mosaic_gpu import tiles as tiles_lib
+from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
+
+
+def _scratch(tiles, head_dim, dtype, spec, merge, precise, interpret):
+    """Scratch shapes by name; None where a variant does not need it."""
+    warpgroups, key_block, stages = tiles.warpgroups, tiles.key_block, tiles.stages
+    tile = wg_lib.tiled_smem
+    return dict(
+        query_smem=tile((warpgroups, 64, head_dim), dtype),
+        key_smem=tile((stages, key_block, head_dim), dtype),
+        value_smem=tile((stages, key_block, head_dim), dtype),
+        lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32),
+        other_smem=tile((warpgroups, 64, head_dim), dtype) if merge else None,
+        other_lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32) if merge else None,
+        query_rows_smem=plgpu.SMEM((warpgroups, spec.channels, 64), jnp.int32) if spec.explicit else None,
+        key_rows_smem=plgpu.SMEM((stages, spec.channels, key_block), jnp.int32) if spec.explicit else None,
+        p_stage=tile((warpgroups, 64, key_block), dtype) if interpret else None,
+        query_ready=plgpu.Barrier(num_arrivals=2 if spec.explicit else 1, num_barriers=warpgroups),
+        other_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups) if merge else None,
+        other_rest_ready=plgpu.Barrier(num_barriers=warpgroups) if merge and precise else None,
+        key_ready=plgpu.Barrier(num_arrivals=2 if spec.explicit else 1, num_barriers=stages),
+        value_ready=plgpu.Barrier(num_barriers=stages),
+        key_consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        value_consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+    )
+
+
+def _make_body(
+    *, tiles, spec, merge, precise, scale, query_tokens, key_tokens, heads_per_kv_head, head_dim, dtype, interpret
+):
+    """The kernel body: operands, outputs, scratch."""
+    warpgroups, key_block, stages = tiles.warpgroups, tiles.key_block, tiles.stages
+    query_blocks = pl.cdiv(query_tokens, tiles.query_block)
+    scale2 = scale * wg_lib.LOG2E  # the softmax runs in base 2
+    shape = (64, key_block)
+    masked_end = spec.causal or spec.explicit or spec.limit or key_tokens % key_block != 0
+
+    def body(*refs, **scratch):
+        refs = list(refs)
+        query_ref, key_ref, value_ref = refs[:3]
+        out_rest_ref = refs.pop() if precise else None
+        lse_ref, out_ref = refs.pop(), refs.pop()
+        refs = refs[3:]
+        other_ref, other_lse_ref = (refs.pop(0), refs.pop(0)) if merge else (None, None)
+        other_rest_ref = refs.pop(0) if merge and precise else None
+        limit_ref = refs.pop(0) if spec.limit else None
+        query_rows_ref, key_rows_ref, bounds_ref = refs if spec.explicit else (None, None, None)
+        s = wg_lib.named(scratch)
+
+        batch = lax.axis_index("batch")
+        head = lax.axis_index("head")
+        query_tile = query_blocks - 1 - lax.axis_index("query_block")
+        warpgroup = lax.axis_index("warpgroup")
+        query_start = query_tile * tiles.query_block
+        limit = limit_ref[batch] if spec.limit else jnp.int32(key_tokens)
+
+        # Key blocks of the whole CTA: [first, last).
+        if spec.explicit:
+            first = bounds_ref[batch, query_tile, 0]
+            last = bounds_ref[batch, query_tile, 1]
+        else:
+            first = jnp.int32(0)
+            end = limit
+            if spec.causal:
+                end = jnp.minimum(end, query_start + tiles.query_block)
+            last = pl.cdiv(end, key_block)
+        # One block is always walked: it is masked where nothing is visible.
+        last = jnp.maximum(last, first + 1)
+
+        @pl.when(warpgroup == warpgroups)
+        def _producer():
+            plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][1], action="decrease")
+            kv_head = lax.div(head, jnp.int32(heads_per_kv_head))
+
+            def fetch(step, wait):
+                slot = lax.rem(step - first, jnp.int32(stages))
+                window = pl.ds(step * key_block, key_block)
+                if wait:
+                    plgpu.barrier_wait(s.key_consumed.at[slot])
+                plgpu.copy_gmem_to_smem(key_ref.at[batch, window, kv_head], s.key_smem.at[slot], s.key_ready.at[slot])
+                if spec.explicit:
+                    plgpu.copy_gmem_to_smem(
+                        key_rows_ref.at[batch, :, window], s.key_rows_smem.at[slot], s.key_ready.at[slot]
+                    )
+                if wait:
+                    plgpu.barrier_wait(s.value_consumed.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    value_ref.at[batch, window, kv_head], s.value_smem.at[slot], s.value_ready.at[slot]
+                )
+
+            warm = jnp.minimum(first + stages, last)
+            pl.loop(first, warm)(lambda step: fetch(step, wait=False))
+            pl.loop(warm, last)(lambda step: fetch(step, wait=True))
+
+            @pl.loop(jnp.maximum(last - stages, first), last)
+            def _drain(step):
+                """Every phase of a barrier is observed before the barrier goes (the interpreter insists)."""
+                slot = lax.rem(step - first, jnp.int32(stages))
+                plgpu.barrier_wait(s.key_consumed.at[slot])
+                plgpu.barrier_wait(s.value_consumed.at[slot])
+
+        @pl.when(warpgroup < warpgroups)
+        def _consumer():
+            plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][0], action="increase")
+            row_start = query_start + warpgroup * 64
+            row_window = pl.ds(row_start, 64)
+            query_smem = s.query_smem.at[warpgroup]
+            p_stage = s.p_stage.at[warpgroup] if interpret else None
+            plgpu.copy_gmem_to_smem(query_ref.at[batch, row_window, head], query_smem, s.query_ready.at[warpgroup])
+            if spec.explicit:
+                plgpu.copy_gmem_to_smem(
+                    query_rows_ref.at[batch, :, row_window],
+                    s.query_rows_smem.at[warpgroup],
+                    s.query_ready.at[warpgroup],
+                )
+            if merge:
+                plgpu.copy_gmem_to_smem(
+                    other_ref.at[batch, row_window, head], s.other_smem.at[warpgroup], s.other_ready.at[warpgroup]
+                )
+                plgpu.copy_gmem_to_smem(
+                    other_lse_ref.at[batch, head, row_window],
+                    s.other_lse_smem.at[warpgroup],
+                    s.other_ready.at[warpgroup],
+                )
+
+            # Key blocks of this warpgroup: [first, full_end) unmasked, [full_end, own_end) masked.
+            if spec.explicit:
+                full_end, own_end = first, last
+            else:
+                full_end, own_end = lax.div(limit, jnp.int32(key_block)), pl.cdiv(limit, key_block)
+                if spec.causal:
+                    full_end = jnp.minimum(full_end, lax.div(row_start + 1, jnp.int32(key_block)))
+                    own_end = jnp.minimum(own_end, pl.cdiv(row_start + 64, key_block))
+                own_end = jnp.minimum(jnp.maximum(own_end, first + 1), last)
+
+            plgpu.barrier_wait(s.query_ready.at[warpgroup])
+            row_values = []
+            if spec.explicit:
+                row_values = [
+                    plgpu.load(s.query_rows_smem.at[warpgroup, c], layout=wg_lib.ROW) for c in range(spec.channels)
+                ]
+
+            def slot_of(step):
+                return lax.rem(step - first, jnp.int32(stages))
+
+            def load_key_rows(slot):
+                return [plgpu.load(s.key_rows_smem.at[slot, c], layout=wg_lib.COLUMN) for c in range(spec.channels)]
+
+            def hide(logits, step, key_values):
+                """Puts HIDDEN where a key is not visible."""
+                column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wg_lib.TILE)
+                visible = column < limit - step * key_block
+                channel = 0
+                if spec.positions:
+                    visible &= wg_lib.columns(key_values[0], shape) <= wg_lib.rows(row_values[0], shape)
+                    channel = 1
+                elif spec.causal:
+                    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=wg_lib.TILE)
+                    visible &= column - row <= row_start - step * key_block
+                if spec.segments:
+                    visible &= wg_lib.columns(key_values[channel], shape) == wg_lib.rows(row_values[channel], shape)
+                return jnp.where(visible, logits, wg_lib.HIDDEN / scale2)
+
+            def softmax(logits, maximum, total, step, key_values, masked):
+                """Online softmax in base 2 -> (P, rescaling of what is accumulated, new maximum, new sum)."""
+                if masked:
+                    logits = hide(logits, step, key_values)
+                new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale2)
+                shift = new_maximum
+                if masked:
+                    # A row that saw no key yet: exp2(HIDDEN - 0) = 0, where exp2(HIDDEN - HIDDEN) would be 1.
+                    shift = jnp.where(new_maximum < wg_lib.HIDDEN_LIMIT, 0.0, new_maximum)
+                rescale = jnp.exp2(maximum - shift)
+                p = jnp.exp2(logits * scale2 - wg_lib.rows(shift, shape))
+                return p, rescale, new_maximum, total * rescale + p.sum(axis=1)
+
+            maximum = wg_lib.full((64,), wg_lib.HIDDEN, wg_lib.ROW)
+            total = wg_lib.full((64,), 0.0, wg_lib.ROW)
+            out = wg_lib.full((64, head_dim), 0.0, wg_lib.TILE)
+
+            out, maximum, total = _walk(
+                s, query_smem, p_stage, slot_of, load_key_rows, softmax, out, maximum, total,
+                first, full_end, own_end, last, shape=shape, dtype=dtype, masked_end=masked_end, interpret=interpret,
+            )  # fmt: skip
+
+            if merge and precise:
+                plgpu.commit_smem()  # all warps are done with the queries, which make room
+                plgpu.copy_gmem_to_smem(
+                    other_rest_ref.at[batch, row_window, head], query_smem, s.other_rest_ready.at[warpgroup]
+                )
+            # maximum is HIDDEN and total 0 in a row that saw nothing: lse = -inf.
+            lse = maximum * wg_lib.LN2 + jnp.log(total)
+            weight = jnp.where(total > 0.0, 1.0 / total, 0.0)
+            if merge:
+                plgpu.barrier_wait(s.other_ready.at[warpgroup])
+                other_lse = plgpu.load(s.other_lse_smem.at[warpgroup], layout=wg_lib.ROW)
+                top = jnp.maximum(jnp.maximum(lse, other_lse), wg_lib.HIDDEN)
+                mine, others = jnp.exp(lse - top), jnp.exp(other_lse - top)
+                both = mine + others
+                inverse = jnp.where(both > 0.0, 1.0 / both, 0.0)
+                lse = top + jnp.log(both)
+                weight = weight * mine * inverse
+                other = plgpu.load(s.other_smem.at[warpgroup], layout=wg_lib.TILE).astype(jnp.float32)
+                if precise:
+                    plgpu.barrier_wait(s.other_rest_ready.at[warpgroup])
+                    other += plgpu.load(query_smem, layout=wg_lib.TILE).astype(jnp.float32)
+                    plgpu.commit_smem()  # all warps have read it
+                out = out * wg_lib.rows(weight, out.shape) + other * wg_lib.rows(others * inverse, out.shape)
+            else:
+                out = out * wg_lib.rows(weight, out.shape)
+            rounded = out.astype(dtype)
+            query_smem[...] = rounded
+            s.lse_smem[warpgroup] = lse
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(query_smem, out_ref.at[batch, row_window, head])
+            plgpu.copy_smem_to_gmem(s.lse_smem.at[warpgroup], lse_ref.at[batch, head, row_window])
+            plgpu.wait_smem_to_gmem(0)
+            if precise:
+                query_smem[...] = (out - rounded.astype(jnp.float32)).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(query_smem, out_rest_ref.at[batch, row_window, head])
+                plgpu.wait_smem_to_gmem(0)
+
+    return body
+
+
+def _walk(
+    s, query_smem, p_stage, slot_of, load_key_rows, softmax, out, maximum, total,
+    first, full_end, own_end, last, *, shape, dtype, masked_end, interpret,
+):  # fmt: skip
+    """Walks the key blocks; Q K^T of a block runs together with P V of the block before."""
+    slot = slot_of(first)
+    plgpu.barrier_wait(s.key_ready.at[slot])
+    (logits,), _ = wg_lib.accumulate(
+        lambda acc: plgpu.wgmma(acc, query_smem, s.key_smem.at[slot].T) or (), [shape], interpret=interpret
+    )
+    key_values = load_key_rows(slot)
+    plgpu.barrier_arrive(s.key_consumed.at[slot])
+    p, _, maximum, total = softmax(logits, maximum, total, first, key_values, masked_end)
+    p = p.astype(dtype)
+
+    def step_body(step, carry, masked):
+        out, p, maximum, total = carry
+        slot, previous = slot_of(step), slot_of(step - 1)
+        plgpu.barrier_wait(s.key_ready.at[slot])
+
+        def issue(out_acc, logits_acc):
+            plgpu.wgmma(logits_acc, query_smem, s.key_smem.at[slot].T)
+            plgpu.barrier_wait(s.value_ready.at[previous])
+            wg_lib.wgmma_registers(out_acc, p, s.value_smem.at[previous], p_stage)
+            logits = wg_lib.load_after(logits_acc, 1)
+            key_values = load_key_rows(slot)
+            plgpu.barrier_arrive(s.key_consumed.at[slot])
+            new_p, rescale, new_maximum, new_total = softmax(logits, maximum, total, step, key_values, masked)
+            plgpu.wgmma_wait(0)
+            # P of the block before is an operand in registers of the product that ran until here: keep it alive, and
+            # round the new P only now, so that no register of the old one is written too early.
+            new_p, _ = lax.optimization_barrier((new_p, p))
+            plgpu.barrier_arrive(s.value_consumed.at[previous])
+            return new_p.astype(dtype), rescale, new_maximum, new_total
+
+        (out, _), (p, rescale, maximum, total) = wg_lib.accumulate(
+            issue, [out, shape], (p, maximum, maximum, total), interpret=interpret
+        )
+        return out * wg_lib.rows(rescale, out.shape), p, maximum, total
+
+    carry = (out, p, maximum, total)
+    carry = lax.fori_loop(first + 1, full_end, lambda i, c: step_body(i, c, False), carry)
+    if masked_end:
+        start = jnp.maximum(first + 1, full_end)
+        carry = lax.fori_loop(start, own_end, lambda i, c: step_body(i, c, True), carry)
+    out, p, maximum, total = carry
+
+    slot = slot_of(own_end - 1)
+    plgpu.barrier_wait(s.value_ready.at[slot])
+
+    def finish(acc):
+        wg_lib.wgmma_registers(acc, p, s.value_smem.at[slot], p_stage)
+        return ()
+
+    (out,), _ = wg_lib.accumulate(finish, [out], interpret=interpret)
+    plgpu.barrier_arrive(s.value_consumed.at[slot])
+
+    @pl.loop(own_end, last)
+    def _release(step):
+        """Blocks that only the other warpgroups need."""
+        plgpu.barrier_arrive(s.key_consumed.at[slot_of(step)])
+        plgpu.barrier_arrive(s.value_consumed.at[slot_of(step)])
+
+    return out, maximum, total
+
+
+def sequence_forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    other_out: jax.Array | None = None,
+    other_lse: jax.Array | None = None,
+    *,
+    scale: float,
+    masks: masks_lib.Masks,
+    out_dtype: jnp.dtype | None = None,
+    tiles: tiles_lib.ForwardTiles | None = None,
+    interpret: bool | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(scale * query key^T) value over the visible keys, merged with another block if one is given.
+
+    Args:
+        query: [B, T, N, H], bfloat16 or float16, H 64 or 128.
+        key, value: [B, U, K, H], K divides N.
+        other_out, other_lse: [B, T, N, H] and float32 [B, T, N] (natural log) of another block of the same softmax;
+            other_out may be float32 if out is.
+        scale: factor of the logits.
+        masks: from `masks.prepare`.
+        out_dtype: of out: float32, or None for the input dtype.
+        tiles: overrides `tiles.choose_tiles`.
+        interpret: run on the CPU; None: where there is no GPU.
+
+    Raises:
+        ValueError: tiles that do not fit into shared memory.
+
+    Returns:
+        (out [B, T, N, H], lse float32 [B, T, N], natural log, -inf where nothing is visible)
+    """
+    batch, query_tokens, heads, head_dim = query.shape
+    key_tokens, kv_heads = key.shape[1:3]
+    interpret = wg_lib.default_interpret() if interpret is None else interpret
+    query, scale = wg_lib.positive_scale(query, scale)
+    tiles = tiles or tiles_lib.choose_tiles(head_dim, interpret=interpret).forward
+    tiles.check(head_dim, query.dtype.itemsize, masks.spec.channels, other_out is not None)
+    spec, merge, precise = masks.spec, other_out is not None, out_dtype == jnp.float32
+    query_blocks = pl.cdiv(query_tokens, tiles.query_block)
+    padded_tokens = query_blocks * tiles.query_block
+
+    query, key, value = (wg_lib.pad_tokens(x) for x in (query, key, value))
+    operands = [query, key, value]
+    if merge:
+        other_out, other_rest = (wg_lib.pad_tokens(x) for x in wg_lib.split(other_out, query.dtype))
+        other_lse = jnp.pad(other_lse.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded_tokens - query_tokens)))
+        operands += [other_out, other_lse, *([other_rest] if precise else [])]
+    if spec.limit:
+        operands.append(masks.limit)
+    if spec.explicit:
+        operands += [
+            masks_lib.pad_rows(masks.query_rows, tiles.query_block),
+            masks_lib.pad_rows(masks.key_rows, tiles.key_block),
+            masks_lib.block_bounds(
+                masks, batch, query_tokens, key_tokens, tiles.query_block, tiles.key_block, per="query"
+            ),
+        ]
+    body = _make_body(
+        tiles=tiles, spec=spec, merge=merge, precise=precise, scale=scale,
+        query_tokens=query_tokens, key_tokens=key_tokens,
+        heads_per_kv_head=heads // kv_heads, head_dim=head_dim, dtype=query.dtype, interpret=interpret,
+    )  # fmt: skip
+    scratch = _scratch(tiles, head_dim, query.dtype, spec, merge, precise, interpret)
+    like_query = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    out, lse, *rest = plgpu.kernel(
+        body,
+        out_type=(
+            like_query,
+            jax.ShapeDtypeStruct((batch, heads, padded_tokens), jnp.float32),
+            *([like_query] if precise else []),
+        ),
+        grid=(batch, query_blocks, heads),
+        grid_names=("batch", "query_block", "head"),
+        num_threads=tiles.warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types={name: entry for name, entry in scratch.items() if entry is not None},
+        compiler_params=wg_lib.compiler_params(),
+        interpret=wg_lib.interpret_params(interpret),
+        kernel_name=wg_lib.kernel_name(
+            "moda_sequence_forward", query_tokens, key_tokens, heads, kv_heads, head_dim, tiles
+        ),
+    )(*operands)
+    if precise:
+        out = out.astype(jnp.float32) + rest[0].astype(jnp.float32)
+    return out[:, :query_tokens], lse[..., :query_tokens].swapaxes(1, 2)

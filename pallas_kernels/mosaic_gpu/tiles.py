@@ -1,0 +1,123 @@
+"""Tile choice of the sequence kernels, in one place: head_dim and compute capability in, block sizes out.
+
+The numbers were measured on an H200 (JAX 0.11.2, bf16, causal, B=1, K=8; benchmarks/attention.py repeats it); every
+kernel takes `tiles=` to override them. What else was tried at H=64, T=16384, G=8, in ms:
+    forward 3x128x4 (warpgroups x block x stages) 4.5 | 2x128x4 5.0 | 3x64x6 5.5 | 3x128x3 5.0 | 3x128x2 4.9
+    dq      3x64x4 5.1 | 2x64x5 6.6 | 2x128x3 7.3 | 3x64x3 5.9 | 3x64x6 6.5
+    dkv     2x64x4 with K in registers 7.7 | with K and V 8.1 | with neither 8.8 | 3x64x4 (spills) 13.9 | 2x64x3 9.1
+At H=128 only correctness was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+# What one CTA may ask for on sm_90, less barriers, alignment and the reduction scratch.
+SHARED_BYTES = 227 * 1024 - 8 * 1024
+# What of the L2 (50 to 60 MB) a working set may fill before the dkv grid is walked head by head.
+L2_BYTES = 32 * 2**20
+# (consumer, producer) registers by number of consumer warpgroups: 384 or 512 threads share 64 Ki registers.
+REGISTERS = {1: (240, 40), 2: (240, 24), 3: (160, 32)}
+
+
+def _check_blocks(name: str, warpgroups: int, block: int, stages: int) -> None:
+    if warpgroups not in REGISTERS:
+        raise ValueError(f"{name}: warpgroups={warpgroups}: expected one of {tuple(REGISTERS)}")
+    if block not in (64, 128, 192, 256):
+        raise ValueError(f"{name}: block={block}: expected 64, 128, 192 or 256")
+    if stages < 2:
+        raise ValueError(f"{name}: stages={stages}: expected at least 2")
+
+
+def _check_shared(name: str, tiles: object, needed: int, head_dim: int) -> None:
+    if needed > SHARED_BYTES:
+        raise ValueError(
+            f"{name}: {tiles} at head_dim={head_dim} needs {needed} bytes of shared memory: {SHARED_BYTES=}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTiles:
+    """Blocks of the sequence forward.
+
+    Attributes:
+        warpgroups: consumer warpgroups of a CTA; each owns 64 query rows.
+        key_block: keys of a ring stage.
+        stages: depth of the K and V rings.
+    """
+
+    warpgroups: int
+    key_block: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        _check_blocks("ForwardTiles", self.warpgroups, self.key_block, self.stages)
+
+    @property
+    def query_block(self) -> int:
+        """Query rows of a CTA."""
+        return 64 * self.warpgroups
+
+    def check(self, head_dim: int, itemsize: int, mask_channels: int, merge: bool) -> None:
+        """Raises ValueError if the blocks do not fit into shared memory."""
+        own = self.query_block * (1 + merge) * (head_dim * itemsize + 4) + self.query_block * mask_channels * 4
+        stage = self.key_block * (2 * head_dim * itemsize + mask_channels * 4)
+        _check_shared("sequence forward", self, own + self.stages * stage, head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTiles:
+    """Blocks of one of the two sequence backward kernels.
+
+    Attributes:
+        warpgroups: consumer warpgroups of a CTA; each owns 64 rows (queries for dq, keys for dk and dv).
+        block: rows of the other side per ring stage.
+        stages: depth of the ring.
+        key_in_registers: dkv only: K is a register operand of `wgmma` (32 registers a thread at H=64).
+    """
+
+    warpgroups: int
+    block: int
+    stages: int
+    key_in_registers: bool = False
+
+    def __post_init__(self) -> None:
+        _check_blocks("BackwardTiles", self.warpgroups, self.block, self.stages)
+
+    @property
+    def owned_block(self) -> int:
+        """Rows that a CTA owns."""
+        return 64 * self.warpgroups
+
+    def check(self, head_dim: int, itemsize: int, mask_channels: int, kernel: str) -> None:
+        """Raises ValueError if the blocks do not fit into shared memory."""
+        row = 2 * head_dim * itemsize + (2 + mask_channels) * 4
+        _check_shared(f"sequence {kernel}", self, (self.owned_block + self.stages * self.block) * row, head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceTiles:
+    """Tiles of the three sequence kernels."""
+
+    forward: ForwardTiles
+    dq: BackwardTiles
+    dkv: BackwardTiles
+
+
+def choose_tiles(
+    head_dim: int, compute_capability: tuple[int, int] = (9, 0), *, interpret: bool = False
+) -> SequenceTiles:
+    """Tiles for a padded head_dim of 64 or 128; `interpret`: for the interpreter, which runs every warp in Python.
+
+    Raises:
+        NotImplementedError: another head_dim or compute capability.
+    """
+    if compute_capability != (9, 0):
+        raise NotImplementedError(f"compute capability {compute_capability}: the kernels are for (9, 0), Hopper")
+    if interpret and head_dim in (64, 128):  # three consumers starve each other of two cores until it hangs
+        return SequenceTiles(ForwardTiles(2, 64, 2), BackwardTiles(2, 64, 2), BackwardTiles(2, 64, 2))
+    if head_dim == 64:
+        return SequenceTiles(ForwardTiles(3, 128, 4), BackwardTiles(3, 64, 4), BackwardTiles(2, 64, 4, True))
+    if head_dim == 128:
+        return SequenceTiles(ForwardTiles(2, 128, 2), BackwardTiles(2, 64, 3), BackwardTiles(2, 64, 3))
+    raise NotImplementedError(f"head_dim={head_dim}: the sequence kernels run 64 or 128 (others are padded to these)")

@@ -1,0 +1,179 @@
+"""What the kernels of this package share: accumulators, layouts, and the few lines that differ under the interpreter.
+
+The Pallas GPU interpreter (CPU) takes neither preset `wgmma` accumulators nor an A operand in registers. Kernels
+therefore go through `accumulate` and `wgmma_registers`; nothing else in a kernel's body knows that it is interpreted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+# Finite stand-in for -inf inside the softmax (CONVENTIONS rule 8); anything below HIDDEN_LIMIT saw no key.
+HIDDEN = -1.0e30
+HIDDEN_LIMIT = -1.0e29
+
+TILE = plgpu.Layout.WGMMA  # [64 * n, columns] over the 128 threads of a warpgroup
+ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of TILE
+COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column of TILE
+
+
+def default_interpret() -> bool:
+    """True where there is no GPU to run on: the kernel is then interpreted on the CPU."""
+    return jax.default_backend() != "gpu"
+
+
+def interpret_params(interpret: bool) -> Any:
+    """`interpret=` argument of `plgpu.kernel`."""
+    return plgpu.InterpretGPUParams(detect_races=True) if interpret else None
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    """Explicit layouts and hardware exp2; barriers between a warpgroup's own SMEM accesses are written by hand."""
+    return plgpu.CompilerParams(
+        approx_math=True,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+        reduction_scratch_bytes=6144,
+    )
+
+
+def kernel_name(
+    name: str, query_tokens: int, key_tokens: int, heads: int, kv_heads: int, head_dim: int, tiles: Any
+) -> str:
+    """The name with shapes and tiles (warpgroups x block x stages): it is what errors and profiles of a GPU show."""
+    numbers = "x".join(str(int(x)) for x in dataclasses.astuple(tiles))
+    return f"{name}_T{query_tokens}_U{key_tokens}_N{heads}_K{kv_heads}_H{head_dim}_tiles_{numbers}"
+
+
+def tiled_smem(shape: Sequence[int], dtype: Any) -> Any:
+    """SMEM in the layout that both TMA and `wgmma` want: rows of 128 bytes, swizzled."""
+    swizzle = min(128, shape[-1] * jnp.dtype(dtype).itemsize)
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(
+        tuple(shape), dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+    )
+
+
+def positive_scale(query: jax.Array, scale: float) -> tuple[jax.Array, float]:
+    """The same logits with a scale above zero: the running maximum is taken before scaling."""
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale < 0 else (jnp.zeros_like(query), 1.0)
+
+
+def pad_tokens(x: jax.Array) -> jax.Array:
+    """[B, T, heads, H] -> T rounded up to 8 rows: TMA's tiled boxes need it. Other ragged ends are clipped by TMA."""
+    missing = -x.shape[1] % 8
+    return x if not missing else jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
+
+
+def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """x as the sum of two arrays of a 16-bit dtype, to twice its precision."""
+    rounded = x.astype(dtype)
+    # Behind a barrier: XLA may drop a conversion to a narrower type and back.
+    wide = lax.optimization_barrier(rounded).astype(jnp.float32)
+    return rounded, (x.astype(jnp.float32) - wide).astype(dtype)
+
+
+def full(shape: Sequence[int], value: float, layout: Any) -> jax.Array:
+    """A float32 constant held in registers."""
+    return plgpu.layout_cast(jnp.full(tuple(shape), value, jnp.float32), layout)
+
+
+def rows(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """[M] -> [M, columns]."""
+    return lax.broadcast_in_dim(x, tuple(shape), [0])
+
+
+def columns(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """[columns] -> [M, columns]."""
+    return lax.broadcast_in_dim(x, tuple(shape), [1])
+
+
+def accumulate(
+    body: Callable[..., Any],
+    accumulators: Sequence[jax.Array | tuple[int, int]],
+    carry: Any = (),
+    *,
+    interpret: bool,
+) -> tuple[list[jax.Array], Any]:
+    """Runs `body(*accumulator_refs) -> new_carry` and waits for its `wgmma`s.
+
+    Args:
+        body: issues `wgmma` on the references it is given; returns the new carry (values, same structure as `carry`).
+        accumulators: float32 values to start from, or a shape, which starts from zero.
+        carry: values that `body` replaces (it reads the old ones from its own closure).
+        interpret: whether the kernel is interpreted; presets are then added after the fact.
+
+    Returns:
+        (final accumulator values, new carry)
+    """
+    leaves, tree = jax.tree.flatten(carry)
+    zero = [isinstance(a, tuple) for a in accumulators]
+    if interpret:
+
+        def scoped(*refs):
+            new = body(*refs)
+            return [r[...] if z else r[...] + a for r, z, a in zip(refs, zero, accumulators, strict=True)], new
+
+        shapes = [a if z else a.shape for a, z in zip(accumulators, zero, strict=True)]
+        return pl.run_scoped(scoped, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
+
+    def stateful(refs):
+        accumulator_refs, carry_refs = refs
+        new_leaves, new_tree = jax.tree.flatten(body(*accumulator_refs))
+        if new_tree != tree:
+            raise ValueError(f"carry came back as {new_tree}, expected {tree}")
+        for ref, value in zip(carry_refs, new_leaves, strict=True):
+            ref[...] = value
+
+    presets = [full(a, 0.0, TILE) if z else a for a, z in zip(accumulators, zero, strict=True)]
+    values, out = pl.run_state(stateful)(([plgpu.ACC.init(a) for a in presets], list(leaves)))
+    return list(values), jax.tree.unflatten(tree, out)
+
+
+def wgmma_registers(accumulator: Any, a: jax.Array, b: Any, stage: Any) -> None:
+    """`accumulator += a @ b` with A in registers, or through the SMEM `stage`, which is there when interpreting.
+
+    The product reads the registers of A until it is waited for. LLVM takes them for free right after the instruction,
+    and may give them to the next A of a loop: compute that one from values that passed `lax.optimization_barrier` after
+    the wait, and not before. ptxas knows which registers a running `wgmma` uses: what it spills is not among them.
+    """
+    if stage is None:
+        plgpu.wgmma(accumulator, a, b)
+        return
+    stage[...] = a
+    plgpu.commit_smem()
+    plgpu.wgmma(accumulator, stage, b)
+
+
+def load_after(accumulator: Any, outstanding: int) -> jax.Array:
+    """Accumulator value once at most `outstanding` later `wgmma` groups are in flight.
+
+    The optimization barrier keeps the compiler from moving reads of the registers above the wait.
+    """
+    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=outstanding))
+
+
+def split_backward_refs(refs: Sequence[Any], spec: Any, outputs: int) -> tuple[Any, ...]:
+    """(5 arrays, key length, (query rows, key rows, bounds), outputs), in `sequence_backward`'s order."""
+    refs = list(refs)
+    fixed, outs = refs[:5], refs[len(refs) - outputs :]
+    rest = refs[5 : len(refs) - outputs]
+    limit_ref = rest.pop(0) if spec.limit else None
+    explicit = rest if spec.explicit else [None, None, None]
+    return fixed, limit_ref, explicit, outs
+
+
+def named(scratch: dict[str, Any]) -> Any:
+    """Scratch references as attributes."""
+    return type("Scratch", (), scratch)

@@ -1,0 +1,293 @@
+"""The depth kernels: interpreted with race detection, lowered for CUDA, and (marker `gpu`) run on the chip."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.mosaic_gpu import depth_tiles
+from pallas_kernels.mosaic_gpu.depth_tiles import DepthTiles
+
+forward = importlib.import_module("pallas_kernels.mosaic_gpu.depth_forward").depth_forward
+backward = importlib.import_module("pallas_kernels.mosaic_gpu.depth_backward").depth_backward
+
+SCALE = 0.3
+TOLERANCE = {"bfloat16": 8e-3, "float16": 1e-3}  # relative L2 error against float64 on the rounded inputs
+
+
+def draw(batch, tokens, num_heads, num_kv_heads, head_dim, slots, filled, dtype, seed=0):
+    """query, dout, depth_key, depth_value (NaN in unfilled slots), lse, delta.
+
+    lse is that of the filled slots and of other, random keys. A random lse alone would not do: P > 1, which no softmax
+    has, overflows float16 (seen on the chip: dS above 65504 and a dquery that is not finite).
+    """
+    keys = jax.random.split(jax.random.key(seed), 6)
+    heads = (batch, tokens, num_heads)
+    query, dout = (jax.random.normal(k, (*heads, head_dim), dtype) for k in keys[:2])
+    depth = [jax.random.normal(k, (batch, tokens, slots, num_kv_heads, head_dim), dtype) for k in keys[2:4]]
+    depth = [x.at[:, :, filled:].set(jnp.nan) for x in depth]
+    logits = np.einsum("btkgh,btskh->btkgs", grouped(query, num_kv_heads), wide(depth[0])[:, :, :filled]) * SCALE
+    others = np.asarray(jax.random.normal(keys[4], heads), np.float64) + 4
+    lse = np.logaddexp(others, np.logaddexp.reduce(logits, axis=-1, initial=-np.inf).reshape(heads))
+    return query, dout, *depth, jnp.asarray(lse, jnp.float32), jax.random.normal(keys[5], heads)
+
+
+def wide(x):
+    return np.asarray(x.astype(jnp.float32), np.float64)
+
+
+def grouped(x, num_kv_heads):
+    x = wide(x)
+    return x.reshape(*x.shape[:2], num_kv_heads, -1, *x.shape[3:])
+
+
+def forward_oracle(query, key, value, filled):
+    k, v = wide(key)[:, :, :filled], wide(value)[:, :, :filled]
+    if not filled:
+        return np.zeros(query.shape), np.full(query.shape[:3], -np.inf)
+    logits = np.einsum("btkgh,btskh->btkgs", grouped(query, key.shape[3]), k) * SCALE
+    peak = logits.max(-1, keepdims=True)
+    p = np.exp(logits - peak)
+    total = p.sum(-1, keepdims=True)
+    out = np.einsum("btkgs,btskh->btkgh", p / total, v)
+    return out.reshape(query.shape), (np.log(total) + peak).reshape(query.shape[:3])
+
+
+def backward_oracle(query, dout, key, value, lse, delta, filled):
+    kv_heads = key.shape[3]
+    q, do, lse, delta = (grouped(x, kv_heads) for x in (query, dout, lse, delta))
+    k, v = wide(key)[:, :, :filled], wide(value)[:, :, :filled]
+    p = np.exp(np.einsum("btkgh,btskh->btkgs", q, k) * SCALE - lse[..., None])
+    ds = p * (np.einsum("btkgh,btskh->btkgs", do, v) - delta[..., None])
+    dk, dv = np.zeros(key.shape), np.zeros(key.shape)
+    dk[:, :, :filled] = np.einsum("btkgs,btkgh->btskh", ds, q) * SCALE
+    dv[:, :, :filled] = np.einsum("btkgs,btkgh->btskh", p, do)
+    return (np.einsum("btkgs,btskh->btkgh", ds, k) * SCALE).reshape(query.shape), dk, dv
+
+
+def check(name, got, want, dtype):
+    got = wide(got)
+    assert np.isfinite(got).all(), f"{name} is not finite at {np.argwhere(~np.isfinite(got))[0]}"
+    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+    worst = np.unravel_index(np.abs(got - want).argmax(), want.shape)
+    assert error < TOLERANCE[jnp.dtype(dtype).name], f"{name}: relative error {error:.1e}, worst at {worst}"
+
+
+def check_races():
+    if jax.default_backend() != "gpu":
+        assert not gpu_callbacks.get_races().races_found
+
+
+# B, T, N, K, H, S, filled, dtype, tiles of the forward
+FORWARD = [
+    (1, 5, 4, 2, 64, 5, 5, jnp.bfloat16, None),
+    (1, 3, 2, 2, 64, 40, 37, jnp.float16, None),
+    (2, 3, 3, 3, 32, 20, 18, jnp.float16, DepthTiles(16, 3, 1)),
+    (1, 2, 17, 1, 64, 33, 2, jnp.bfloat16, None),
+]
+LARGE_FORWARD = [
+    (1, 1024, 16, 8, 64, 64, 64, jnp.bfloat16, None),
+    (1, 777, 64, 8, 64, 70, 37, jnp.bfloat16, None),
+    (2, 513, 16, 8, 128, 130, 129, jnp.float16, None),
+    (1, 129, 34, 1, 80, 40, 40, jnp.float16, None),
+    (1, 65, 64, 2, 64, 512, 511, jnp.bfloat16, None),
+    (1, 333, 4, 4, 8, 35, 18, jnp.float16, None),
+]
+
+
+def run_forward(case):
+    *dims, slots, filled, dtype, tiles = case
+    query, _, key, value, *_ = draw(*dims, slots, filled, dtype)
+    run = jax.jit(functools.partial(forward, scale=SCALE, tiles=tiles))
+    out, lse = run(query, key, value, jnp.int32(filled))
+    want, want_lse = forward_oracle(query, key, value, filled)
+    check("out", out, want, dtype)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-4, err_msg="lse")
+    return run, (query, key, value, jnp.int32(filled)), (out, lse)
+
+
+@pytest.mark.parametrize("case", FORWARD, ids=str)
+def test_forward(case):
+    run_forward(case)
+    check_races()
+
+
+def test_forward_without_filled_slots():
+    query, _, key, value, *_ = draw(1, 3, 2, 2, 64, 16, 0, jnp.bfloat16)
+    out, lse = forward(query, key, value, 0, scale=SCALE)
+    assert (np.asarray(out) == 0).all()
+    assert (np.asarray(lse) == -np.inf).all()
+    out, lse = forward(query, key[:, :, :0], value[:, :, :0], None, scale=SCALE)
+    assert (np.asarray(out) == 0).all()
+    assert (np.asarray(lse) == -np.inf).all()
+
+
+# B, T, N, K, H, S, filled, dtype, dtype of the buffers, whether dquery is given, tiles
+BACKWARD = [
+    (1, 5, 4, 2, 64, 5, 5, jnp.bfloat16, None, False, None),
+    (1, 3, 4, 4, 64, 40, 37, jnp.float16, jnp.float16, True, DepthTiles(32, 2, 1, 0, 2)),
+    (1, 3, 4, 4, 64, 18, 7, jnp.bfloat16, None, True, DepthTiles(16, 3, 1, 1, 2)),
+    (2, 3, 3, 3, 32, 20, 18, jnp.bfloat16, jnp.float32, True, None),
+    (1, 2, 20, 1, 64, 18, 0, jnp.float16, None, False, None),
+]
+LARGE_BACKWARD = [
+    (1, 1024, 16, 8, 64, 64, 64, jnp.bfloat16, None, False, None),
+    (1, 777, 64, 8, 64, 70, 37, jnp.bfloat16, None, True, None),
+    (2, 513, 16, 8, 64, 70, 70, jnp.bfloat16, jnp.bfloat16, False, None),
+    (2, 100, 16, 8, 128, 130, 129, jnp.float16, jnp.float16, True, None),
+    (1, 129, 34, 1, 80, 40, 39, jnp.float16, None, False, None),
+    (2, 333, 16, 8, 64, 70, 51, jnp.bfloat16, jnp.float32, False, None),
+    (1, 65, 32, 2, 128, 64, 50, jnp.bfloat16, jnp.float32, True, None),
+    (1, 333, 4, 4, 8, 35, 18, jnp.float16, None, True, None),
+    (1, 1024, 16, 8, 64, 64, 50, jnp.bfloat16, None, True, DepthTiles(32, 3, 1, 1, 2)),
+    (1, 777, 16, 8, 64, 70, 51, jnp.bfloat16, jnp.bfloat16, True, DepthTiles(16, 3, 2, 0, 2)),
+    (1, 333, 16, 8, 128, 70, 51, jnp.bfloat16, jnp.float32, True, DepthTiles(16, 2, 1, 0, 2)),
+    (1, 50, 16, 8, 64, 64, 0, jnp.bfloat16, None, False, None),
+]
+
+
+def run_backward(case):
+    *dims, slots, filled, dtype, buffer_dtype, adds, tiles = case
+    query, dout, key, value, lse, delta = draw(*dims, slots, filled, dtype, seed=1)
+    rng = np.random.default_rng(3)
+    buffers = [None, None]
+    if buffer_dtype is not None:
+        buffers = [jnp.asarray(rng.standard_normal(key.shape), buffer_dtype) for _ in range(2)]
+    added = jnp.asarray(rng.standard_normal(query.shape), dtype) if adds else None
+
+    @jax.jit
+    def run(query, key, value, filled, dout, lse, delta, buffers, added):
+        return backward(
+            query, key, value, filled, dout, lse, delta, scale=SCALE, tiles=tiles, dquery=added,
+            depth_key_gradient=buffers[0], depth_value_gradient=buffers[1],
+        )  # fmt: skip
+
+    arguments = (query, key, value, jnp.int32(filled), dout, lse, delta, buffers, added)
+    got = run(*arguments)
+    want = list(backward_oracle(query, dout, key, value, lse, delta, filled))
+    if adds:
+        want[0] += wide(added)
+    for i, buffer in enumerate(buffers):
+        before = np.zeros(key.shape) if buffer is None else wide(buffer)
+        want[1 + i] += before
+        np.testing.assert_array_equal(wide(got[1 + i])[:, :, filled:], before[:, :, filled:])
+    for name, x, y in zip(("dquery", "ddepth_key", "ddepth_value"), got, want, strict=True):
+        check(name, x, y, dtype)
+    assert all(x.dtype == (dtype if b is None else buffer_dtype) for x, b in zip(got[1:], buffers, strict=True))
+    return run, arguments, got
+
+
+@pytest.mark.parametrize("case", BACKWARD, ids=str)
+def test_backward(case):
+    run_backward(case)
+    check_races()
+
+
+@pytest.mark.parametrize(("group", "slots", "head_dim"), [(1, 16, 64), (8, 70, 64), (32, 256, 128), (3, 5, 40)])
+def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
+    dtype, batch, tokens, kv_heads = jnp.bfloat16, 2, 47, 4
+    heads, depth = (batch, tokens, kv_heads * group), (batch, tokens, slots, kv_heads, head_dim)
+    query = jax.ShapeDtypeStruct((*heads, head_dim), dtype)
+    rows = jax.ShapeDtypeStruct(heads, jnp.float32)
+    array, filled = jax.ShapeDtypeStruct(depth, dtype), jax.ShapeDtypeStruct((), jnp.int32)
+
+    def lower(f, *arguments):
+        return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+    run = functools.partial(forward, scale=SCALE, interpret=False)
+    assert "moda_depth_forward" in lower(run, query, array, array, filled)
+    lower(functools.partial(run, out_dtype=jnp.float32), query, array, array, filled)
+    for gradient_dtype, name in ((None, ""), (dtype, "_accumulate"), (jnp.float32, "_accumulate_float32")):
+        buffer = None if gradient_dtype is None else jax.ShapeDtypeStruct(depth, gradient_dtype)
+        for box_heads in (1, 2):
+            shape = depth_tiles.DepthShape(
+                batch * tokens, slots, heads[2], kv_heads, head_dim, depth_tiles.tile_heads(group)
+            )
+            last = gradient_dtype or (dtype if group > 16 else None)  # large groups: later passes accumulate
+            tiles = depth_tiles.backward_tiles(shape, last, box_heads)
+
+            def run(query, key, value, filled, dout, lse, delta, dk, dv, tiles=tiles):
+                return backward(
+                    query, key, value, filled, dout, lse, delta, scale=SCALE, interpret=False, tiles=tiles,
+                    depth_key_gradient=dk, depth_value_gradient=dv,
+                )  # fmt: skip
+
+            text = lower(run, query, array, array, filled, query, rows, rows, buffer, buffer)
+            assert f"moda_depth_backward{name}" in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"dtype": jnp.float32}, "dtype=float32"),
+        ({"head_dim": 136}, "head_dim=136: expected a multiple of 8 up to 128"),
+        ({"head_dim": 72}, "head_dim=72: values at head_dim above 64 have not been verified on the chip"),
+        ({"head_dim": 60}, "head_dim=60"),
+        ({"slots": 513}, "513 depth slots"),
+    ],
+)
+def test_what_is_not_taken(facts, message):
+    call = {"dtype": jnp.bfloat16, "head_dim": 64, "num_heads": 4, "num_kv_heads": 2, "slots": 8}
+    mosaic_gpu.check_supported(**call)
+    with pytest.raises(NotImplementedError, match=message):
+        mosaic_gpu.check_supported(**(call | facts))
+
+
+def test_tiles_fit_for_every_shape():
+    for head_dim in (8, 64, 80, 128):
+        for group in (1, 2, 3, 5, 8, 16, 32):
+            for slots in (1, 16, 70, 512):
+                heads = depth_tiles.tile_heads(group)
+                shape = depth_tiles.DepthShape(100, slots, 2 * group, 2, head_dim, heads)
+                depth_tiles.forward_tiles(shape)
+                for gradient_dtype in (None, jnp.bfloat16, jnp.float32):
+                    depth_tiles.backward_tiles(shape, gradient_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LARGE_FORWARD, ids=str)
+def test_forward_on_the_chip(case):
+    run, arguments, first = run_forward(case)
+    poison = [jnp.full(arguments[0].shape, jnp.nan, jnp.bfloat16) for _ in range(3)]
+    jax.block_until_ready(poison)
+    del poison
+    for a, b in zip(first, run(*arguments), strict=True):
+        np.testing.assert_array_equal(wide(a), wide(b))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LARGE_BACKWARD, ids=str)
+def test_backward_on_the_chip(case):
+    run, arguments, first = run_backward(case)
+    poison = [jnp.full(arguments[1].shape, jnp.nan, jnp.bfloat16) for _ in range(4)]
+    jax.block_until_ready(poison)
+    del poison
+    for a, b in zip(first, run(*arguments), strict=True):
+        np.testing.assert_array_equal(wide(a), wide(b))
+
+
+@pytest.mark.gpu
+def test_buffers_are_accumulated_in_place():
+    query, dout, key, value, lse, delta = draw(1, 4096, 16, 8, 64, 70, 70, jnp.bfloat16)
+    buffers = (jnp.zeros_like(key), jnp.zeros_like(value))
+
+    def layers(query, dout, key, value, lse, delta, buffers):
+        def layer(carry, filled):
+            dq, dk, dv = backward(
+                query, key, value, filled, dout, lse, delta, scale=SCALE, dquery=carry[0],
+                depth_key_gradient=carry[1], depth_value_gradient=carry[2],
+            )  # fmt: skip
+            return (dq, dk, dv), None
+
+        return jax.lax.scan(layer, (jnp.zeros_like(query), *buffers), jnp.arange(70, 0, -10))[0]
+
+    compiled = jax.jit(layers, donate_argnums=6).lower(query, dout, key, value, lse, delta, buffers).compile()
+    dims = ",".join(map(str, key.shape))
+    copies = [line for line in compiled.as_text().splitlines() if " copy" in line and f"[{dims}]" in line]
+    assert not copies, copies
+    assert compiled.memory_analysis().temp_size_in_bytes < key.nbytes / 4

@@ -1,0 +1,187 @@
+"""The warp-level arithmetic of the depth kernels as it runs on the chip, in the emulator of `support.warp_emulator`."""
+
+import importlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+from support.warp_emulator import Emulator, Memory
+
+from pallas_kernels.mosaic_gpu import warp_mma
+from pallas_kernels.mosaic_gpu.depth_tiles import COLUMNS, MAX_SHARED_BYTES, WARPS, DepthShape, DepthTiles
+
+forward = importlib.import_module("pallas_kernels.mosaic_gpu.depth_forward")
+chunk_module = importlib.import_module("pallas_kernels.mosaic_gpu.depth_chunk")
+tile_module = importlib.import_module("pallas_kernels.mosaic_gpu.depth_backward_tile")
+
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+TOLERANCE = {"bfloat16": 1.2e-2, "float16": 2e-3}  # relative L2 error against float64 on the rounded inputs
+SCALE = 0.3
+
+
+class Chip:
+    """One group's shared memory, filled as TMA fills it."""
+
+    def __init__(self, monkeypatch, shape, tiles, parts):
+        self.shape, self.tiles, self.memory = shape, tiles, Memory(MAX_SHARED_BYTES)
+        Emulator(self.memory).install(monkeypatch, warp_mma, [forward, tile_module, chunk_module])
+        self.dims = shape.ring_shape(tiles, parts)
+        self.ring = self.memory.share(2 * int(np.prod(self.dims)))
+
+    def swizzled(self, ref, start, rows):
+        """Indices into shared memory, as 16-bit numbers, of [rows, 64] from byte `start` of a reference."""
+        line = np.arange(rows)[:, None] + (ref.address + start) // 128
+        chunk = (np.arange(COLUMNS) // 8) ^ (line % 8)
+        return line * COLUMNS + chunk * 8 + np.arange(COLUMNS) % 8
+
+    def cells(self, stage, part, warp):
+        """Indices of a tile, [rows, columns]."""
+        share = self.tiles.box_heads
+        blocks = []
+        for c in range(self.shape.column_blocks):
+            index = (stage, part, warp // share, c) + (0,) * (len(self.dims) - 4)
+            start = 2 * int(np.ravel_multi_index(index, self.dims))
+            blocks.append(self.swizzled(self.ring, start, self.tiles.rows * share)[warp % share :: share])
+        return np.concatenate(blocks, axis=1)
+
+    def put(self, cells, values):
+        padded = np.zeros(cells.shape, values.dtype)
+        padded[:, : values.shape[1]] = values
+        self.memory.shared.view(np.uint16)[cells] = padded.view(np.uint16)
+
+    def get(self, cells, dtype):
+        return self.memory.shared.view(np.uint16)[cells].view(dtype)[:, : self.shape.head_dim]
+
+    def put_heads(self, ref, index, rows):
+        """q or dout rows of a group as [column_blocks, query_rows, 64]."""
+        size = self.shape.query_rows * 128
+        for c in range(self.shape.column_blocks):
+            cells = self.swizzled(ref, (index * self.shape.column_blocks + c) * size, self.shape.query_rows)
+            self.put(cells[: len(rows)], rows[:, c * COLUMNS : (c + 1) * COLUMNS])
+
+
+def make(dtype, shape, seed):
+    rng = np.random.default_rng(seed)
+    real = lambda *dims: rng.standard_normal(dims).astype(np.float32)  # noqa: E731
+    tiles, g, h, s = WARPS, shape.tile_heads, shape.head_dim, shape.slots
+    low = lambda x: x.astype(DTYPES[dtype])  # noqa: E731
+    heads = [low(real(tiles, g, h)) for _ in range(2)]
+    depth = [low(real(tiles, s, h)) for _ in range(2)]
+    logits = np.einsum("wgh,wsh->wgs", heads[0].astype(np.float64), depth[0].astype(np.float64)) * SCALE
+    # As after a merge with other keys: no P is above 1. A random lse would let P and dS overflow float16.
+    lse = np.logaddexp(real(tiles, g) + 3, np.logaddexp.reduce(logits, axis=-1)).astype(np.float32)
+    return heads, depth, lse, real(tiles, g)
+
+
+def check(name, got, want, tolerance):
+    error = np.linalg.norm(got.astype(np.float64) - want) / max(np.linalg.norm(want), 1e-30)
+    assert error < tolerance, f"{name}: relative error {error:.2e}, worst at {np.abs(got - want).argmax()}"
+
+
+def chunks_of(length, rows):
+    """(chunk, slot of row 0, first row that is a slot)."""
+    count = -(-length // rows)
+    return [(c, length - (count - c) * rows, max((count - c) * rows - length, 0)) for c in range(count)]
+
+
+CASES = [
+    # dtype, G of a tile, H, filled slots, rows, heads of a box, gradients
+    ("bfloat16", 1, 64, 16, 16, 1, "fresh"),
+    ("bfloat16", 8, 64, 37, 32, 2, "fresh"),
+    ("float16", 2, 128, 50, 32, 2, "16-bit buffers"),
+    ("float16", 16, 64, 33, 32, 1, "16-bit buffers"),
+    ("bfloat16", 3, 80, 20, 32, 2, "float32 buffers"),
+    ("float16", 12, 32, 7, 16, 1, "float32 buffers"),
+    ("bfloat16", 8, 128, 48, 32, 1, "float32 buffers"),
+    # The first chunk has one row that is a slot (half a box), or all but one.
+    ("float16", 16, 80, 39, 32, 1, "fresh"),
+    ("float16", 2, 128, 129, 32, 1, "16-bit buffers"),
+    ("float16", 8, 128, 63, 32, 2, "fresh"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "heads", "head_dim", "length", "rows", "box", "gradients"), CASES)
+def test_forward(monkeypatch, dtype, heads, head_dim, length, rows, box, gradients):
+    if box == 2 or (gradients == "float32 buffers" and head_dim == 128):
+        pytest.skip("a case of the backward")
+    shape = DepthShape(1, length, WARPS * heads, WARPS, head_dim, heads)
+    tiles = DepthTiles(rows, 2, 1)
+    chip = Chip(monkeypatch, shape, tiles, 2)
+    (query, _), (key, value), _, _ = make(dtype, shape, 0)
+    queries = chip.memory.share(2 * 2 * shape.column_blocks * shape.query_rows * COLUMNS)
+    out = np.full((WARPS * heads, head_dim), np.nan, DTYPES[dtype])
+    lse = np.full(WARPS * heads, np.nan, np.float32)
+    compute = forward.WarpTile(shape, tiles, SCALE, dtype)
+    state = compute.start()
+    for chunk, slot, first in chunks_of(length, rows):
+        stage = chunk % 2
+        chip.put_heads(queries, stage, query.reshape(-1, head_dim))
+        start = rows // 2 if first >= rows // 2 and rows == 32 else 0  # `load_chunk` leaves the first half alone
+        for part, x in enumerate((key, value)):
+            for w in range(WARPS):
+                padded = np.concatenate([np.zeros((rows, head_dim), x.dtype), x[w]])
+                chip.put(chip.cells(stage, part, w)[start:], padded[slot + rows + start : slot + 2 * rows])
+        state = compute.step(chip.ring, queries, stage, first, state)
+    rest = np.full_like(out, np.nan)
+    compute.finish(state, chip.ring, stage, 0, *(chip.memory.place(x) for x in (out, lse, rest)))
+    logits = np.einsum("wgh,wsh->wgs", query.astype(np.float64), key.astype(np.float64)) * SCALE
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    want = np.einsum("wgs,wsh->wgh", p / p.sum(-1, keepdims=True), value.astype(np.float64))
+    check("out", out, want.reshape(out.shape), TOLERANCE[dtype])
+    whole = out.astype(np.float32) + rest.astype(np.float32)
+    np.testing.assert_allclose(whole, out.astype(np.float32), rtol=0.51 * float(ml_dtypes.finfo(out.dtype).eps))
+    assert rest.any()
+    check("lse", lse, (np.log(p.sum(-1)) + logits.max(-1)).reshape(-1), 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "heads", "head_dim", "length", "rows", "box", "gradients"), CASES)
+def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, box, gradients):
+    shape = DepthShape(1, length, WARPS * heads, WARPS, head_dim, heads)
+    tiles = DepthTiles(rows, 1, 1, 0, box)
+    parts = 4 if gradients == "16-bit buffers" else 2
+    chip = Chip(monkeypatch, shape, tiles, parts)
+    (query, dout), (key, value), lse, delta = make(dtype, shape, 1)
+    queries = chip.memory.share(2 * 2 * shape.column_blocks * shape.query_rows * COLUMNS)
+    statistics = chip.memory.share(2 * shape.statistics * 4)
+    staging = chip.memory.share(WARPS * shape.column_blocks * 8 * shape.head_blocks * 128)
+    for i, x in enumerate((lse, delta)):
+        start = (statistics.address + 4 * i * shape.statistics) // 4
+        chip.memory.shared.view(np.float32)[start : start + x.size] = x.reshape(-1)
+    for i, x in enumerate((query, dout)):
+        chip.put_heads(queries, i, x.reshape(-1, head_dim))
+    rng = np.random.default_rng(2)
+    buffer_dtype = np.float32 if gradients == "float32 buffers" else DTYPES[dtype]
+    old = [rng.standard_normal((1, length, WARPS, head_dim)).astype(buffer_dtype) for _ in range(2)]
+    new = [x.copy() if gradients != "fresh" else np.full_like(x, np.nan) for x in old]
+    targets = tuple(chip.memory.place(x) for x in new)
+    compute = tile_module.WarpTile(shape, tiles, SCALE, dtype, gradients)
+    added = rng.standard_normal((WARPS * heads, head_dim)).astype(DTYPES[dtype])
+    dq = np.full(added.shape, np.nan, DTYPES[dtype])
+    state = compute.start()
+    for _, slot, first in chunks_of(length, rows):
+        start = rows // 2 if first >= rows // 2 and rows == 32 else 0
+        loaded = [key, value] + ([x[0].swapaxes(0, 1) for x in old] if parts == 4 else [])
+        for part, x in enumerate(loaded):
+            for w in range(WARPS):
+                padded = np.concatenate([np.zeros((rows, head_dim), x.dtype), x[w]])
+                chip.put(chip.cells(0, part, w)[start:], padded[slot + rows + start : slot + 2 * rows])
+        place = (0, first, slot, 0)
+        buffers = targets if gradients == "float32 buffers" else ()
+        state = compute.step(chip.ring, queries, statistics, place, buffers, state)
+        if gradients != "float32 buffers" and first > 0:
+            compute.store(chip.ring, place, targets)
+        elif gradients != "float32 buffers":  # by TMA
+            for i in range(2):
+                for w in range(WARPS):
+                    new[i][0, slot : slot + rows, w] = chip.get(chip.cells(0, i + parts - 2, w), DTYPES[dtype])
+    compute.finish(state, staging, 0, chip.memory.place(dq), chip.memory.place(added))
+
+    q, do, k, v = (x.astype(np.float64) for x in (query, dout, key, value))
+    p = np.exp(np.einsum("wgh,wsh->wsg", q, k) * SCALE - lse[:, None])
+    ds = p * (np.einsum("wgh,wsh->wsg", do, v) - delta[:, None])
+    want_dq = np.einsum("wsg,wsh->wgh", ds, k).reshape(dq.shape) * SCALE + added.astype(np.float64)
+    want = [np.einsum("wsg,wgh->swh", ds, q)[None] * SCALE, np.einsum("wsg,wgh->swh", p, do)[None]]
+    check("dquery", dq, want_dq, TOLERANCE[dtype])
+    for name, got, expected, before in zip(("ddepth_key", "ddepth_value"), new, want, old, strict=True):
+        total = expected if gradients == "fresh" else expected + before.astype(np.float64)
+        check(name, got, total, TOLERANCE[dtype])
