@@ -146,7 +146,8 @@ def wgmma_registers(accumulator: Any, a: jax.Array, b: Any, stage: Any) -> None:
 
     The product reads the registers of A until it is waited for. LLVM takes them for free right after the instruction,
     and may give them to the next A of a loop: compute that one from values that passed `lax.optimization_barrier` after
-    the wait, and not before. ptxas knows which registers a running `wgmma` uses: what it spills is not among them.
+    the wait, and not before. That ptxas spills none of the registers that a running `wgmma` reads is an assumption; the
+    values that the tests find on the chip support it.
     """
     if stage is None:
         plgpu.wgmma(accumulator, a, b)
