@@ -289,7 +289,7 @@ class TrainingRun:
         self._mark_at(step)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Mean loss over the validation split (or its first batches), token-weighted."""
+        """Token-weighted mean loss over the validation split, or over `eval.num_batches` batches spread over it."""
         config = self.config
         self._progress.show(f"step {step}/{config.train.num_steps} | evaluating", milestone=False)
         batches = validation_batches(

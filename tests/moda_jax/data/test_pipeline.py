@@ -281,6 +281,7 @@ class TestThreads:
         for _ in validation_batches(dataset, config, batch_size=4):
             break
         self.wait_until_none()
+        assert not self.reading()
 
     @pytest.mark.timeout(120)
     def test_an_interpreter_ends_with_batches_open(self, prepared):

@@ -244,9 +244,13 @@ def test_tiles_fit_for_every_shape():
             for slots in (1, 16, 70, 512):
                 heads = depth_tiles.tile_heads(group)
                 shape = depth_tiles.DepthShape(100, slots, 2 * group, 2, head_dim, heads)
-                depth_tiles.forward_tiles(shape)
-                for gradient_dtype in (None, jnp.bfloat16, jnp.float32):
-                    depth_tiles.backward_tiles(shape, gradient_dtype)
+                tiles = depth_tiles.forward_tiles(shape)
+                needed = tiles.blocks * depth_tiles.forward_bytes(shape, tiles)
+                assert tiles.stages >= 2 and needed <= depth_tiles.MAX_SHARED_BYTES, shape
+                for dtype in (None, jnp.bfloat16, jnp.float32):
+                    tiles = depth_tiles.backward_tiles(shape, dtype)
+                    needed = tiles.blocks * depth_tiles.backward_bytes(shape, tiles, dtype)
+                    assert tiles.stages >= 2 and needed <= depth_tiles.MAX_SHARED_BYTES, (shape, dtype)
 
 
 @pytest.mark.gpu

@@ -172,8 +172,9 @@ def test_scale_may_be_negative_or_zero(scale):
     assert_close("lse", lse, expected[1], 1e-5)
 
 
-def lower_for_cuda(function, *specs):
-    jax.jit(function).trace(*specs).lower(lowering_platforms=("cuda",))
+def assert_lowers_for_cuda(function, *specs):
+    lowered = jax.jit(function).trace(*specs).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text(), "no kernel in the lowered program"
 
 
 FORWARD_TILES = [ForwardTiles(2, 128, 4), ForwardTiles(1, 64, 2)]
@@ -199,20 +200,20 @@ def test_every_tile_choice_lowers_for_cuda(head_dim, masks):
     key = jax.ShapeDtypeStruct((batch, tokens, kv_heads, head_dim), jnp.bfloat16)
     rowsum = jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32)
     for tiles in [chosen.forward, *(FORWARD_TILES if head_dim == 64 else [])]:
-        lower_for_cuda(
+        assert_lowers_for_cuda(
             lambda q, k, v, o, s, tiles=tiles: sequence_forward(
                 q, k, v, o, s, scale=0.125, masks=prepared, tiles=tiles, interpret=False
             ),
             query, key, key, query, rowsum,
         )  # fmt: skip
-    lower_for_cuda(
+    assert_lowers_for_cuda(
         lambda q, k, v, o, s: sequence_forward(
             q, k, v, o, s, scale=0.125, masks=prepared, out_dtype=jnp.float32, interpret=False
         ),
         query, key, key, jax.ShapeDtypeStruct(query.shape, jnp.float32), rowsum,
     )  # fmt: skip
     for dq_tiles, dkv_tiles in [(chosen.dq, chosen.dkv), *(BACKWARD_TILES if head_dim == 64 else [])]:
-        lower_for_cuda(
+        assert_lowers_for_cuda(
             lambda q, k, v, do, lse, delta, dq_tiles=dq_tiles, dkv_tiles=dkv_tiles: sequence_backward(
                 q, k, v, do, lse, delta, scale=0.125, masks=prepared,
                 dq_tiles=dq_tiles, dkv_tiles=dkv_tiles, interpret=False,
