@@ -270,8 +270,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh. Sizes above 1 come with the distribution issue and are refused until
-    then."""
+    """Devices along each axis of the mesh. Only one device is supported so far: sizes above 1 are refused."""
 
     data: int = 1
     fsdp: int = 1

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -118,7 +118,8 @@ def depth_scan(
         reread = block.writes_own_key_value and not is_traced(stream.length)
         layer: _Layer = _PartedLayer(block, REMAT[remat], reread)
     else:
-        layer = _WholeLayer(block)
+        # Layers are compared by value, to compile once; a callable that has no hash is its own value.
+        layer = _WholeLayer(block if isinstance(block, Hashable) else lambda *arguments: block(*arguments))
     dtype = stream.key.dtype if gradient_dtype is None else jnp.dtype(gradient_dtype)
     length = None
     if not is_traced(stream.length):  # inside the loop it is traced; out here it stays concrete

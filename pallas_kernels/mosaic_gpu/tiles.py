@@ -1,7 +1,8 @@
 """Tile choice of the sequence kernels, in one place: head_dim and compute capability in, block sizes out.
 
-The numbers were measured on an H200 (JAX 0.11.2, bf16, causal, B=1, K=8; benchmarks/attention.py repeats it); every
-kernel takes `tiles=` to override them. What else was tried at H=64, T=16384, G=8, in ms:
+The numbers are from one day of trials on an H200 (November 2026, JAX 0.11.2, bf16, causal, B=1, K=8);
+benchmarks/attention.py times what is chosen here; every kernel takes `tiles=` to override it. What else was tried at
+H=64, T=16384, G=8, in ms:
     forward 3x128x4 (warpgroups x block x stages) 4.5 | 2x128x4 5.0 | 3x64x6 5.5 | 3x128x3 5.0 | 3x128x2 4.9
     dq      3x64x4 5.1 | 2x64x5 6.6 | 2x128x3 7.3 | 3x64x3 5.9 | 3x64x6 6.5
     dkv     2x64x4 with K in registers 7.7 | with K and V 8.1 | with neither 8.8 | 3x64x4 (spills) 13.9 | 2x64x3 9.1

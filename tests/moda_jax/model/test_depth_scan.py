@@ -161,6 +161,27 @@ def test_vmap_remat_and_a_pytree_carry():
     np.testing.assert_allclose(jax.grad(jax.checkpoint(value))(x), expected[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_block_may_be_a_callable_without_a_hash_and_may_close_over_traced_arrays():
+    params, x, stream, scale = arguments()
+
+    @dataclasses.dataclass
+    class Block:
+        scale: jax.Array
+
+        def __call__(self, p, x, stream):
+            return whole(p, x, stream, self.scale, SEGMENTS)
+
+    def value(block, x):
+        return jnp.sum(jnp.sin(depth_scan(block, params, x, stream)[0]))
+
+    assert Block.__hash__ is None
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(plain_loop(params, x, stream, scale)[0])))(x)
+    unhashable = jax.grad(lambda x: value(Block(scale), x))(x)
+    closure = jax.jit(lambda x, s: jax.grad(lambda x: value(lambda p, x, st: whole(p, x, st, s, SEGMENTS), x))(x))
+    np.testing.assert_allclose(unhashable, expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(closure(x, scale), expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("block", [whole, PARTED], ids=["any block", "parted"])
 def test_too_few_slots_are_refused(block):
     params, x, _, scale = arguments()
