@@ -26,9 +26,8 @@ MODULES = {
 IMPLEMENTATIONS = tuple(MODULES)
 OPERATIONS = ("attention_forward", "attention_backward", "depth_forward", "depth_backward", "check_supported")
 
-# Compute capabilities on which `None` picks "mosaic_gpu" if it supports the call. Empty until the kernels have
-# proved themselves on the chip; then {"9.0"}.
-MOSAIC_GPU_DEFAULT_CAPABILITIES: frozenset[str] = frozenset()
+# Compute capabilities on which `None` picks "mosaic_gpu" if it supports the call: Hopper.
+MOSAIC_GPU_DEFAULT_CAPABILITIES = frozenset({"9.0"})
 
 
 def check_name(implementation: str | None) -> None:

@@ -136,7 +136,8 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """hidden [B, T, D] to [B, T, V] float32."""
-        return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+        with jax.named_scope("logits"):
+            return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
 
     def _run_layers(self, x, stream, positions, segment_ids):
         """The first L-1 layers, by the loop that keeps one depth buffer."""

@@ -59,9 +59,10 @@ def make_train_step(
             return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
         loss, grads = _sum_over_micro_batches(gradient, batch, config.accumulation_steps)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
-        metrics = StepMetrics(loss, optax.tree.norm(grads), schedule(state.step), num_targets)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
+            metrics = StepMetrics(loss, optax.tree.norm(grads), schedule(state.step), num_targets)
+            params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
 
     return train_step
@@ -85,7 +86,8 @@ def make_eval_step(model: ModelFunction, config: TrainConfig) -> Callable[[Any, 
 
 def _micro_batch_sums(model: ModelFunction, params: Any, batch: Any) -> LossSums:
     logits = model(params, batch.tokens, batch.segment_ids, batch.positions)  # [B, T, V]
-    return loss_sums(logits, batch.targets, batch.target_mask)
+    with jax.named_scope("loss"):
+        return loss_sums(logits, batch.targets, batch.target_mask)
 
 
 def _sum_over_micro_batches(function: Callable[[Any], Any], batch: Any, count: int) -> Any:

@@ -23,11 +23,10 @@ __all__ = ["attention_backward", "attention_forward", "check_supported", "depth_
 COMPUTE_CAPABILITY = "9.0"
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)  # of the sequence kernels; others are padded
-VERIFIED_HEAD_DIM = 64  # raise to 128 once all tests marked `gpu` have passed on the chip
 MAX_SLOTS = 512
-# The forwards take `out_dtype`, but do not ask the public op for it until it has run on the chip: then make this True.
-# It keeps dP - delta exact where a softmax is peaked (see `pallas_kernels.api._residual_dtype`), for one more output.
-TAKES_OUT_DTYPE = False
+# The forwards take `out_dtype=float32`, which keeps dP - delta exact where a softmax is peaked (see
+# `pallas_kernels.api._residual_dtype`), for one more output.
+TAKES_OUT_DTYPE = True
 
 
 def check_supported(
@@ -53,11 +52,6 @@ def check_supported(
         raise NotImplementedError(f"mosaic_gpu: dtype={name}: the tensor cores' kernels take {' or '.join(DTYPES)}")
     if not 0 < head_dim <= HEAD_DIMS[-1] or head_dim % 8:
         raise NotImplementedError(f"mosaic_gpu: head_dim={head_dim}: expected a multiple of 8 up to {HEAD_DIMS[-1]}")
-    if head_dim > VERIFIED_HEAD_DIM:
-        raise NotImplementedError(
-            f"mosaic_gpu: head_dim={head_dim}: values at head_dim above {VERIFIED_HEAD_DIM} have not been verified on "
-            "the chip"
-        )
     if slots > MAX_SLOTS:
         raise NotImplementedError(f"mosaic_gpu: {slots} depth slots: expected at most {MAX_SLOTS}")
     if jax.default_backend() == "gpu":

@@ -61,9 +61,9 @@ def test_gradients_under_vmap():
     assert all(name in text for name in FORWARD + BACKWARD)
 
 
-def test_gradients_with_a_wide_out(monkeypatch):
-    """What the public op will do when `TAKES_OUT_DTYPE` is switched on."""
-    monkeypatch.setattr(mosaic_gpu, "TAKES_OUT_DTYPE", True)
+def test_gradients_with_a_narrow_out(monkeypatch):
+    """What the public op did if the forwards could not give a float32 out."""
+    monkeypatch.setattr(mosaic_gpu, "TAKES_OUT_DTYPE", False)
     text = lower(jax.vmap(gradients), *attention_specs(3, 1))
     assert all(name in text for name in FORWARD + BACKWARD)
 
