@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from moda_jax.parallel.distributed import start_processes
 from moda_jax.training.console import config_from_flag, run_command, user_errors
 from moda_jax.training.trainer import TrainingRun
 
@@ -20,6 +21,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; by default
 def main() -> None:
     """Builds and runs; what the run came to is printed on stdout."""
     with user_errors():
+        start_processes()
         config, name = config_from_flag(_CONFIG)
         run = TrainingRun(config, _WORKDIR.value or Path("runs") / name)
     print(run.train(), flush=True)

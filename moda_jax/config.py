@@ -270,17 +270,28 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh. Only one device is supported so far: sizes above 1 are refused."""
+    """Devices along each axis of the mesh; at most one of them may be -1, "what the others leave of the devices".
 
-    data: int = 1
+    Attributes:
+        data: the batch is split; parameters are whole on every device.
+        fsdp: the batch is split; parameters and optimizer state too, gathered layer by layer.
+        tensor: heads, KV heads, FFN channels and the vocabulary are split.
+        context: the tokens of a sequence are split.
+    """
+
+    data: int = -1
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
 
     def __post_init__(self) -> None:
         _check_types("mesh", self)
-        for field in ("data", "fsdp", "tensor", "context"):
-            _require(getattr(self, field) == 1, f"mesh.{field}", getattr(self, field), "1 (one device)")
+        fields = ("data", "fsdp", "tensor", "context")
+        for field in fields:
+            size = getattr(self, field)
+            _require(size > 0 or size == -1, f"mesh.{field}", size, "a positive number, or -1 for the rest")
+        rest = [field for field in fields if getattr(self, field) == -1]
+        _require(len(rest) < 2, "mesh." + " and mesh.".join(rest), -1, "-1 for one axis at most")
 
 
 @dataclasses.dataclass(frozen=True)

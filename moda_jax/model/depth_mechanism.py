@@ -14,7 +14,7 @@ from flax import nnx
 
 from moda_jax.model.depth_stream import DepthStream, Entry
 from moda_jax.model.layers import Projection
-from pallas_kernels import moda_attention
+from moda_jax.parallel.attention import attend
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
@@ -54,7 +54,7 @@ class DepthMechanism(nnx.Module):
         implementation: str | None,
     ) -> Array:
         """Attention's output [B, T, N, H]; the filled slots of `stream`, none here, are part of the softmax."""
-        return moda_attention(
+        return attend(
             query, key, value, stream.key, stream.value,
             depth_length=stream.length, segment_ids=segment_ids, implementation=implementation,
         )  # fmt: skip

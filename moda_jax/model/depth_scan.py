@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moda_jax.model.depth_stream import DepthStream, Entry, is_traced, read_slot, write_slot
-from pallas_kernels import block as attention_block
+from moda_jax.parallel.attention import Options, attention_backward, attention_forward
 
 Array = jax.Array
 PyTree = Any
@@ -63,6 +63,7 @@ class PartedBlock:
         segment_ids: (*shared) -> [B, T] int32 or None: the op's mask.
         scale: of the logits; None: H ** -0.5.
         implementation: of the op; None: the best for the device.
+        prepare: one layer's parameters -> what both parts get, differentiable; on a mesh, the gather of that layer.
     """
 
     before: Callable[..., tuple[Array, Array, Array]]
@@ -72,6 +73,7 @@ class PartedBlock:
     segment_ids: Callable[..., Array | None] = lambda *shared: None
     scale: float | None = None
     implementation: str | None = None
+    prepare: Callable[[PyTree], PyTree] = lambda params: params
 
 
 def depth_scan(
@@ -281,6 +283,7 @@ class _PartedLayer(_Layer):
         return self.block.entries_per_layer
 
     def run(self, params, x, stream, shared):
+        params = self.block.prepare(params)
         query, key, value, before = self._before(params, x, shared)
         attended, lse = self._attend(query, key, value, stream, shared)
         x_out, entries, after = self._after(params, x, key, value, attended, shared)
@@ -301,6 +304,7 @@ class _PartedLayer(_Layer):
 
     def reverse(self, params, stored, stream, shared, dx, dkey, dvalue):
         x = stored["x"]
+        params, prepared = jax.vjp(self.block.prepare, params)
         if self.stored.parts:
             query, key, value = (stored.get(name) for name in ("query", "key", "value"))
         else:
@@ -323,16 +327,15 @@ class _PartedLayer(_Layer):
         )
         dparams_after, dx_after, dkey_after, dvalue_after, dattended, dshared_after = after((dx, dentries))
         delta = jnp.sum(dattended.astype(jnp.float32) * attended.astype(jnp.float32), axis=-1)  # [B, T, N]
-        dquery, dkey_op, dvalue_op, dkey_sum, dvalue_sum = attention_block.attention_backward(
-            query, key, value, *_depth(stream), dattended, lse, delta,
-            depth_key_gradient=dkey if stream.slots else None, depth_value_gradient=dvalue if stream.slots else None,
-            **self._options(query, shared),
+        dquery, dkey_op, dvalue_op, dkey_sum, dvalue_sum = attention_backward(
+            query, key, value, *_depth(stream), self.block.segment_ids(*shared), dattended, lse, delta,
+            dkey if stream.slots else None, dvalue if stream.slots else None, self._options(query),
         )  # fmt: skip
         if stream.slots:
             dkey, dvalue = dkey_sum, dvalue_sum
         dparams_before, dx_before, dshared_before = before((dquery, dkey_op + dkey_after, dvalue_op + dvalue_after))
         return (
-            _add(dparams_after, dparams_before),
+            prepared(_add(dparams_after, dparams_before))[0],
             _add(dx_after, dx_before),
             dkey,
             dvalue,
@@ -362,18 +365,13 @@ class _PartedLayer(_Layer):
 
     def _attend(self, query, key, value, stream, shared):
         """The op's (output, lse)."""
-        return attention_block.attention_forward(query, key, value, *_depth(stream), **self._options(query, shared))
+        return attention_forward(
+            query, key, value, *_depth(stream), self.block.segment_ids(*shared), self._options(query)
+        )
 
-    def _options(self, query, shared) -> dict[str, Any]:
+    def _options(self, query) -> Options:
         scale = query.shape[-1] ** -0.5 if self.block.scale is None else self.block.scale
-        segment_ids = self.block.segment_ids(*shared)
-        return {
-            "scale": scale,
-            "causal": True,
-            "query_segment_ids": segment_ids,
-            "key_segment_ids": segment_ids,
-            "implementation": self.block.implementation,
-        }
+        return Options(scale, self.block.implementation)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["treedef", "sources"])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moda_jax.model.precision import compute_dtype
+from moda_jax.parallel.mesh import constrain
 
 Array = jax.Array
 Entry = tuple[Array, Array]  # the (key, value) that a layer writes, [B, T, K, H] each
@@ -50,6 +51,11 @@ class DepthStream:
         if min(shape) < 0:
             raise ValueError(f"DepthStream.empty: sizes must not be negative, got [B, T, S, K, H] = {list(shape)}")
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), np.int32(0))
+
+    def constrained(self) -> DepthStream:
+        """The same stream, laid out on the current mesh like the tokens and KV heads that it belongs to."""
+        axes = ("batch", "tokens", "slots", "kv_heads", "head_dim")
+        return DepthStream(constrain(self.key, *axes), constrain(self.value, *axes), self.length)
 
     @property
     def slots(self) -> int:

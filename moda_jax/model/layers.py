@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moda_jax.model.precision import contract
+from moda_jax.parallel import vocabulary
+from moda_jax.parallel.mesh import current_mesh
 
 Array = jax.Array
 
@@ -98,6 +100,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """tokens [B, T] int32 to [B, T, D] in the compute dtype."""
+        if current_mesh() is not None:
+            return vocabulary.lookup(self.table[...], tokens, self.dtype)
         return jnp.take(self.table[...], tokens, axis=0).astype(self.dtype)  # [B, T, D]
 
     def logits(self, x: Array) -> Array:

@@ -21,6 +21,8 @@ from moda_jax.model.depth_scan import PartedBlock, depth_scan
 from moda_jax.model.depth_stream import DepthStream, Entry
 from moda_jax.model.layers import Embedding, Projection, RMSNorm, SwiGLU
 from moda_jax.model.precision import compute_dtype
+from moda_jax.parallel.mesh import constrain, current_mesh
+from moda_jax.parallel.parameters import gather_layer
 
 Array = jax.Array
 
@@ -76,11 +78,11 @@ class Block(nnx.Module):
         post = self.config.norm == "post"
         entries = self.depth.attention_entries(self.attention, self._attention_input(x), key, value, positions)
         y = self.attention.output(attended)
-        x = x + (self.attention_norm(y) if post else y)
+        x = constrain(x + (self.attention_norm(y) if post else y), "batch", "tokens", "channels")
         inputs = x if post else self.ffn_norm(x)
         entries += self.depth.ffn_entries(self.attention, inputs, positions)
         y = self.ffn(inputs)
-        return x + (self.ffn_norm(y) if post else y), entries
+        return constrain(x + (self.ffn_norm(y) if post else y), "batch", "tokens", "channels"), entries
 
     def _attention_input(self, x: Array) -> Array:
         """What the attention sub-layer's first matmul receives."""
@@ -126,18 +128,26 @@ class Transformer(nnx.Module):
         """The final norm's output [B, T, D], which `logits` projects. Arguments as in `__call__`."""
         self._check_inputs(tokens, segment_ids, positions)
         config = self.config
+        mesh = current_mesh()
+        if positions is None and mesh is not None and mesh.shape["context"] > 1:
+            raise ValueError("positions: expected an array: tokens lie in balanced order under mesh.context > 1")
         x = self.embedding(tokens)  # [B, T, D]
         positions = default_positions(x) if positions is None else positions
         stream = DepthStream.empty(*tokens.shape, config.depth_slots, config.num_kv_heads, config.head_dim, x.dtype)
+        stream = stream.constrained()
         if self.layers is not None:
             x, stream = self._run_layers(x, stream, positions, segment_ids)
-        x, _ = self.last_layer(x, stream, positions, segment_ids)
+        x, _ = _gathered(self.last_layer)(x, stream, positions, segment_ids)
         return self.final_norm(x)
 
     def logits(self, hidden: Array) -> Array:
         """hidden [B, T, D] to [B, T, V] float32."""
         with jax.named_scope("logits"):
             return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+
+    def output_table(self) -> tuple[Array, bool]:
+        """What `logits` multiplies with: the tied table [V, D] and False, or the head's kernel [D, V] and True."""
+        return (self.embedding.table[...], False) if self.head is None else (self.head.kernel[...], True)
 
     def _run_layers(self, x, stream, positions, segment_ids):
         """The first L-1 layers, by the loop that keeps one depth buffer."""
@@ -180,7 +190,7 @@ def _layer_function(
     """One stacked layer as `depth_scan` takes it: cut at the op if its mechanism reads the stream nowhere else."""
 
     def whole(params, x, stream, positions, segment_ids):
-        return nnx.merge(graph, params)(x, stream, positions, segment_ids)
+        return nnx.merge(graph, gather_layer(params))(x, stream, positions, segment_ids)
 
     def before(params, x, positions, segment_ids):
         return nnx.merge(graph, params).before(x, positions)
@@ -191,9 +201,17 @@ def _layer_function(
     if not reads_in_operator:
         return whole
     return PartedBlock(
-        before, after, entries_per_layer, writes_own_key_value,
+        before, after, entries_per_layer, writes_own_key_value, prepare=gather_layer,
         segment_ids=lambda positions, segment_ids: segment_ids, implementation=implementation,
     )  # fmt: skip
+
+
+def _gathered(layer: Block) -> Block:
+    """The layer with its parameters whole over fsdp; itself on one device."""
+    if current_mesh() is None:
+        return layer
+    graph, params = nnx.split(layer)
+    return nnx.merge(graph, gather_layer(params))
 
 
 def _untied_head(config: TransformerConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> Projection:

@@ -110,6 +110,16 @@ class MetricsWriter:
         self._events.close()
 
 
+class NoMetrics:
+    """Stands for `MetricsWriter` in a process that writes nothing."""
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Drops the line."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def plot_losses(workdir: Path) -> Path:
     """Draws the training and validation loss of metrics.jsonl into loss.png and returns its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state; slow to import

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from moda_jax.config import TrainConfig
+from moda_jax.parallel import vocabulary
+from moda_jax.parallel.mesh import current_mesh
 from moda_jax.training.loss import LossSums, loss_sums
 from moda_jax.training.state import ModelFunction, TrainState
 
@@ -85,9 +87,22 @@ def make_eval_step(model: ModelFunction, config: TrainConfig) -> Callable[[Any, 
 
 
 def _micro_batch_sums(model: ModelFunction, params: Any, batch: Any) -> LossSums:
+    if current_mesh() is not None:
+        return _sums_on_mesh(model.module(params), batch)
     logits = model(params, batch.tokens, batch.segment_ids, batch.positions)  # [B, T, V]
     with jax.named_scope("loss"):
         return loss_sums(logits, batch.targets, batch.target_mask)
+
+
+def _sums_on_mesh(module: Any, batch: Any) -> LossSums:
+    """The same sums, without logits in full: the vocabulary may be split."""
+    hidden = module.hidden(batch.tokens, batch.segment_ids, batch.positions)  # [B, T, D]
+    table, transposed = module.output_table()
+    sums = vocabulary.cross_entropy_sums(
+        hidden, table, batch.targets, batch.target_mask,
+        vocab_size=module.config.vocab_size, dtype=hidden.dtype, transposed=transposed,
+    )  # fmt: skip
+    return LossSums(*sums)
 
 
 def _sum_over_micro_batches(function: Callable[[Any], Any], batch: Any, count: int) -> Any:

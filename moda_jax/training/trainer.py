@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import io
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -12,19 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moda_jax.config import Config
-from moda_jax.data.packing import Batch
 from moda_jax.data.pipeline import open_dataset, train_batches, validation_batches
 from moda_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from moda_jax.model.accounting import param_count, train_flops_per_token
 from moda_jax.model.precision import compute_dtype
+from moda_jax.parallel.distribution import Distribution, resolved_mesh
 from moda_jax.training import workdir as workdir_lib
 from moda_jax.training.checkpoint import CheckpointError, Checkpoints, check_step, saved_steps
 from moda_jax.training.console import ProgressLine, duration, quantity
-from moda_jax.training.metrics import MetricsWriter, peak_flops, perplexity, plot_losses, read_metrics
+from moda_jax.training.metrics import MetricsWriter, NoMetrics, peak_flops, perplexity, plot_losses, read_metrics
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from moda_jax.training.sample import sample_text
 from moda_jax.training.state import initial_state, model_function
@@ -100,15 +100,17 @@ class TrainingRun:
         self.is_finished = self.step >= self.config.train.num_steps
         if self.is_finished:
             return
+        self._distribution = Distribution(self.config)
         self._open_data()
         self._check_sample()
         self._trace_steps()
         if not steps:
-            workdir_lib.write_config(self.workdir, self.config, changes)
+            self._write_config(changes)
+        self._distribution.agree("config written")  # and with it the directory
         self._checkpoints = Checkpoints(self._checkpoint_directory, self.config.checkpoint)
         self._restore_or_initialize(steps)
         if steps:  # a restore can still be refused, so only now
-            workdir_lib.write_config(self.workdir, self.config, changes)
+            self._write_config(changes)
         self._describe()
 
     def train(self, *, stop_at_step: int | None = None) -> RunResult:
@@ -120,8 +122,9 @@ class TrainingRun:
         if self.is_finished:
             return self._result(resumed_finished=True)
         last = min(self.config.train.num_steps, stop_at_step or self.config.train.num_steps)
-        self._metrics = MetricsWriter(self.workdir, self.step)
-        self._progress = ProgressLine(_logger)
+        first = self._distribution.is_first
+        self._metrics = MetricsWriter(self.workdir, self.step) if first else NoMetrics()
+        self._progress = ProgressLine(_logger, None if first else io.StringIO())
         batches = self._train_batches()
         try:
             self._compile()
@@ -171,25 +174,27 @@ class TrainingRun:
         self._model = model_function(config.model)
         schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
         train_step = make_train_step(self._model, self._optimizer, schedule, config.train)
-        self._initialize = jax.jit(
+        distribution = self._distribution
+        self._initialize = distribution.initializer(
             functools.partial(initial_state, config.model, self._optimizer, config.train.seed)
         )  # jitted, so that parameters are made on the device and not one operation at a time
-        self._abstract_state = jax.eval_shape(self._initialize)
-        batch = self._abstract_batch()
-        self._traced_train_step = jax.jit(train_step, donate_argnums=0).trace(self._abstract_state, batch)
-        self._eval_step = jax.jit(make_eval_step(self._model, config.train))
+        self._abstract_state = distribution.abstract_state(self._initialize)
+        step = distribution.jit_train_step(train_step, self._abstract_state)
+        self._traced_train_step = step.trace(self._abstract_state, distribution.abstract_batch())
+        self._eval_step = distribution.jit_eval_step(make_eval_step(self._model, config.train))
 
-    def _abstract_batch(self) -> Batch:
-        shape = (self.config.train.batch_size // jax.process_count(), self.config.data.sequence_length)
-        integers = jax.ShapeDtypeStruct(shape, jnp.int32)
-        return Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct(shape, jnp.float32))
+    def _write_config(self, changes: list[workdir_lib.Change]) -> None:
+        if self._distribution.is_first:
+            workdir_lib.write_config(self.workdir, self.config, changes)
 
     def _restore_or_initialize(self, steps: list[int]) -> None:
         self._position = 0
         if not steps:
             self._state = self._initialize()
             return
-        self._state, record = self._checkpoints.restore(self.step, self._abstract_state)
+        wanted = self._distribution.abstract_saved(self._abstract_state)
+        saved, record = self._checkpoints.restore(self.step, wanted)
+        self._state = self._distribution.restored(saved)
         for name, value in self._fingerprints().items():
             if record[name] != value:
                 data = self.config.data
@@ -207,9 +212,11 @@ class TrainingRun:
         tokens_per_step = config.train.batch_size * config.data.sequence_length
         epochs = config.train.num_steps * tokens_per_step / self._train_data.num_tokens
         parameters = param_count(config.model)
+        axes = " x ".join(f"{axis} {size}" for axis, size in self._distribution.sizes.items() if size > 1)
+        mesh = f", mesh {axes}" if axes else ""
         lines = (
             ("directory", self.workdir),
-            ("device", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"),
+            ("device", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){mesh}"),
             ("model", f"{quantity(parameters)} parameters ({parameters}), {config.model.num_layers} layers, "
                       f"depth={config.model.depth}, compute dtype {config.model.dtype}"),
             ("attention", config.model.attention_implementation or "the best implementation for this device"),
@@ -226,7 +233,8 @@ class TrainingRun:
     def _train_batches(self):
         return train_batches(
             self._train_data, self.config.data, batch_size=self.config.train.batch_size, seed=self.config.train.seed,
-            position=self._position, process_index=jax.process_index(), process_count=jax.process_count(),
+            position=self._position, process_index=self._distribution.rows.index,
+            process_count=self._distribution.rows.count,
         )  # fmt: skip
 
     def _compile(self) -> None:
@@ -242,7 +250,7 @@ class TrainingRun:
         self._loop_first, self._loop_began = first, time.monotonic()
         pending: StepMetrics | None = None
         for step in range(first, last + 1):
-            self._state, metrics = self._train_step(self._state, next(batches))
+            self._state, metrics = self._train_step(self._state, self._distribution.place(next(batches)))
             if pending is not None:
                 self._report(step - 1, pending)
             pending, self.step, self._position = metrics, step, batches.position
@@ -294,10 +302,11 @@ class TrainingRun:
         self._progress.show(f"step {step}/{config.train.num_steps} | evaluating", milestone=False)
         batches = validation_batches(
             self._validation_data, config.data, batch_size=config.train.batch_size, num_batches=config.eval.num_batches,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            process_index=self._distribution.rows.index, process_count=self._distribution.rows.count,
         )  # fmt: skip
+        place = self._distribution.place
         loss_sum, num_targets = 0.0, 0.0
-        for sums in _one_late(self._eval_step(self._state.params, batch) for batch in batches):
+        for sums in _one_late(self._eval_step(self._state.params, place(batch)) for batch in batches):
             loss_sum, num_targets = loss_sum + float(sums.loss), num_targets + float(sums.num_targets)
         loss = loss_sum / max(num_targets, 1.0)
         _logger.info("step %d: validation loss %.4f nats per %s", step, loss, self._unit)
@@ -310,7 +319,7 @@ class TrainingRun:
             "config": self.config.to_dict(),
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_VERSIONS},
         }
-        self._checkpoints.save(self.step, self._state, record | self._fingerprints())
+        self._checkpoints.save(self.step, self._distribution.saved(self._state), record | self._fingerprints())
 
     def _mark(self) -> None:
         self._mark_at(self.step)
@@ -331,7 +340,9 @@ class TrainingRun:
 
     def _finish(self) -> str | None:
         """Draws the loss curves and samples a text, while the last checkpoint is being written."""
-        _logger.info("loss curves in %s", plot_losses(self.workdir))
+        first = self._distribution.is_first
+        if first:
+            _logger.info("loss curves in %s", plot_losses(self.workdir))
         train = self.config.train
         if not train.sample_prompt:
             return None
@@ -339,7 +350,8 @@ class TrainingRun:
             self._model, self._state.params, self._tokenizer, train.sample_prompt,
             num_tokens=train.sample_tokens, key=jax.random.fold_in(self._state.key, self.step),
         )  # fmt: skip
-        (self.workdir / workdir_lib.SAMPLE_FILE).write_text(text, encoding="utf-8")
+        if first:
+            (self.workdir / workdir_lib.SAMPLE_FILE).write_text(text, encoding="utf-8")
         return text
 
     def _result(self, *, resumed_finished: bool = False, sample: str | None = None) -> RunResult:
@@ -364,6 +376,7 @@ class TrainingRun:
 def _resolve(config: Config) -> Config:
     """The config with what depends on the device filled in, so that config.json says what the run computes."""
     dtype = np.dtype(compute_dtype(config.model.dtype)).name
+    config = resolved_mesh(config)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 

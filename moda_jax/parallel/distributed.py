@@ -1,0 +1,105 @@
+"""Start-up of a run of many processes, on JAX's distributed runtime.
+
+Every process runs the same command. How many there are, which one this is and where the coordinator listens comes from
+
+1. flags: `--coordinator_address=HOST:PORT --num_processes=P --process_id=I` (Kubernetes, or by hand);
+2. SLURM: a step of several tasks (`srun`), one task per process;
+3. Open MPI: `mpirun` with several ranks.
+
+Under none of them the run is one process. Must happen before anything asks JAX for its devices.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from absl import flags
+
+_logger = logging.getLogger(__name__)
+
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a run of many processes.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, all machines together.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
+
+# What a launcher sets: (name for jax.distributed, number of processes, this one's number).
+_LAUNCHERS = (
+    ("slurm", "SLURM_NTASKS", "SLURM_PROCID"),
+    ("ompi", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+)
+# Inside `salloc` or `sbatch`, but not under `srun`, SLURM_NTASKS is set as well: only a step has this.
+_SLURM_STEP = "SLURM_STEP_NODELIST"
+
+
+class Launch(NamedTuple):
+    """How this process is to join the others.
+
+    Attributes:
+        method: "flags", "slurm" or "ompi"; None: it is alone.
+        coordinator_address, num_processes, process_id: with "flags"; the launchers' are read by JAX.
+    """
+
+    method: str | None = None
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+def find_launch(
+    environment: Mapping[str, str],
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Launch:
+    """Decides how to start; flags come before launchers.
+
+    Args:
+        environment: the environment's variables.
+        coordinator_address, num_processes, process_id: the flags; None: not given.
+
+    Raises:
+        ValueError: some of the flags without the others, or numbers out of range.
+    """
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
+        if num_processes < 1 or not 0 <= process_id < num_processes:
+            raise ValueError(
+                f"--num_processes={num_processes} --process_id={process_id}: expected a process_id in "
+                f"0..{max(num_processes, 1) - 1}"
+            )
+        return Launch("flags", **given) if num_processes > 1 else Launch()
+    if len(missing) < len(given):
+        names = " and ".join(f"--{name}" for name in missing)
+        raise ValueError(f"{names}: missing; --coordinator_address, --num_processes and --process_id go together")
+    for method, count, index in _LAUNCHERS:
+        if method == "slurm" and _SLURM_STEP not in environment:
+            continue
+        if index in environment and int(environment.get(count, "1")) > 1:
+            return Launch(method)
+    return Launch()
+
+
+def start_processes() -> None:
+    """Joins the other processes of the run, if there are any; the flags must be parsed.
+
+    On CPUs the processes talk through Gloo, on GPUs through NCCL. All processes but the first log warnings only.
+
+    Raises:
+        ValueError: see `find_launch`.
+    """
+    launch = find_launch(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if launch.method is None:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if launch.method == "flags":
+        jax.distributed.initialize(launch.coordinator_address, launch.num_processes, launch.process_id)
+    else:
+        jax.distributed.initialize(cluster_detection_method=launch.method)
+    if jax.process_index() > 0:
+        for name in ("moda_jax", "pallas_kernels"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+    _logger.info("%d processes, %d devices", jax.process_count(), jax.device_count())

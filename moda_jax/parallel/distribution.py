@@ -1,0 +1,145 @@
+"""What a training run needs of the mesh, in one object: where state and batches lie, and who does what.
+
+On one device every method is the identity: the run is the same as if this module were not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moda_jax.config import Config
+from moda_jax.data.packing import Batch
+from moda_jax.parallel import parameters
+from moda_jax.parallel.batches import BatchPlacement, RowBlock
+from moda_jax.parallel.mesh import check_config, make_mesh, mesh_sizes, on_mesh
+
+
+class Distribution:
+    """The mesh of a run and the layout of its arrays.
+
+    Args:
+        config: the run. Sizes are checked here, the parameters' when `initializer` is called.
+
+    Raises:
+        ValueError: the mesh does not fit the devices, the batch or the sequence.
+
+    Attributes:
+        mesh: None on one device.
+        rows: the block of every batch that this process reads.
+        is_first: this process writes logs, metrics and the config.
+        vocabulary_rows: rows that the embedding is stored with.
+    """
+
+    def __init__(self, config: Config):
+        self._config = config
+        self.sizes = mesh_sizes(config.mesh, jax.device_count())
+        check_config(config, self.sizes)
+        self.mesh = make_mesh(config.mesh)
+        self.is_first = jax.process_index() == 0
+        self.vocabulary_rows = parameters.padded_vocabulary(config.model.vocab_size, self.sizes["tensor"])
+        self._batches = None
+        self.rows = RowBlock(0, 1)
+        if self.mesh is not None:
+            self._batches = BatchPlacement(self.mesh, config.train.batch_size, config.data.sequence_length)
+            self.rows = self._batches.block
+
+    def initializer(self, initialize: Callable[[], Any]) -> Callable[[], Any]:
+        """`initialize`, the function that makes the training state, jitted so that every device makes its own part.
+
+        Raises:
+            ValueError: a parameter does not divide; named with axis and sizes.
+        """
+        if self.mesh is None:
+            return jax.jit(initialize)
+
+        def padded() -> Any:
+            return self._resize(initialize(), self.vocabulary_rows)
+
+        abstract = jax.eval_shape(padded)
+        parameters.check_divisible(self.sizes, abstract.params)
+        return jax.jit(padded, out_shardings=parameters.state_shardings(self.mesh, abstract))
+
+    def abstract_state(self, initialize: Callable[[], Any]) -> Any:
+        """Shapes, dtypes and shardings of the state that `initializer` makes."""
+        state = jax.eval_shape(initialize)
+        return state if self.mesh is None else _abstract(state, parameters.state_shardings(self.mesh, state))
+
+    def abstract_batch(self) -> Batch:
+        """Shapes, dtypes and shardings of what `place` returns."""
+        if self._batches is not None:
+            return self._batches.abstract()
+        shape = (self._config.train.batch_size, self._config.data.sequence_length)
+        integers = jax.ShapeDtypeStruct(shape, np.int32)
+        return Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct(shape, np.float32))
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch as the pipeline makes it, on the devices."""
+        return batch if self._batches is None else self._batches(batch)
+
+    def jit_train_step(self, train_step: Callable, state: Any) -> Any:
+        """`train_step` (state, batch) -> (state, metrics), jitted on the mesh, its state donated."""
+        if self.mesh is None:
+            return jax.jit(train_step, donate_argnums=0)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(on_mesh(self.mesh, train_step), donate_argnums=0, out_shardings=(shardings, everywhere))
+
+    def jit_eval_step(self, eval_step: Callable) -> Any:
+        """`eval_step` (params, batch) -> sums, jitted on the mesh."""
+        if self.mesh is None:
+            return jax.jit(eval_step)
+        return jax.jit(on_mesh(self.mesh, eval_step), out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+    def saved(self, state: Any) -> Any:
+        """The state as a checkpoint holds it: the vocabulary without padding."""
+        if not self._is_padded:
+            return state
+        return self._relayout(state, self._config.model.vocab_size, parameters.saved_shardings)
+
+    def abstract_saved(self, state: Any) -> Any:
+        """Shapes, dtypes and shardings of `saved(state)`, from those of `state`: what a restore asks for."""
+        if not self._is_padded:
+            return state
+        saved = jax.eval_shape(lambda state: self._resize(state, self._config.model.vocab_size), state)
+        return _abstract(saved, parameters.saved_shardings(self.mesh, saved))
+
+    def restored(self, saved: Any) -> Any:
+        """The state from what a checkpoint held."""
+        if not self._is_padded:
+            return saved
+        return self._relayout(saved, self.vocabulary_rows, parameters.state_shardings)
+
+    def agree(self, name: str) -> None:
+        """Waits until all processes have come here."""
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(name)
+
+    @property
+    def _is_padded(self) -> bool:
+        return self.vocabulary_rows != self._config.model.vocab_size
+
+    def _resize(self, state: Any, rows: int) -> Any:
+        return parameters.pad_vocabulary(state, self._config.model.vocab_size, rows)
+
+    def _relayout(self, state: Any, rows: int, shardings: Callable) -> Any:
+        def resize(state: Any) -> Any:
+            return self._resize(state, rows)
+
+        return jax.jit(resize, out_shardings=shardings(self.mesh, jax.eval_shape(resize, state)))(state)
+
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings)
+
+
+def resolved_mesh(config: Config) -> Config:
+    """The config with -1 of the mesh replaced by this run's size."""
+    sizes = mesh_sizes(config.mesh, jax.device_count())
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
