@@ -1,0 +1,98 @@
+"""Training on meshes of 8 devices is training on one: losses, gradients, and what crosses between the devices."""
+
+import math
+
+import numpy as np
+import pytest
+from support.mesh_training import CONFIG, MESHES, STEPS
+from support.virtual_devices import run_module
+
+from benchmarks.collectives import find_collectives
+from moda_jax.config import MeshConfig
+from moda_jax.parallel.mesh import mesh_sizes
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("meshes")
+    run_module("support.mesh_training", directory)
+    run_module("support.mesh_training", directory, devices=16)
+    return directory
+
+
+def sizes(mesh):
+    return mesh_sizes(MeshConfig(**mesh), math.prod(mesh.values()))
+
+
+def assert_same_gradients(ours, expected):
+    names = [name for name in expected if name != "losses"]
+    assert len(names) == 25
+    for name in names:
+        gradient = ours[name]
+        reference = expected[name].astype(np.float64)
+        rows = reference.shape[0]
+        assert not np.any(gradient[rows:])  # of the vocabulary's padding
+        error = np.linalg.norm(gradient[:rows] - reference) / np.linalg.norm(reference)
+        assert error < 1e-5, f"{name}: relative L2 error {error:.2e}"
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_losses_and_gradients_are_those_of_one_device(runs, name):
+    ours, expected = np.load(runs / f"{name}.npz"), np.load(runs / "one.npz")
+    assert len(expected["losses"]) == STEPS and expected["losses"][-1] < expected["losses"][0]
+    np.testing.assert_allclose(ours["losses"], expected["losses"], atol=1e-4, rtol=0)
+    assert_same_gradients(ours, expected)
+
+
+def test_documents_that_end_inside_a_context_shard(runs):
+    assert_same_gradients(np.load(runs / "boundary.npz"), np.load(runs / "one_boundary.npz"))
+
+
+def stream_shape(mesh):
+    """[B, T, S, K, H] of one device's depth stream and of its gradient."""
+    of = sizes(mesh)
+    rows = CONFIG.train.batch_size // CONFIG.train.accumulation_steps // (of["data"] * of["fsdp"])
+    model = CONFIG.model
+    tokens = CONFIG.data.sequence_length // of["context"]
+    return rows, tokens, model.depth_slots, model.num_kv_heads // of["tensor"], model.head_dim
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_no_collective_touches_the_depth_stream(runs, name):
+    mesh = MESHES[name]
+    hlo = (runs / f"{name}.hlo").read_text()
+    shape = stream_shape(mesh)
+    assert f"f32[{','.join(map(str, shape))}]" in hlo
+    found = find_collectives(hlo, sizes(mesh))
+    assert found
+    whole = math.prod(shape) * math.prod(sizes(mesh).values())
+    for collective in found:
+        for _, dimensions in collective.arrays:
+            # Any layout, slice of the batch's mesh axes or reshape of it would have as many elements.
+            assert math.prod(dimensions) not in (math.prod(shape), whole), collective
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_collectives_run_over_the_axes_that_the_design_says(runs, name):
+    mesh = sizes(MESHES[name])
+    found = find_collectives((runs / f"{name}.hlo").read_text(), mesh)
+    kinds = {(c.kind, axis) for c in found for axis in c.axes}
+    assert {axis for _, axis in kinds} == {axis for axis, size in mesh.items() if size > 1}
+    assert not [c for c in found if c.kind in ("all-to-all", "collective-permute")], "no resharding"
+    if mesh["fsdp"] > 1:
+        gathered = [c for c in found if c.kind == "all-gather" and c.axes == ("fsdp",)]
+        # 8 matrices of every layer of every micro-batch: forward and recomputation. Nothing gathers a stack of layers.
+        executions = (CONFIG.model.num_layers - 1) * CONFIG.train.accumulation_steps
+        assert sum(len(c.arrays) for c in gathered if c.times == executions) == 2 * 8
+        table = CONFIG.model.width * -(-CONFIG.model.vocab_size // mesh["tensor"])
+        assert max(math.prod(shape) for c in gathered for _, shape in c.arrays) == table
+        # Gradients of matrices go back in parts.
+        assert all(c.sliced for c in found if c.kind == "all-reduce" and c.axes == ("fsdp",) and rank(c) > 1)
+    if mesh["context"] > 1:
+        assert ("all-gather", "context") in kinds and ("reduce-scatter", "context") in kinds
+
+
+def rank(collective):
+    return max(len(shape) for _, shape in collective.arrays)
