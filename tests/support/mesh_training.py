@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import sys
 from pathlib import Path
@@ -55,6 +56,24 @@ BOUNDARY = dataclasses.replace(
 )  # fmt: skip
 
 
+# Only compiled. So many tokens that what attention walks over block by block does not show.
+MEMORY = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(
+        MODEL, vocab_size=64, num_layers=5, width=128, num_heads=8, head_dim=16, ffn_width=512,
+        max_sequence_length=1024,
+    ),
+    data=DataConfig(sequence_length=1024), train=TrainConfig(batch_size=64, num_steps=STEPS),
+)  # fmt: skip
+MEMORY_MESHES = {
+    "data8": {"data": 8},
+    "fsdp8": {"data": 1, "fsdp": 8},
+    "tensor2_fsdp4": {"data": 1, "fsdp": 4, "tensor": 2},
+    "data2_context4": {"data": 2, "context": 4},
+    "fsdp2_context4": {"data": 1, "fsdp": 2, "context": 4},
+}
+
+
 def packed_batch(config: Config, seed: int, boundaries: tuple[int, ...] | None = None) -> Batch:
     """Random tokens in rows of several documents each; boundaries None: random ones, other in every row."""
     random = np.random.default_rng(seed)
@@ -72,7 +91,7 @@ def packed_batch(config: Config, seed: int, boundaries: tuple[int, ...] | None =
 
 
 def build(config: Config, *, one_device: bool):
-    """(state maker, compiled train step, placement of batches)."""
+    """(jitted state maker, compiled train step, placement of batches)."""
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
     train_step = make_train_step(model_function(config.model), optimizer, schedule, config.train)
@@ -80,18 +99,18 @@ def build(config: Config, *, one_device: bool):
     if one_device:
         batch = packed_batch(config, 0)
         compiled = jax.jit(train_step).trace(jax.eval_shape(initialize), batch).lower().compile(QUICK)
-        return jax.jit(initialize).lower().compile(QUICK), compiled, lambda batch: batch
+        return jax.jit(initialize), compiled, lambda batch: batch
     distribution = Distribution(config)
     initializer = distribution.initializer(initialize)
     state = distribution.abstract_state(initializer)
     traced = distribution.jit_train_step(train_step, state).trace(state, distribution.abstract_batch())
-    return initializer.lower().compile(QUICK), traced.lower().compile(QUICK), distribution.place
+    return initializer, traced.lower().compile(QUICK), distribution.place
 
 
 def train(config: Config, name: str, directory: Path, *, steps: int, boundaries=None) -> None:
     """Trains and stores; the name "one" is one device."""
     initialize, step, place = build(config, one_device=name.startswith("one"))
-    state, losses = initialize(), []
+    state, losses = initialize.lower().compile(QUICK)(), []
     for number in range(steps):
         state, metrics = step(state, place(packed_batch(config, number, boundaries)))
         losses.append(float(metrics.loss))
@@ -100,6 +119,12 @@ def train(config: Config, name: str, directory: Path, *, steps: int, boundaries=
             gradients = {jax.tree_util.keystr(path): np.asarray(leaf) / 0.1 for path, leaf in moments}
     np.savez(directory / f"{name}.npz", losses=np.array(losses), **gradients)
     (directory / f"{name}.hlo").write_text(step.as_text())
+
+
+def memory(config: Config, *, one_device: bool = False) -> dict[str, int]:
+    """Bytes of one device: arguments and temporaries of the compiled step."""
+    analysis = build(config, one_device=one_device)[1].memory_analysis()
+    return {"arguments": analysis.argument_size_in_bytes, "temporaries": analysis.temp_size_in_bytes}
 
 
 def on_mesh(config: Config, mesh: dict[str, int]) -> Config:
@@ -117,6 +142,9 @@ def main(directory: Path) -> None:
     train(CONFIG, "one", directory, steps=STEPS)
     train(BOUNDARY, "one_boundary", directory, steps=1, boundaries=BOUNDARIES)
     train(on_mesh(BOUNDARY, {"data": 2, "context": 4}), "boundary", directory, steps=1, boundaries=BOUNDARIES)
+    found = {name: memory(on_mesh(MEMORY, mesh)) for name, mesh in MEMORY_MESHES.items()}
+    found["one"] = memory(MEMORY, one_device=True)
+    (directory / "memory.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Training on meshes of 8 devices is training on one: losses, gradients, and what crosses between the devices."""
 
+import json
 import math
 
 import numpy as np
 import pytest
-from support.mesh_training import CONFIG, MESHES, STEPS
+from support.mesh_training import CONFIG, MEMORY, MEMORY_MESHES, MESHES, STEPS
 from support.virtual_devices import run_module
 
 from benchmarks.collectives import find_collectives
@@ -96,3 +97,18 @@ def test_collectives_run_over_the_axes_that_the_design_says(runs, name):
 
 def rank(collective):
     return max(len(shape) for _, shape in collective.arrays)
+
+
+@pytest.mark.parametrize("name", MEMORY_MESHES)
+def test_memory_of_a_device_falls_as_it_should(runs, name):
+    found = json.loads((runs / "memory.json").read_text())
+    mesh, one, ours = sizes(MEMORY_MESHES[name]), found["one"], found[name]
+    shards = mesh["data"] * mesh["fsdp"] * mesh["context"]
+    batch = 5 * 4 * MEMORY.train.batch_size * MEMORY.data.sequence_length  # bytes
+    state = one["arguments"] - batch  # parameters and both moments
+    assert ours["arguments"] - batch / shards == pytest.approx(state / (mesh["fsdp"] * mesh["tensor"]), rel=0.1)
+    expected = one["temporaries"] / shards
+    if mesh["tensor"] == 1:
+        assert ours["temporaries"] == pytest.approx(expected, rel=0.1)
+    else:  # heads and FFN channels are split as well, the residual stream is not
+        assert expected / mesh["tensor"] < ours["temporaries"] < expected

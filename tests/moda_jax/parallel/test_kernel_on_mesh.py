@@ -1,0 +1,50 @@
+"""The Hopper kernels under `shard_map`: lowered for CUDA on an abstract mesh of 8 devices; no device is needed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from moda_jax.config import OptimizerConfig, TrainConfig, TransformerConfig
+from moda_jax.data.packing import Batch
+from moda_jax.parallel.mesh import AXES, named_sharding, on_mesh
+from moda_jax.parallel.parameters import state_shardings
+from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from moda_jax.training.state import initial_state, model_function
+from moda_jax.training.train_step import make_train_step
+from pallas_kernels.mosaic_gpu import warpgroup
+
+MODEL = TransformerConfig(
+    vocab_size=256, num_layers=3, width=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_width=256,
+    max_sequence_length=1024, dtype="bfloat16", attention_implementation="mosaic_gpu",
+)  # fmt: skip
+KERNELS = (
+    "moda_depth_forward", "moda_sequence_forward", "moda_sequence_dq", "moda_sequence_dkv", "moda_depth_backward",
+)  # fmt: skip
+B, T = 8, 1024
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 4, 1, 1), (1, 2, 2, 2), (1, 1, 1, 8)], ids=["data2_fsdp4", "fsdp2_tensor2_context2", "context8"]
+)
+def test_the_train_step_lowers_for_cuda(sizes, monkeypatch):
+    monkeypatch.setattr(warpgroup, "default_interpret", lambda: False)
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)
+    config = TrainConfig(batch_size=B, num_steps=10)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 10)
+    schedule = learning_rate_schedule(OptimizerConfig(warmup_steps=1), 10)
+    step = make_train_step(model_function(MODEL), optimizer, schedule, config)
+    state = jax.eval_shape(functools.partial(initial_state, MODEL, optimizer, 0))
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state, state_shardings(mesh, state),
+    )  # fmt: skip
+    rows = named_sharding(mesh, "batch", "tokens")
+    integers = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
+    batch = Batch(*(integers,) * 4, jax.ShapeDtypeStruct((B, T), np.float32, sharding=rows))
+    text = jax.jit(on_mesh(mesh, step)).trace(state, batch).lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in KERNELS:
+        assert text.count(kernel) >= 2, kernel  # in the stacked layers and in the last one
