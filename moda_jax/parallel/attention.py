@@ -32,11 +32,16 @@ _TOKENS = ("batch", "tokens")
 
 
 class Options(NamedTuple):
-    """The op's static arguments: causal always; `out_dtype` of the forward, None: the query's."""
+    """The op's static arguments; it is always causal.
+
+    Attributes:
+        scale, implementation: as in `pallas_kernels.block`.
+        precise: the forward's output is float32 where the implementation can give it, for the backward's delta.
+    """
 
     scale: float
     implementation: str | None
-    out_dtype: jnp.dtype | None = None
+    precise: bool = False
 
 
 def balanced_order(tokens: int, context: int) -> np.ndarray:
@@ -140,12 +145,8 @@ def _attend(options: Options, *operands: Array | None) -> Array:
 
 
 def _attend_fwd(options: Options, *operands: Array | None) -> tuple[Array, tuple]:
-    query = operands[0]
-    name = options.implementation or dispatch.resolve(None, **block.attention_facts(*operands[:4], True, options.scale))
-    # The backward's delta wants the output unrounded, where the implementation can give it.
-    precise = jnp.dtype(jnp.float32) if getattr(dispatch.load(name), "TAKES_OUT_DTYPE", False) else None
-    out, lse = attention_forward(*operands, options._replace(out_dtype=precise))
-    return out.astype(query.dtype), (operands, out, lse)
+    out, lse = attention_forward(*operands, options._replace(precise=True))
+    return out.astype(operands[0].dtype), (operands, out, lse)
 
 
 def _attend_bwd(options: Options, residuals: tuple, dout: Array) -> tuple:
@@ -179,10 +180,13 @@ def _on_devices(function, options: Options, in_specs: tuple, out_specs: tuple, o
 def _local_forward(options, context, query, key, value, depth_key, depth_value, depth_length, segment_ids):
     """(out, lse) of this device's queries."""
     masks, key, value = _sequence(context, query, key, value, segment_ids)
-    out_dtype = {} if options.out_dtype is None else {"out_dtype": options.out_dtype}
+    name, out_dtype = options.implementation, None
+    if options.precise:
+        name = dispatch.resolve(name, **block.attention_facts(query, key, depth_key, True, options.scale, **masks))
+        out_dtype = jnp.float32 if getattr(dispatch.load(name), "TAKES_OUT_DTYPE", False) else None
     return block.attention_forward(
         query, key, value, depth_key, depth_value, depth_length,
-        scale=options.scale, causal=True, implementation=options.implementation, **masks, **out_dtype,
+        scale=options.scale, causal=True, out_dtype=out_dtype, implementation=name, **masks,
     )  # fmt: skip
 
 
