@@ -26,8 +26,12 @@ def _key_blocks_seen(masks: Masks, queries: Blocks, keys: Blocks, index: Array |
     count = keys.count
     if count == 1:
         return 1
-    if masks.causal and masks.query_positions is None and masks.key_positions is None:
-        count = jnp.minimum(count, (queries.start(index) + queries.size - 1) // keys.size + 1)
+    if masks.causal and masks.key_positions is None:  # a key's position is its index
+        if masks.query_positions is None:
+            last = queries.start(index) + queries.size - 1
+        else:
+            last = jnp.max(queries.slice(masks.query_positions, index, 1))
+        count = jnp.minimum(count, last // keys.size + 1)
     if masks.key_length is not None:
         count = jnp.minimum(count, (jnp.max(masks.key_length) + keys.size - 1) // keys.size)
     return count
