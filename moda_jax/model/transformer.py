@@ -207,10 +207,12 @@ def _layer_function(
 
 
 def _gathered(layer: Block) -> Block:
-    """The layer with its parameters whole over fsdp; itself on one device."""
+    """The layer with its parameters whole over fsdp, gathered in the compute dtype; itself on one device."""
     if current_mesh() is None:
         return layer
     graph, params = nnx.split(layer)
+    dtype = compute_dtype(layer.config.dtype)
+    params = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
     return nnx.merge(graph, gather_layer(params))
 
 

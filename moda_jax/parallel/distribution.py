@@ -6,7 +6,7 @@ On one device every method is the identity: the run is the same as if this modul
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ class Distribution:
 
     Args:
         config: the run. Sizes are checked here, the parameters' when `initializer` is called.
+        devices: None: all devices of all processes.
 
     Raises:
         ValueError: the mesh does not fit the devices, the batch or the sequence.
@@ -37,11 +38,12 @@ class Distribution:
         vocabulary_rows: rows that the embedding is stored with.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, devices: Sequence[jax.Device] | None = None):
+        devices = jax.devices() if devices is None else devices
         self._config = config
-        self.sizes = mesh_sizes(config.mesh, jax.device_count())
+        self.sizes = mesh_sizes(config.mesh, len(devices))
         check_config(config, self.sizes)
-        self.mesh = make_mesh(config.mesh)
+        self.mesh = make_mesh(config.mesh, devices)
         self.is_first = jax.process_index() == 0
         self.vocabulary_rows = parameters.padded_vocabulary(config.model.vocab_size, self.sizes["tensor"])
         self._batches = None
