@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.training.state import ModelFunction
@@ -48,7 +49,10 @@ def sample_text(
         raise ValueError(f"prompt={prompt!r}: gives no tokens")
     padded = np.zeros((1, len(ids) + num_tokens), np.int32)
     padded[0, : len(ids)] = ids
-    tokens = np.asarray(_continue(model, tokenizer.vocab_size, params, padded, len(ids), key, temperature))[0]
+    continued = _continue(model, tokenizer.vocab_size, params, padded, len(ids), key, temperature)
+    if not continued.is_fully_addressable:  # many processes: every one gets the text
+        continued = multihost_utils.process_allgather(continued, tiled=True)
+    tokens = np.asarray(continued)[0]
     ends = np.flatnonzero(tokens[len(ids) :] == tokenizer.end_of_text_id)
     stop = len(ids) + int(ends[0]) if ends.size else len(tokens)
     return tokenizer.decode(tokens[:stop])

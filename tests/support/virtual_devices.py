@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 def environment(devices: int) -> dict[str, str]:
     """The variables of such a process."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # Compiling dominates: LLVM leaves the code unoptimised (see quick_compile.py).
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags += " --xla_llvm_disable_expensive_passes=true"
     return os.environ | {"PYTHONPATH": path, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 

@@ -1,10 +1,13 @@
-"""`train.py` as two real processes of 4 devices; one is killed; the run goes on as one process of 4 devices."""
+"""`train.py` as two real processes of 4 devices, one of which is killed; then as one process of 4 devices, also killed;
+then as two again, on another mesh, to the end. The losses are those of one device all the way."""
 
 import json
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from support.tiny_run import tiny_values, write_corpus
@@ -17,50 +20,86 @@ from moda_jax.training.trainer import TrainingRun
 
 pytestmark = pytest.mark.slow
 
-STEPS = 40
+STEPS = 48
 SECTIONS = {
     # 257 tokens do not divide by tensor=2: checkpoints are written from, and read into, padded storage.
     "model": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": "float32"},
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 5},
-    "train": {"num_steps": STEPS, "batch_size": 8, "log_interval_steps": 1},
-    "eval": {"interval_steps": 20, "num_batches": 2},
+    "train": {
+        "num_steps": STEPS, "batch_size": 8, "log_interval_steps": 1, "sample_prompt": "def ", "sample_tokens": 12,
+    },
+    "eval": {"interval_steps": 24, "num_batches": 2},
     "checkpoint": {"interval_steps": 8},
-}
+}  # fmt: skip
+ORIGINAL = {"data": 2, "fsdp": 2, "tensor": 2}
+SMALLER = {"data": 1, "fsdp": 2, "tensor": 2}
+OTHER = {"data": 2, "fsdp": 2, "context": 2}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    root = tmp_path_factory.mktemp("elastic")
-    write_corpus(root / "corpus")
-    return root
+class Phase(NamedTuple):
+    """A stretch of the run: what each process printed, and the metrics when it was over."""
+
+    logs: list[str]
+    entries: dict[int, dict]
+
+    @property
+    def resumed_from(self):
+        return int(self.logs[0].split("resuming from step ")[1].split()[0])
 
 
-def values(place):
-    return tiny_values(place / "corpus", place / "cache", **SECTIONS)
+class Place(NamedTuple):
+    """Where the run lives."""
 
+    root: Path
 
-@pytest.fixture(scope="module")
-def uninterrupted(place):
-    """The same run on one device, in this process."""
-    TrainingRun(Config.from_dict(values(place)), place / "one").train()
-    return {entry["step"]: entry for entry in read_metrics(place / "one")}
+    @property
+    def workdir(self):
+        return self.root / "run"
 
+    def values(self):
+        return tiny_values(self.root / "corpus", self.root / "cache", **SECTIONS)
 
-def command(place, workdir, mesh, *more):
-    config = place / "config.py"
-    config.write_text(
-        "from ml_collections import ConfigDict\nfrom configs import base\n\n\ndef get_config() -> ConfigDict:\n"
-        f"    config = base.get_config()\n    config.update({values(place)!r})\n    return config\n"
-    )
-    sizes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    return [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *sizes, *more]
-
-
-def start(place, workdir, mesh, log, *more):
-    with log.open("w") as file:
-        return subprocess.Popen(
-            command(place, workdir, mesh, *more), cwd=ROOT, env=environment(4), stdout=file, stderr=subprocess.STDOUT
+    def phase(self, name, mesh, *, processes, kill_after=None):
+        """Runs to the end, or kills the last process once `kill_after` steps are logged (and then the others)."""
+        config = self.root / "config.py"
+        config.write_text(
+            "from configs import base\n\n\ndef get_config():\n"
+            f"    config = base.get_config()\n    config.update({self.values()!r})\n    return config\n"
         )
+        command = [sys.executable, "train.py", f"--config={config}", f"--workdir={self.workdir}"]
+        command += [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+        logs = [self.root / f"{name}{i}.log" for i in range(processes)]
+        address = f"127.0.0.1:{free_port()}"
+        running = []
+        try:
+            for i, log in enumerate(logs):
+                flags = [f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={i}"]
+                with log.open("w") as file:
+                    running.append(
+                        subprocess.Popen(
+                            command + flags, cwd=ROOT, env=environment(4), stdout=file, stderr=subprocess.STDOUT
+                        )
+                    )
+            self.wait(running, logs, kill_after)
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        return Phase([log.read_text() for log in logs], {e["step"]: e for e in read_metrics(self.workdir)})
+
+    def wait(self, running, logs, kill_after):
+        deadline = time.monotonic() + 300
+        while True:
+            codes = [process.poll() for process in running]
+            text = "\n".join(log.read_text()[-4000:] for log in logs)
+            if kill_after is None and codes == [0] * len(codes):
+                return
+            assert not any(code is not None and (code or kill_after) for code in codes), text
+            assert time.monotonic() < deadline, text
+            if kill_after and len(read_metrics(self.workdir)) >= kill_after:
+                running[-1].kill()
+                return
+            time.sleep(0.02)
 
 
 def free_port():
@@ -70,71 +109,69 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def killed(place):
-    """Two processes until one is killed, somewhere behind the second checkpoint."""
-    workdir, address = place / "elastic", f"127.0.0.1:{free_port()}"
-    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    logs = [place / f"process{i}.log" for i in range(2)]
-    processes = [
-        start(place, workdir, mesh, log, f"--coordinator_address={address}", "--num_processes=2", f"--process_id={i}")
-        for i, log in enumerate(logs)
-    ]
-    try:
-        deadline = time.monotonic() + 300
-        while len(saved_steps(workdir / "checkpoints")) < 2 or len(read_metrics(workdir)) < 18:
-            assert all(p.poll() is None for p in processes), "\n".join(log.read_text()[-4000:] for log in logs)
-            assert time.monotonic() < deadline, "\n".join(log.read_text()[-4000:] for log in logs)
-            time.sleep(0.02)
-        processes[1].kill()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return workdir, [log.read_text() for log in logs]
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("elastic")
+    write_corpus(root / "corpus")
+    return Place(root)
 
 
 @pytest.fixture(scope="module")
-def resumed(place, killed):
-    """(log of the one process that goes on, lines of the two, lines in the end)."""
-    workdir, _ = killed
-    before = {entry["step"]: entry for entry in read_metrics(workdir)}
-    log = place / "resumed.log"
-    process = start(place, workdir, {"data": 1, "fsdp": 2, "tensor": 2}, log)
-    assert process.wait(timeout=300) == 0, log.read_text()[-4000:]
-    return log.read_text(), before, {entry["step"]: entry for entry in read_metrics(workdir)}
+def uninterrupted(place):
+    """The same run on one device, in this process."""
+    TrainingRun(Config.from_dict(place.values()), place.root / "one").train()
+    return {entry["step"]: entry for entry in read_metrics(place.root / "one")}
 
 
-def test_only_the_first_process_speaks(killed):
-    first, second = killed[1]
+@pytest.fixture(scope="module")
+def phases(place):
+    return [
+        place.phase("two", ORIGINAL, processes=2, kill_after=18),
+        place.phase("one", SMALLER, processes=1, kill_after=34),
+        place.phase("other", OTHER, processes=2),
+    ]
+
+
+def assert_same(ours, uninterrupted, steps):
+    for step in steps:
+        assert ours[step]["loss"] == pytest.approx(uninterrupted[step]["loss"], abs=1e-4), step
+        assert ours[step]["grad_norm"] == pytest.approx(uninterrupted[step]["grad_norm"], rel=1e-3), step
+
+
+def test_only_the_first_process_speaks(phases):
+    first, second = phases[0].logs
     assert "2 processes, 8 devices" in first and "mesh data 2 x fsdp 2 x tensor 2" in first
     assert "loss" not in second
 
 
-def test_two_processes_train_as_one_device_does(killed, resumed, uninterrupted):
-    _, before, _ = resumed
-    assert len(before) >= 18
-    for step, entry in before.items():
-        assert entry["loss"] == pytest.approx(uninterrupted[step]["loss"], abs=1e-4), step
+def test_two_processes_train_as_one_device_does(phases, uninterrupted):
+    entries = phases[0].entries
+    assert len(entries) >= 18
+    assert_same(entries, uninterrupted, entries)
 
 
-def test_the_run_goes_on_with_another_number_of_processes(killed, resumed, uninterrupted):
-    log, before, after = resumed
-    assert "resuming from step" in log and "mesh.data: 2 in the directory, 1 now" in log
-    first = int(log.split("resuming from step ")[1].split()[0])
-    assert first in (8, 16, 24, 32) and first <= max(before) + 1
+def test_the_run_goes_on_as_one_process_of_fewer_devices(phases, uninterrupted):
+    before, after = phases[0].entries, phases[1].entries
+    assert "mesh.data: 2 in the directory, 1 now" in phases[1].logs[0]
+    assert phases[1].resumed_from in (8, 16, 24, 32) and phases[1].resumed_from <= max(before) + 1
+    assert len(after) >= 34
+    assert_same(after, uninterrupted, range(phases[1].resumed_from + 1, max(after) + 1))
+
+
+def test_and_again_as_two_on_another_mesh(phases, uninterrupted, place):
+    after = phases[2].entries
+    assert phases[2].resumed_from in (24, 32, 40)
     assert sorted(after) == list(range(1, STEPS + 1))
-    for step in range(first + 1, STEPS + 1):
-        assert after[step]["loss"] == pytest.approx(uninterrupted[step]["loss"], abs=1e-4), step
-        assert after[step]["grad_norm"] == pytest.approx(uninterrupted[step]["grad_norm"], rel=1e-3), step
-    last = "validation_loss"
-    assert after[STEPS][last] == pytest.approx(uninterrupted[STEPS][last], abs=1e-4)
+    assert_same(after, uninterrupted, range(phases[2].resumed_from + 1, STEPS + 1))
+    assert after[STEPS]["validation_loss"] == pytest.approx(uninterrupted[STEPS]["validation_loss"], abs=1e-4)
+    assert (place.workdir / "sample.txt").read_text().startswith("def ")
+    assert (place.workdir / "loss.png").exists()
 
 
-def test_the_checkpoint_is_that_of_any_mesh(place, killed, resumed, uninterrupted):
+def test_the_checkpoint_is_that_of_any_mesh(place, phases):
     """One device goes on from it, too: nothing in it depends on the mesh."""
-    workdir, _ = killed
-    run = TrainingRun(Config.from_dict(values(place) | {"train": SECTIONS["train"] | {"num_steps": 48}}), workdir)
-    assert run.step == STEPS
+    values = place.values() | {"train": SECTIONS["train"] | {"num_steps": STEPS + 8}}
+    run = TrainingRun(Config.from_dict(values), place.workdir)
+    assert run.step == STEPS == saved_steps(place.workdir / "checkpoints")[0]
     assert run._state.params["embedding"]["table"].shape[0] == 257
-    record = json.loads((workdir / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())
+    record = json.loads((place.workdir / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())
     assert record["data_position"] == 8 * STEPS
