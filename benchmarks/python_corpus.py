@@ -48,24 +48,30 @@ def documents(limit_bytes: int) -> Iterator[str]:
             return
 
 
+def parts(texts: Iterator[str]) -> Iterator[list[str]]:
+    """The texts in lists of about `PART_BYTES`."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text.encode())
+        if size >= PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
 def write(directory: Path, limit_bytes: int) -> tuple[int, int]:
     """Writes the parts; returns (documents, bytes)."""
     directory.mkdir(parents=True, exist_ok=True)
-    count = total = in_part = parts = 0
-    out = None
-    try:
-        for text in documents(limit_bytes):
-            if out is None or in_part >= PART_BYTES:
-                if out is not None:
-                    out.close()
-                out = gzip.open(directory / f"part-{parts:03d}.jsonl.gz", "wt", encoding="utf-8", compresslevel=1)
-                parts, in_part = parts + 1, 0
-            out.write(json.dumps({"text": text}) + "\n")
-            size = len(text.encode())
-            count, total, in_part = count + 1, total + size, in_part + size
-    finally:
-        if out is not None:
-            out.close()
+    count = total = 0
+    for number, part in enumerate(parts(documents(limit_bytes))):
+        with gzip.open(directory / f"part-{number:03d}.jsonl.gz", "wt", encoding="utf-8", compresslevel=1) as out:
+            for text in part:
+                out.write(json.dumps({"text": text}) + "\n")
+                total += len(text.encode())
+        count += len(part)
     return count, total
 
 
