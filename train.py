@@ -5,10 +5,13 @@ The same command resumes a run that was stopped, and says so when it is finished
 
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
+from moda_jax.data.cache import cache_directory
 from moda_jax.parallel.distributed import start_processes
+from moda_jax.training import runtime
 from moda_jax.training.console import config_from_flag, run_command, user_errors
 from moda_jax.training.trainer import TrainingRun
 
@@ -21,10 +24,13 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; by default
 def main() -> None:
     """Builds and runs; what the run came to is printed on stdout."""
     with user_errors():
-        start_processes()
         config, name = config_from_flag(_CONFIG)
+        start_processes()
+        runtime.prepare(cache_directory(config.data))
         run = TrainingRun(config, _WORKDIR.value or Path("runs") / name)
-    print(run.train(), flush=True)
+    result = run.train()
+    if jax.process_index() == 0:
+        print(result, flush=True)
 
 
 if __name__ == "__main__":

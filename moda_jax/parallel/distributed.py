@@ -39,7 +39,8 @@ class Launch(NamedTuple):
 
     Attributes:
         method: "flags", "slurm" or "ompi"; None: it is alone.
-        coordinator_address, num_processes, process_id: with "flags"; the launchers' are read by JAX.
+        coordinator_address: with "flags"; the launchers' is found by JAX.
+        num_processes, process_id: how many, and which one this is.
     """
 
     method: str | None = None
@@ -79,14 +80,15 @@ def find_launch(
         if method == "slurm" and _SLURM_STEP not in environment:
             continue
         if index in environment and int(environment.get(count, "1")) > 1:
-            return Launch(method)
+            return Launch(method, None, int(environment[count]), int(environment[index]))
     return Launch()
 
 
 def start_processes() -> None:
     """Joins the other processes of the run, if there are any; the flags must be parsed.
 
-    On CPUs the processes talk through Gloo, on GPUs through NCCL. All processes but the first log warnings only.
+    On CPUs the processes talk through Gloo, on GPUs through NCCL. All processes but the first log warnings only. No
+    device is touched yet: XLA's flags may still be set.
 
     Raises:
         ValueError: see `find_launch`.
@@ -99,7 +101,7 @@ def start_processes() -> None:
         jax.distributed.initialize(launch.coordinator_address, launch.num_processes, launch.process_id)
     else:
         jax.distributed.initialize(cluster_detection_method=launch.method)
-    if jax.process_index() > 0:
+    if launch.process_id > 0:
         for name in ("moda_jax", "pallas_kernels"):
             logging.getLogger(name).setLevel(logging.WARNING)
-    _logger.info("%d processes, %d devices", jax.process_count(), jax.device_count())
+    _logger.info("process %d of %d", launch.process_id, launch.num_processes)

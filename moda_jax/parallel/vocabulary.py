@@ -1,9 +1,10 @@
 """The two ends of the model on the mesh: token look-up and cross-entropy over a vocabulary that is split over `tensor`.
 
-Both see this device's V / tensor rows of the table, gathered over fsdp. The look-up takes the rows that it has and sums
-over tensor. The cross-entropy never has more than a chunk of tokens times its own rows of logits; per token three
-numbers cross the tensor axis: the maximum, the sum of exponentials and the target's logit. The backward recomputes the
-logits chunk by chunk.
+Both see this device's V / tensor rows of the table, gathered over fsdp in the compute dtype. The look-up takes the rows
+that it has and sums over tensor. The cross-entropy takes the tokens in chunks, as `moda_jax.training.loss` does, and
+computes a chunk's gradients while its logits are there; per token three numbers cross the tensor axis: the maximum, the
+sum of exponentials and the target's logit. The table's gradient is summed in float32 over all tokens of all devices and
+goes back to the split layout.
 """
 
 from __future__ import annotations
@@ -17,122 +18,163 @@ from jax.sharding import PartitionSpec
 
 from moda_jax.model.precision import contract
 from moda_jax.parallel.mesh import RULES, partition_spec
+from moda_jax.training.loss import LOGITS_BYTES, LossSums
 
 Array = jax.Array
 
-LOGITS = 2**26  # elements of a chunk of logits, float32
-_MASKED = -1e30  # a padded row's logit; finite, so that no difference is NaN
+_MASKED = -1e30  # the logit of a row of padding; finite, so that no difference is NaN
+_TOKEN_AXES = (*RULES["batch"], *RULES["tokens"])  # the mesh axes that tokens are split over
 
-_TABLE = ("vocabulary", "width")
-_ROWS = (*RULES["batch"], *RULES["tokens"])  # the mesh axes that a token lies on
+_TABLE = partition_spec("vocabulary", "width")
+_TOKENS = partition_spec("batch", "tokens")
+_HIDDEN = partition_spec("batch", "tokens", "channels")
+_SCALAR = PartitionSpec()
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
     """`table[tokens]` in `dtype`.
 
     Args:
-        table: [V padded, D] float32, split as its logical axes say.
+        table: [V padded, D] float32.
         tokens: [B, T] int32.
         dtype: of the result.
 
     Returns:
-        [B, T, D], split over batch and tokens. The table's gradient is summed in float32.
+        [B, T, D].
     """
 
     def local(table: Array, tokens: Array) -> Array:
-        rows = _gather_width(table, dtype)  # [V / tensor, D]
-        own = tokens - lax.axis_index("tensor") * rows.shape[0]
-        here = (own >= 0) & (own < rows.shape[0])
-        found = jnp.take(rows, jnp.where(here, own, 0), axis=0).astype(dtype)  # [B, T, D]
+        rows = _whole_rows(table, dtype)
+        own, here = _own_rows(tokens, rows.shape[0])
+        found = jnp.take(rows, own, axis=0)  # [B, T, D]
         return lax.psum(jnp.where(here[..., None], found, 0), "tensor")
 
-    tokens_spec = partition_spec("batch", "tokens")
-    out_spec = partition_spec("batch", "tokens", "channels")
-    return jax.shard_map(local, in_specs=(partition_spec(*_TABLE), tokens_spec), out_specs=out_spec)(table, tokens)
+    return _on_devices(local, (_TABLE, _TOKENS), _HIDDEN)(table, tokens)
 
 
-def cross_entropy_sums(
-    hidden: Array,
-    table: Array,
-    targets: Array,
-    target_mask: Array,
-    *,
-    vocab_size: int,
-    dtype: jnp.dtype,
-    transposed: bool = False,
-) -> tuple[Array, Array, Array]:
-    """The sums of `moda_jax.training.loss.LossSums`, from the final hidden states; no logits in full anywhere.
+def _lookup_fwd(table: Array, tokens: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return lookup(table, tokens, dtype), (table, tokens)
+
+
+def _lookup_bwd(dtype: jnp.dtype, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    def local(table: Array, tokens: Array, gradient: Array) -> Array:
+        own, here = _own_rows(tokens, table.shape[0])
+        gradient = jnp.where(here[..., None], gradient.astype(jnp.float32), 0)
+        return _split_sum(jnp.zeros((table.shape[0], gradient.shape[-1]), jnp.float32).at[own].add(gradient))
+
+    return _on_devices(local, (_TABLE, _TOKENS, _HIDDEN), _TABLE)(*residuals, gradient), None
+
+
+lookup.defvjp(_lookup_fwd, _lookup_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def projected_loss_sums(
+    z_loss: float, vocab_size: int, hidden: Array, table: Array, targets: Array, target_mask: Array
+) -> tuple[Array, LossSums]:
+    """`moda_jax.training.loss.projected_loss_sums` on the mesh: the same sums, over all devices.
 
     Args:
-        hidden: [B, T, D].
-        table: [V padded, D] float32, or [D, V padded] where `transposed`: the output projection.
-        targets: [B, T] int32 in 0..V-1; any value where the mask is 0.
-        target_mask: [B, T] float32.
-        vocab_size: V; logits of rows beyond it are masked.
-        dtype: of the matrix product's operands; its result and all else is float32.
-        transposed: the table is an untied head's kernel.
+        z_loss: weight of the z-loss in the objective.
+        vocab_size: V; rows of the table behind it are padding.
+        hidden: [B, T, D] in the compute dtype.
+        table: [V padded, D] float32.
+        targets, target_mask: [B, T].
 
     Returns:
-        (loss, z_loss, num_targets), float32 scalars over all devices.
+        As there: the objective, through which alone gradients flow, and the sums.
     """
-
-    def local(hidden: Array, table: Array, targets: Array, target_mask: Array) -> tuple[Array, ...]:
-        rows = _gather_width(table.T if transposed else table, dtype)  # [V / tensor, D]
-        first = lax.axis_index("tensor") * rows.shape[0]
-        tokens = targets.size
-        chunk = min(tokens, max(1, LOGITS // rows.shape[0]))
-        count = -(-tokens // chunk)
-
-        def chunks(x: Array) -> Array:
-            x = x.reshape(tokens, *x.shape[2:])
-            x = jnp.pad(x, [(0, count * chunk - tokens)] + [(0, 0)] * (x.ndim - 1))
-            return x.reshape(count, chunk, *x.shape[1:])
-
-        @jax.checkpoint
-        def chunk_sums(rows: Array, hidden: Array, targets: Array, mask: Array) -> tuple[Array, ...]:
-            logits = contract("td,vd->tv", hidden.astype(dtype), rows.astype(dtype), jnp.float32)
-            columns = first + jnp.arange(rows.shape[0])
-            logits = jnp.where(columns < vocab_size, logits, _MASKED)
-            largest = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), "tensor")  # [tokens]
-            log_z = largest + jnp.log(lax.psum(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1), "tensor"))
-            own = jnp.where(columns == targets[:, None], logits, 0)
-            target_logits = lax.psum(jnp.sum(own, axis=-1), "tensor")
-            # Where the mask is 0 the target may lie outside of the vocabulary: its logit is then 0, and does not count.
-            return jnp.sum(mask * (log_z - target_logits)), jnp.sum(mask * jnp.square(log_z)), jnp.sum(mask)
-
-        def step(sums: tuple[Array, ...], operands: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
-            return tuple(map(jnp.add, sums, chunk_sums(rows, *operands))), None
-
-        zeros = (lax.pcast(jnp.zeros(()), _ROWS, to="varying"),) * 3
-        sums, _ = lax.scan(step, zeros, (chunks(hidden), chunks(targets), chunks(target_mask.astype(jnp.float32))))
-        return tuple(lax.psum(x, _ROWS) for x in sums)
-
-    tokens_spec = partition_spec("batch", "tokens")
-    in_specs = (
-        partition_spec("batch", "tokens", "channels"), partition_spec(*(_TABLE[::-1] if transposed else _TABLE)),
-        tokens_spec, tokens_spec,
-    )  # fmt: skip
-    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=(PartitionSpec(),) * 3)
-    return mapped(hidden, table, targets, target_mask)
+    local = functools.partial(_local_loss, z_loss, vocab_size, False)
+    sums = _on_devices(local, (_HIDDEN, _TABLE, _TOKENS, _TOKENS), LossSums(_SCALAR, _SCALAR, _SCALAR))(
+        hidden, table, targets, target_mask
+    )
+    return sums.loss + z_loss * sums.z_loss, sums
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather_width(table: Array, dtype: jnp.dtype) -> Array:
-    """This device's rows of the table [V / tensor, D] with the whole width: float32, of values rounded to `dtype`.
-
-    It travels in `dtype`; its gradient is summed in float32, over all tokens of all devices.
-    """
-    whole = lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True).astype(jnp.float32)
-    return lax.pcast(whole, tuple(axis for axis in _ROWS if axis != "fsdp"), to="varying")
+def _loss_fwd(z_loss: float, vocab_size: int, *operands: Array) -> tuple[tuple[Array, LossSums], tuple[Array, Array]]:
+    local = functools.partial(_local_loss, z_loss, vocab_size, True)
+    out_specs = LossSums(_SCALAR, _SCALAR, _SCALAR), (_HIDDEN, _TABLE)
+    sums, gradients = _on_devices(local, (_HIDDEN, _TABLE, _TOKENS, _TOKENS), out_specs)(*operands)
+    return (sums.loss + z_loss * sums.z_loss, sums), gradients
 
 
-def _gather_width_fwd(table, dtype):
-    return _gather_width(table, dtype), None
+def _loss_bwd(z_loss: float, vocab_size: int, gradients: tuple[Array, Array], cotangents: tuple) -> tuple:
+    dhidden, dtable = gradients
+    scale = cotangents[0]
+    return (dhidden * scale).astype(dhidden.dtype), dtable * scale, None, None
 
 
-def _gather_width_bwd(dtype, _, gradient):
+projected_loss_sums.defvjp(_loss_fwd, _loss_bwd)
+
+
+def _local_loss(
+    z_loss: float, vocab_size: int, gradients: bool, hidden: Array, table: Array, targets: Array, target_mask: Array
+) -> LossSums | tuple[LossSums, tuple[Array, Array]]:
+    """The sums over all devices and, if asked for, this device's part of the objective's gradients."""
+    rows = _whole_rows(table, hidden.dtype)  # [V / tensor, D]
+    tokens = targets.size
+    columns = lax.axis_index("tensor") * rows.shape[0] + jnp.arange(rows.shape[0])
+    count = min(tokens, -(-tokens * rows.shape[0] * 4 // LOGITS_BYTES))
+    chunk = -(-tokens // count)
+
+    def chunks(x: Array) -> Array:
+        """[B, T, ...] of this device to [count, chunk, ...]; the padding's mask is 0."""
+        x = x.reshape(tokens, *x.shape[2:])
+        return jnp.pad(x, ((0, count * chunk - tokens), *((0, 0),) * (x.ndim - 1))).reshape(count, chunk, *x.shape[1:])
+
+    def one(carry: tuple[LossSums, Array | None], inputs: tuple[Array, Array, Array]):
+        total, dtable = carry
+        hidden, targets, mask = inputs
+        logits = jnp.where(columns < vocab_size, contract("td,vd->tv", hidden, rows, jnp.float32), _MASKED)
+        # Where the mask is 0 the target may lie outside of the vocabulary, so on no device; it does not count.
+        is_target = columns == targets[:, None]
+        largest = lax.pmax(jnp.max(logits, axis=-1), "tensor")  # [tokens]
+        total_exp = lax.psum(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1), "tensor")
+        log_z = largest + jnp.log(total_exp)
+        target_logits = lax.psum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), "tensor")
+        sums = LossSums(
+            jnp.sum(mask * (log_z - target_logits)), jnp.sum(mask * jnp.square(log_z)), jnp.sum(mask)
+        )  # fmt: skip
+        total = jax.tree.map(jnp.add, total, sums)
+        if not gradients:
+            return (total, dtable), None
+        # d objective / d logits = mask (p (1 + 2 z_loss log Z) - [target])
+        p = jnp.exp(logits - log_z[:, None])
+        dlogits = mask[:, None] * (p * (1.0 + 2.0 * z_loss * log_z[:, None]) - is_target)
+        dlogits = dlogits.astype(hidden.dtype)
+        dtable += contract("tv,td->vd", dlogits, hidden, jnp.float32)
+        return (total, dtable), contract("tv,vd->td", dlogits, rows)
+
+    zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
+    carry = zero, jnp.zeros(rows.shape, jnp.float32) if gradients else None
+    mask = target_mask.astype(jnp.float32)
+    (total, dtable), dhidden = lax.scan(one, carry, (chunks(hidden), chunks(targets), chunks(mask)))
+    total = jax.tree.map(lambda x: lax.psum(x, _TOKEN_AXES), total)
+    if not gradients:
+        return total
+    dhidden = dhidden.reshape(count * chunk, -1)[:tokens].reshape(hidden.shape)
+    return total, (lax.psum(dhidden, "tensor"), _split_sum(dtable))
+
+
+def _on_devices(local, in_specs, out_specs):
+    """`shard_map` on the current mesh; every sum over devices is written out above, so none has to be derived."""
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _whole_rows(table: Array, dtype: jnp.dtype) -> Array:
+    """This device's rows of the table, with the whole width: [V / tensor, D] in `dtype`."""
+    return lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True)
+
+
+def _split_sum(gradient: Array) -> Array:
+    """The sum over all devices' tokens of a gradient [V / tensor, D], in the table's layout."""
     gradient = lax.psum_scatter(gradient, "fsdp", scatter_dimension=1, tiled=True)
-    return (lax.psum(gradient, tuple(axis for axis in _ROWS if axis != "fsdp")),)
+    return lax.psum(gradient, tuple(axis for axis in _TOKEN_AXES if axis != "fsdp"))
 
 
-_gather_width.defvjp(_gather_width_fwd, _gather_width_bwd)
+def _own_rows(tokens: Array, rows: int) -> tuple[Array, Array]:
+    """(index into this device's rows, whether the token is one of them); the index is 0 where it is not."""
+    own = tokens - lax.axis_index("tensor") * rows
+    here = (own >= 0) & (own < rows)
+    return jnp.where(here, own, 0), here

@@ -12,7 +12,7 @@ import optax
 from moda_jax.config import TrainConfig
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.mesh import current_mesh
-from moda_jax.training.loss import LossSums, loss_sums
+from moda_jax.training.loss import LossSums, projected_loss_sums
 from moda_jax.training.state import ModelFunction, TrainState
 
 Array = jax.Array
@@ -53,8 +53,8 @@ def make_train_step(
         divisor = jnp.maximum(num_targets, 1.0)
 
         def objective(params: Any, micro_batch: Any) -> tuple[Array, Array]:
-            sums = _micro_batch_sums(model, params, micro_batch)
-            return (sums.loss + config.z_loss * sums.z_loss) / divisor, sums.loss / divisor
+            total, sums = _micro_batch_loss(model, params, micro_batch, config.z_loss)
+            return total / divisor, sums.loss / divisor
 
         def gradient(micro_batch: Any) -> tuple[Array, Any]:
             (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params, micro_batch)
@@ -80,29 +80,20 @@ def make_eval_step(model: ModelFunction, config: TrainConfig) -> Callable[[Any, 
 
     def eval_step(params: Any, batch: Any) -> LossSums:
         return _sum_over_micro_batches(
-            lambda micro_batch: _micro_batch_sums(model, params, micro_batch), batch, config.accumulation_steps
+            lambda micro_batch: _micro_batch_loss(model, params, micro_batch, 0.0)[1], batch, config.accumulation_steps
         )
 
     return eval_step
 
 
-def _micro_batch_sums(model: ModelFunction, params: Any, batch: Any) -> LossSums:
-    if current_mesh() is not None:
-        return _sums_on_mesh(model.module(params), batch)
-    logits = model(params, batch.tokens, batch.segment_ids, batch.positions)  # [B, T, V]
+def _micro_batch_loss(model: ModelFunction, params: Any, batch: Any, z_loss: float) -> tuple[Array, LossSums]:
+    """The objective, summed over the targets, and the sums that it is made of."""
+    hidden = model.hidden(params, batch.tokens, batch.segment_ids, batch.positions)  # [B, T, D]
     with jax.named_scope("loss"):
-        return loss_sums(logits, batch.targets, batch.target_mask)
-
-
-def _sums_on_mesh(module: Any, batch: Any) -> LossSums:
-    """The same sums, without logits in full: the vocabulary may be split."""
-    hidden = module.hidden(batch.tokens, batch.segment_ids, batch.positions)  # [B, T, D]
-    table, transposed = module.output_table()
-    sums = vocabulary.cross_entropy_sums(
-        hidden, table, batch.targets, batch.target_mask,
-        vocab_size=module.config.vocab_size, dtype=hidden.dtype, transposed=transposed,
-    )  # fmt: skip
-    return LossSums(*sums)
+        operands = hidden, model.output_table(params), batch.targets, batch.target_mask
+        if current_mesh() is None:
+            return projected_loss_sums(z_loss, *operands)
+        return vocabulary.projected_loss_sums(z_loss, model.vocab_size(params), *operands)
 
 
 def _sum_over_micro_batches(function: Callable[[Any], Any], batch: Any, count: int) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.mosaic_gpu import depth_backward as _depth_backward
 from pallas_kernels.mosaic_gpu import depth_forward as _depth_forward
@@ -101,7 +102,9 @@ def attention_forward(
         query, key, value, other_out, other[1],
         scale=scale, masks=prepared, out_dtype=out_dtype, interpret=interpret,
     )  # fmt: skip
-    return out[..., :head_dim], lse
+    # XLA would run the kernel a second time to write a stacked copy of `out` (what a scan keeps for its backward) in
+    # place: its dynamic-slice fusion clones a custom call whose result has other users too. Not through a barrier.
+    return lax.optimization_barrier((out[..., :head_dim], lse))
 
 
 def attention_backward(

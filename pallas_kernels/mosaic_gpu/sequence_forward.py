@@ -12,7 +12,8 @@ Grid: (B, query blocks, N); head fastest, so that the CTAs of one KV head run si
     query blocks in descending order, so that the longest causal rows start first.
 Blocks: query and out [query_block, H], 64 rows per consumer warpgroup; key and value [key_block, H].
 Loop: one producer warpgroup streams K and V through two rings of `stages` TMA blocks; each consumer warpgroup walks the
-    key blocks in ascending order: full blocks unmasked, then the diagonal and ragged ones masked. A warpgroup issues
+    key blocks in ascending order: blocks that all its rows see whole unmasked, the others (document borders, the
+    diagonal, a ragged end) masked. A warpgroup issues
     Q K^T of block j and P V of block j-1 together and does the softmax of j while the latter runs.
 Resident: query tile in SMEM; out accumulator, running maximum and sum in registers.
 Accumulators: float32 (logits, out, maximum, sum); P is rounded to the input dtype for the second product.
@@ -22,7 +23,8 @@ Bound on an H200 at H=64: exp2 (16 a clock per SM) takes exactly as long as the 
     Two warpgroups taking turns on the tensor cores (the usual schedule) measured 5.2 ms. H=128: tensor cores.
 Benchmark: python -m benchmarks.attention, rows with S=0, column "forward".
 
-Interpreted on a CPU, P goes through SMEM (`p_stage`): `wgmma` with A in registers is not simulated. See warpgroup.py.
+Interpreted on a CPU, P goes through SMEM (`p_stage`): `wgmma` with A in registers is not simulated (see warpgroup.py);
+and `_release` waits for the blocks that it gives back, because there every phase of a barrier has to be observed.
 """
 
 from __future__ import annotations
@@ -160,15 +162,15 @@ def _make_body(
                     s.other_ready.at[warpgroup],
                 )
 
-            # Key blocks of this warpgroup: [first, full_end) unmasked, [full_end, own_end) masked.
+            # Key blocks of this warpgroup: [first, own_end), of which [full_start, full_end) need no mask.
             if spec.explicit:
-                full_end, own_end = first, last
+                full_start, full_end, own_end = bounds_ref[batch, query_tile, 2], bounds_ref[batch, query_tile, 3], last
             else:
-                full_end, own_end = lax.div(limit, jnp.int32(key_block)), pl.cdiv(limit, key_block)
-                if spec.causal:
-                    full_end = jnp.minimum(full_end, lax.div(row_start + 1, jnp.int32(key_block)))
-                    own_end = jnp.minimum(own_end, pl.cdiv(row_start + 64, key_block))
-                own_end = jnp.minimum(jnp.maximum(own_end, first + 1), last)
+                full_start, full_end, own_end = first, lax.div(limit, jnp.int32(key_block)), pl.cdiv(limit, key_block)
+            if spec.causal and not spec.positions:
+                full_end = jnp.minimum(full_end, lax.div(row_start + 1, jnp.int32(key_block)))
+                own_end = jnp.minimum(own_end, pl.cdiv(row_start + 64, key_block))
+            own_end = jnp.minimum(jnp.maximum(own_end, first + 1), last)
 
             plgpu.barrier_wait(s.query_ready.at[warpgroup])
             row_values = []
@@ -181,7 +183,11 @@ def _make_body(
                 return lax.rem(step - first, jnp.int32(stages))
 
             def load_key_rows(slot):
-                return [plgpu.load(s.key_rows_smem.at[slot, c], layout=wg_lib.COLUMN) for c in range(spec.channels)]
+                """Of a block that is masked. TMA overwrites the slot soon: these reads are fenced from its writes."""
+                loaded = [plgpu.load(s.key_rows_smem.at[slot, c], layout=wg_lib.COLUMN) for c in range(spec.channels)]
+                if spec.explicit:
+                    plgpu.commit_smem()
+                return loaded
 
             def hide(logits, step, key_values):
                 """Puts HIDDEN where a key is not visible."""
@@ -217,7 +223,8 @@ def _make_body(
 
             out, maximum, total = _walk(
                 s, query_smem, p_stage, slot_of, load_key_rows, softmax, out, maximum, total,
-                first, full_end, own_end, last, shape=shape, dtype=dtype, masked_end=masked_end, interpret=interpret,
+                first, full_start, full_end, own_end, last,
+                shape=shape, dtype=dtype, masked_start=spec.explicit, masked_end=masked_end, interpret=interpret,
             )  # fmt: skip
 
             if merge and precise:
@@ -263,7 +270,7 @@ def _make_body(
 
 def _walk(
     s, query_smem, p_stage, slot_of, load_key_rows, softmax, out, maximum, total,
-    first, full_end, own_end, last, *, shape, dtype, masked_end, interpret,
+    first, full_start, full_end, own_end, last, *, shape, dtype, masked_start, masked_end, interpret,
 ):  # fmt: skip
     """Walks the key blocks; Q K^T of a block runs together with P V of the block before."""
     slot = slot_of(first)
@@ -286,7 +293,7 @@ def _walk(
             plgpu.barrier_wait(s.value_ready.at[previous])
             wg_lib.wgmma_registers(out_acc, p, s.value_smem.at[previous], p_stage)
             logits = wg_lib.load_after(logits_acc, 1)
-            key_values = load_key_rows(slot)
+            key_values = load_key_rows(slot) if masked else []
             plgpu.barrier_arrive(s.key_consumed.at[slot])
             new_p, rescale, new_maximum, new_total = softmax(logits, maximum, total, step, key_values, masked)
             plgpu.wgmma_wait(0)
@@ -301,12 +308,10 @@ def _walk(
         )
         return out * wg_lib.rows(rescale, out.shape), p, maximum, total
 
-    carry = (out, p, maximum, total)
-    carry = lax.fori_loop(first + 1, full_end, lambda i, c: step_body(i, c, False), carry)
-    if masked_end:
-        start = jnp.maximum(first + 1, full_end)
-        carry = lax.fori_loop(start, own_end, lambda i, c: step_body(i, c, True), carry)
-    out, p, maximum, total = carry
+    out, p, maximum, total = wg_lib.walk_blocks(
+        first + 1, full_start, full_end, own_end, step_body, (out, p, maximum, total),
+        masked_head=masked_start, masked_tail=masked_end,
+    )  # fmt: skip
 
     slot = slot_of(own_end - 1)
     plgpu.barrier_wait(s.value_ready.at[slot])
@@ -321,6 +326,9 @@ def _walk(
     @pl.loop(own_end, last)
     def _release(step):
         """Blocks that only the other warpgroups need."""
+        if interpret:
+            plgpu.barrier_wait(s.key_ready.at[slot_of(step)])
+            plgpu.barrier_wait(s.value_ready.at[slot_of(step)])
         plgpu.barrier_arrive(s.key_consumed.at[slot_of(step)])
         plgpu.barrier_arrive(s.value_consumed.at[slot_of(step)])
 

@@ -99,6 +99,32 @@ def columns(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     return lax.broadcast_in_dim(x, tuple(shape), [1])
 
 
+def walk_blocks(
+    start: Any,
+    full_start: Any,
+    full_end: Any,
+    end: Any,
+    step: Callable[[Any, Any, bool], Any],
+    carry: Any,
+    *,
+    masked_head: bool,
+    masked_tail: bool,
+) -> Any:
+    """Runs `carry = step(block, carry, masked)` over the blocks [start, end), masked outside of [full_start, full_end).
+
+    `masked_head`, `masked_tail`: whether there can be masked blocks before and behind the full ones; the loops that
+    cannot run are not compiled.
+    """
+    full_start = jnp.clip(full_start, start, end) if masked_head else start
+    full_end = jnp.clip(full_end, full_start, end) if masked_tail else end
+    if masked_head:
+        carry = lax.fori_loop(start, full_start, lambda i, c: step(i, c, True), carry)
+    carry = lax.fori_loop(full_start, full_end, lambda i, c: step(i, c, False), carry)
+    if masked_tail:
+        carry = lax.fori_loop(full_end, end, lambda i, c: step(i, c, True), carry)
+    return carry
+
+
 def accumulate(
     body: Callable[..., Any],
     accumulators: Sequence[jax.Array | tuple[int, int]],

@@ -20,8 +20,8 @@ def test_alone_without_a_launcher():
 
 
 def test_launchers():
-    assert find_launch(SLURM) == Launch("slurm")
-    assert find_launch(OMPI) == Launch("ompi")
+    assert find_launch(SLURM) == Launch("slurm", None, 4, 2)
+    assert find_launch(OMPI) == Launch("ompi", None, 2, 1)
 
 
 def test_flags_come_first():
@@ -76,4 +76,4 @@ def test_two_processes_find_each_other(launcher):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert [out.strip() for out, _ in outputs] == ["I am 0 of 2 with 2 4", "I am 1 of 2 with 2 4"]
-    assert "2 processes, 4 devices" in outputs[0][1] and "2 processes, 4 devices" not in outputs[1][1]
+    assert "process 0 of 2" in outputs[0][1] and "process 1 of 2" not in outputs[1][1]

@@ -139,8 +139,8 @@ def assert_same(ours, uninterrupted, steps):
 
 def test_only_the_first_process_speaks(phases):
     first, second = phases[0].logs
-    assert "2 processes, 8 devices" in first and "mesh data 2 x fsdp 2 x tensor 2" in first
-    assert "loss" not in second
+    assert "process 0 of 2" in first and "8 x cpu" in first and "mesh data 2 x fsdp 2 x tensor 2" in first
+    assert "loss" not in second and "process" not in second
 
 
 def test_two_processes_train_as_one_device_does(phases, uninterrupted):

@@ -172,3 +172,19 @@ def test_the_traced_mask_computes_what_dense_attention_computes():
     actual = _dense(*(arrays[n] for n in names), jnp.asarray(visible), 0.125)
     for x, y in zip(actual, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-3)
+
+
+def test_a_scan_that_keeps_the_output_runs_the_kernel_once():
+    """XLA's dynamic-slice fusion must not clone the kernel to write the stacked output in place."""
+
+    def layers(x, keys):
+        def layer(x, key):
+            out = moda_attention(x, key, key, implementation="mosaic_gpu")
+            return jnp.tanh(out), out
+
+        return jax.lax.scan(layer, x, keys)
+
+    query = jnp.ones((1, 1024, 4, 64), jnp.bfloat16)
+    text = jax.jit(layers).lower(query, jnp.ones((3, 1, 1024, 2, 64), jnp.bfloat16)).compile().as_text()
+    calls = [line for line in text.splitlines() if "custom-call(" in line and "moda_sequence_forward" in line]
+    assert len(calls) == 1, "\n".join(line[:200] for line in calls)
