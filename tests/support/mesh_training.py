@@ -90,7 +90,7 @@ def packed_batch(config: Config, seed: int, boundaries: tuple[int, ...] | None =
     return Batch(tokens, targets, segment_ids, positions, mask)
 
 
-def build(config: Config, *, one_device: bool):
+def build(config: Config, *, one_device: bool, devices=None, options=QUICK):
     """(jitted state maker, compiled train step, placement of batches)."""
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
@@ -98,13 +98,13 @@ def build(config: Config, *, one_device: bool):
     initialize = functools.partial(initial_state, config.model, optimizer, config.train.seed)
     if one_device:
         batch = packed_batch(config, 0)
-        compiled = jax.jit(train_step).trace(jax.eval_shape(initialize), batch).lower().compile(QUICK)
+        compiled = jax.jit(train_step).trace(jax.eval_shape(initialize), batch).lower().compile(options)
         return jax.jit(initialize), compiled, lambda batch: batch
-    distribution = Distribution(config)
+    distribution = Distribution(config, devices)
     initializer = distribution.initializer(initialize)
     state = distribution.abstract_state(initializer)
     traced = distribution.jit_train_step(train_step, state).trace(state, distribution.abstract_batch())
-    return initializer, traced.lower().compile(QUICK), distribution.place
+    return initializer, traced.lower().compile(options), distribution.place
 
 
 def train(config: Config, name: str, directory: Path, *, steps: int, boundaries=None) -> None:
