@@ -76,14 +76,6 @@ def pad_tokens(x: jax.Array) -> jax.Array:
     return x if not missing else jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
 
 
-def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """x as the sum of two arrays of a 16-bit dtype, to twice its precision."""
-    rounded = x.astype(dtype)
-    # Behind a barrier: XLA may drop a conversion to a narrower type and back.
-    wide = lax.optimization_barrier(rounded).astype(jnp.float32)
-    return rounded, (x.astype(jnp.float32) - wide).astype(dtype)
-
-
 def full(shape: Sequence[int], value: float, layout: Any) -> jax.Array:
     """A float32 constant held in registers."""
     return plgpu.layout_cast(jnp.full(tuple(shape), value, jnp.float32), layout)

@@ -103,7 +103,7 @@ LARGE_FORWARD = [
 def run_forward(case):
     *dims, slots, filled, dtype, tiles = case
     query, _, key, value, *_ = draw(*dims, slots, filled, dtype)
-    run = jax.jit(functools.partial(forward, scale=SCALE, tiles=tiles))
+    run = jax.jit(lambda *arrays: forward(*arrays, scale=SCALE, tiles=tiles)[:2])
     out, lse = run(query, key, value, jnp.int32(filled))
     want, want_lse = forward_oracle(query, key, value, filled)
     check("out", out, want, dtype)
@@ -119,10 +119,10 @@ def test_forward(case):
 
 def test_forward_without_filled_slots():
     query, _, key, value, *_ = draw(1, 3, 2, 2, 64, 16, 0, jnp.bfloat16)
-    out, lse = forward(query, key, value, 0, scale=SCALE)
+    out, lse, _ = forward(query, key, value, 0, scale=SCALE)
     assert (np.asarray(out) == 0).all()
     assert (np.asarray(lse) == -np.inf).all()
-    out, lse = forward(query, key[:, :, :0], value[:, :, :0], None, scale=SCALE)
+    out, lse, _ = forward(query, key[:, :, :0], value[:, :, :0], None, scale=SCALE)
     assert (np.asarray(out) == 0).all()
     assert (np.asarray(lse) == -np.inf).all()
 
@@ -201,7 +201,7 @@ def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
 
     run = functools.partial(forward, scale=SCALE, interpret=False)
     assert "moda_depth_forward" in lower(run, query, array, array, filled)
-    lower(functools.partial(run, out_dtype=jnp.float32), query, array, array, filled)
+    lower(functools.partial(run, with_rest=True), query, array, array, filled)
     for gradient_dtype, name in ((None, ""), (dtype, "_accumulate"), (jnp.float32, "_accumulate_float32")):
         buffer = None if gradient_dtype is None else jax.ShapeDtypeStruct(depth, gradient_dtype)
         for box_heads in (1, 2):

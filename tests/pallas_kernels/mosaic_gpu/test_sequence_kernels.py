@@ -146,7 +146,7 @@ def test_interpreted_kernels_match_the_oracle_without_races(name):
             ("query_positions", "key_positions", "query_segment_ids", "key_segment_ids", "key_length")
         ),
     )  # fmt: skip
-    out, lse = sequence_forward(
+    out, lse, _ = sequence_forward(
         query, key, value, other_out, other_lse, scale=scale, masks=prepared, tiles=FORWARD, interpret=True
     )
     assert_no_races()
@@ -172,7 +172,7 @@ def test_scale_may_be_negative_or_zero(scale):
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(size=(1, 40, 1, 64)), jnp.bfloat16) for _ in range(3))
     prepared = masks_lib.prepare(1, 40, 40, True, None, None, None, None, None)
-    out, lse = sequence_forward(query, key, value, scale=scale, masks=prepared, tiles=FORWARD, interpret=True)
+    out, lse, _ = sequence_forward(query, key, value, scale=scale, masks=prepared, tiles=FORWARD, interpret=True)
     visible = visible_pairs(1, 40, 40, True, {})
     expected = oracle(query, key, value, query, None, None, visible, scale)
     assert_close("out", out, expected[0], BF16)
@@ -210,14 +210,14 @@ def test_every_tile_choice_lowers_for_cuda(head_dim, masks):
         assert_lowers_for_cuda(
             lambda q, k, v, o, s, tiles=tiles: sequence_forward(
                 q, k, v, o, s, scale=0.125, masks=prepared, tiles=tiles, interpret=False
-            ),
+            )[:2],
             query, key, key, query, rowsum,
         )  # fmt: skip
     assert_lowers_for_cuda(
-        lambda q, k, v, o, s: sequence_forward(
-            q, k, v, o, s, scale=0.125, masks=prepared, out_dtype=jnp.float32, interpret=False
+        lambda q, k, v, o, s, r: sequence_forward(
+            q, k, v, o, s, r, scale=0.125, masks=prepared, with_rest=True, interpret=False
         ),
-        query, key, key, jax.ShapeDtypeStruct(query.shape, jnp.float32), rowsum,
+        query, key, key, query, rowsum, query,
     )  # fmt: skip
     for dq_tiles, dkv_tiles in [(chosen.dq, chosen.dkv), *(BACKWARD_TILES if head_dim == 64 else [])]:
         assert_lowers_for_cuda(
@@ -241,7 +241,7 @@ def test_tiles_say_what_they_do_not_take():
     with pytest.raises(ValueError, match="stages=1"):
         BackwardTiles(2, 64, 1)
     with pytest.raises(ValueError, match=r"sequence forward: ForwardTiles.* at head_dim=128 needs \d+ bytes"):
-        ForwardTiles(2, 256, 2).check(128, 2, 0, merge=False)
+        ForwardTiles(2, 256, 2).check(128, 2, 0, second=False)
 
 
 @pytest.mark.parametrize("masks", [("segments",), ("documents",), ("documents", "key_length"), ("positions",)], ids=str)
