@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moda_jax.parallel.mesh import current_mesh, partition_spec
-from pallas_kernels import block, dispatch, moda_attention
+from pallas_kernels import block, moda_attention
 
 Array = jax.Array
 
@@ -36,12 +36,12 @@ class Options(NamedTuple):
 
     Attributes:
         scale, implementation: as in `pallas_kernels.block`.
-        precise: the forward's output is float32 where the implementation can give it, for the backward's delta.
+        with_rest: the forward also returns what rounding took from out, for the backward's delta.
     """
 
     scale: float
     implementation: str | None
-    precise: bool = False
+    with_rest: bool = False
 
 
 def balanced_order(tokens: int, context: int) -> np.ndarray:
@@ -66,8 +66,8 @@ def attention_forward(
     depth_length: int | Array | None,
     segment_ids: Array | None,
     options: Options,
-) -> tuple[Array, Array]:
-    """(out, lse) of causal attention over sequence and depth KV, as `pallas_kernels.block.attention_forward`.
+) -> tuple[Array, ...]:
+    """(out, lse[, rest]) of causal attention over sequence and depth KV, as `pallas_kernels.block.attention_forward`.
 
     Args:
         query, key, value, depth_key, depth_value, depth_length: as there; tokens in balanced order under `context`.
@@ -78,7 +78,10 @@ def attention_forward(
     if current_mesh() is None:
         return _local_forward(options, 1, *operands)
     specs = _specs((_QUERY, _KEY, _KEY, _DEPTH, _DEPTH, (), _TOKENS), operands)
-    return _on_devices(_local_forward, options, specs, _specs((_QUERY, _STATISTICS)), operands)
+    out_axes = (_QUERY, _STATISTICS)
+    if options.with_rest:
+        out_axes += (None if query.dtype == jnp.float32 else _QUERY,)
+    return _on_devices(_local_forward, options, specs, _specs(out_axes), operands)
 
 
 def attention_backward(
@@ -145,13 +148,14 @@ def _attend(options: Options, *operands: Array | None) -> Array:
 
 
 def _attend_fwd(options: Options, *operands: Array | None) -> tuple[Array, tuple]:
-    out, lse = attention_forward(*operands, options._replace(precise=True))
-    return out.astype(operands[0].dtype), (operands, out, lse)
+    out, lse, rest = attention_forward(*operands, options._replace(with_rest=True))
+    return out, (operands, out, lse, rest)
 
 
 def _attend_bwd(options: Options, residuals: tuple, dout: Array) -> tuple:
-    operands, out, lse = residuals
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, T, N]
+    operands, out, lse, rest = residuals
+    wide = out.astype(jnp.float32) if rest is None else out.astype(jnp.float32) + rest.astype(jnp.float32)
+    delta = jnp.sum(dout.astype(jnp.float32) * wide, axis=-1)  # [B, T, N]
     gradients = attention_backward(*operands, dout, lse, delta, None, None, options)
     return *gradients, None, None
 
@@ -178,15 +182,11 @@ def _on_devices(function, options: Options, in_specs: tuple, out_specs: tuple, o
 
 
 def _local_forward(options, context, query, key, value, depth_key, depth_value, depth_length, segment_ids):
-    """(out, lse) of this device's queries."""
+    """The forward of this device's queries."""
     masks, key, value = _sequence(context, query, key, value, segment_ids)
-    name, out_dtype = options.implementation, None
-    if options.precise:
-        name = dispatch.resolve(name, **block.attention_facts(query, key, depth_key, True, options.scale, **masks))
-        out_dtype = jnp.float32 if getattr(dispatch.load(name), "TAKES_OUT_DTYPE", False) else None
     return block.attention_forward(
-        query, key, value, depth_key, depth_value, depth_length,
-        scale=options.scale, causal=True, out_dtype=out_dtype, implementation=name, **masks,
+        query, key, value, depth_key, depth_value, depth_length, scale=options.scale, causal=True,
+        with_rest=options.with_rest, implementation=options.implementation, **masks,
     )  # fmt: skip
 
 
