@@ -17,7 +17,7 @@ from flax import nnx
 
 from moda_jax.model.precision import contract
 from moda_jax.parallel import vocabulary
-from moda_jax.parallel.mesh import current_mesh
+from moda_jax.parallel.mesh import constrain, current_mesh
 
 Array = jax.Array
 
@@ -182,7 +182,11 @@ def swiglu(keep_hidden: bool, x: Array, gate: Array, up: Array, down: Array) -> 
 
 
 def _hidden(x: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-    return contract("btd,df->btf", x, gate), contract("btd,df->btf", x, up)
+    axes = ("batch", "tokens", "ffn")
+    return (
+        constrain(contract("btd,df->btf", x, gate), *axes),
+        constrain(contract("btd,df->btf", x, up), *axes),
+    )
 
 
 def _swiglu_forward(keep_hidden: bool, x: Array, gate: Array, up: Array, down: Array) -> tuple[Array, tuple]:

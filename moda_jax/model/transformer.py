@@ -82,6 +82,7 @@ class Block(nnx.Module):
         x = constrain(x + (self.attention_norm(y) if post else y), "batch", "tokens", "channels")
         inputs = x if post else self.ffn_norm(x)
         entries += self.depth.ffn_entries(self.attention, inputs, positions)
+        entries = jax.tree.map(lambda e: constrain(e, "batch", "tokens", "kv_heads", "head_dim"), entries)
         y = self.ffn(inputs)
         return constrain(x + (self.ffn_norm(y) if post else y), "batch", "tokens", "channels"), entries
 

@@ -145,6 +145,9 @@ def main(directory: Path) -> None:
     found = {name: memory(on_mesh(MEMORY, mesh)) for name, mesh in MEMORY_MESHES.items()}
     found["one"] = memory(MEMORY, one_device=True)
     (directory / "memory.json").write_text(json.dumps(found))
+    kept = dataclasses.replace(MEMORY, model=dataclasses.replace(MEMORY.model, remat="none"))
+    step = build(on_mesh(kept, MEMORY_MESHES["fsdp8"]), one_device=False)[1]
+    (directory / "everything_kept.hlo").write_text(step.as_text())
 
 
 if __name__ == "__main__":

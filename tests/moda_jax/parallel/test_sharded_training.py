@@ -112,3 +112,12 @@ def test_memory_of_a_device_falls_as_it_should(runs, name):
         assert ours["temporaries"] == pytest.approx(expected, rel=0.1)
     else:  # heads and FFN channels are split as well, the residual stream is not
         assert expected / mesh["tensor"] < ours["temporaries"] < expected
+
+
+def test_gathered_parameters_are_not_kept_for_the_backward_pass(runs):
+    """Not even where all that autodiff needs is: a layer's matrices are gathered again."""
+    hlo = (runs / "everything_kept.hlo").read_text()
+    model = MEMORY.model
+    whole = f"{model.width},{model.ffn_width}]"
+    assert f"f32[{whole}" in hlo
+    assert f"f32[{model.num_layers - 1},{whole}" not in hlo
