@@ -15,8 +15,10 @@ of a group share what they read); `smoke` is tiny, for a CPU.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,8 @@ GRIDS = {
 }
 
 
-def measure(case: Case, implementation: str | None, dtype: Any, rounds: int) -> dict[str, float | str]:
-    """Seconds by contestant: ours and cuDNN's forward, and forward + backward."""
+def prepare(case: Case, implementation: str | None, dtype: Any) -> tuple[dict[str, Callable], Callable]:
+    """(contestants, draw): ours and cuDNN's forward, and forward + backward; `draw(key)` makes a set of inputs."""
     heads, slots = case.kv_heads * case.group, max(case.slots, 1)
     implementation = case.implementation or implementation
     segment_ids = None
@@ -116,7 +118,7 @@ def measure(case: Case, implementation: str | None, dtype: Any, rounds: int) -> 
         "cudnn forward": cudnn,
         "cudnn forward+backward": with_backward(cudnn),
     }
-    return timing.median_seconds(contestants, timing.input_sets(jax.jit(draw)), rounds=rounds)
+    return contestants, jax.jit(draw)
 
 
 def run(grid: str, implementation: str | None, rounds: int) -> dict[str, Any]:
@@ -126,8 +128,15 @@ def run(grid: str, implementation: str | None, rounds: int) -> dict[str, Any]:
     print(f"{timing.environment()}\ncopy bandwidth {bandwidth / 1e12:.2f} TB/s; times in ms; ratios to cuDNN\n")
     print(f"{'case':36} {'fwd':>9} {'cudnn':>9} {'ratio':>6} {'fwd+bwd':>9} {'cudnn':>9} {'ratio':>6} {'goal':>6}")
     rows = []
-    for case in GRIDS[grid]:
-        seconds = measure(case, implementation, jnp.bfloat16 if on_gpu else jnp.float32, rounds)
+    dtype = jnp.bfloat16 if on_gpu else jnp.float32
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiling = []
+        for case in GRIDS[grid]:
+            contestants, draw = prepare(case, implementation, dtype)
+            shapes = jax.eval_shape(draw, jax.random.key(0))
+            compiling.append((case, timing.compile_ahead(contestants, shapes, pool), draw))
+    for case, contestants, draw in compiling:
+        seconds = timing.median_seconds(contestants, timing.input_sets(draw), rounds=rounds)
         row = dataclasses.asdict(case) | {"seconds": seconds}
         line = f"{case!s:36}"
         for i, part in enumerate(("forward", "forward+backward")):

@@ -16,6 +16,9 @@ Array = jax.Array
 # Largest block of float32 logits that is held at once, in bytes: large enough for full-speed matrix products and few
 # passes over the table's gradient, small beside a GPU's memory.
 LOGITS_BYTES = 2**31
+# The products run over a vocabulary padded to a multiple of this: at 100278 the rows are not aligned as the tensor
+# cores' fast kernels want them, and the three products take twice as long.
+VOCABULARY_MULTIPLE = 128
 
 
 class LossSums(NamedTuple):
@@ -106,8 +109,10 @@ def _blockwise(
 ) -> tuple[LossSums, tuple[Array, Array] | None]:
     """The sums and, if asked for, the objective's gradients (dhidden [B, T, D], dtable [V, D] float32)."""
     batch, tokens, width = hidden.shape
-    narrow = table.astype(hidden.dtype)
-    count = min(tokens, math.ceil(batch * tokens * table.shape[0] * 4 / LOGITS_BYTES))
+    vocabulary = table.shape[0]
+    narrow = jnp.pad(table.astype(hidden.dtype), ((0, -vocabulary % VOCABULARY_MULTIPLE), (0, 0)))
+    in_vocabulary = jnp.arange(narrow.shape[0]) < vocabulary
+    count = _num_blocks(tokens, math.ceil(batch * tokens * narrow.shape[0] * 4 / LOGITS_BYTES))
     block = math.ceil(tokens / count)
 
     def split(x: Array) -> Array:
@@ -119,6 +124,7 @@ def _blockwise(
         total, dtable = carry
         hidden, targets, mask = inputs
         logits = contract("btd,vd->btv", hidden, narrow, jnp.float32)
+        logits = jnp.where(in_vocabulary, logits, -jnp.inf)
         sums, log_z, safe_targets = _sums(logits, targets, mask)
         total = jax.tree.map(jnp.add, total, sums)
         if not gradients:
@@ -132,11 +138,18 @@ def _blockwise(
         return (total, dtable), contract("btv,vd->btd", dlogits, narrow)
 
     zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
-    carry = zero, jnp.zeros(table.shape, jnp.float32) if gradients else None
+    carry = zero, jnp.zeros(narrow.shape, jnp.float32) if gradients else None
     if count == 1:
         (total, dtable), dhidden = one(carry, (hidden, targets, target_mask))
     else:
         (total, dtable), dhidden = jax.lax.scan(one, carry, (split(hidden), split(targets), split(target_mask)))
         if gradients:
             dhidden = dhidden.swapaxes(0, 1).reshape(batch, count * block, width)[:, :tokens]
-    return total, (dhidden, dtable) if gradients else None
+    return total, (dhidden, dtable[:vocabulary]) if gradients else None
+
+
+def _num_blocks(tokens: int, least: int) -> int:
+    """How many blocks a row of `tokens` is cut into: at least `least`, if there are so many tokens, and a number that
+    divides them, if there is one below twice `least`; otherwise the last block is padded."""
+    least = min(least, tokens)
+    return next((count for count in range(least, min(2 * least, tokens + 1)) if tokens % count == 0), least)
