@@ -45,10 +45,11 @@ class Distribution:
         check_config(config, self.sizes)
         self.mesh = make_mesh(config.mesh, devices)
         self.is_first = jax.process_index() == 0
-        self.vocabulary_rows = parameters.padded_vocabulary(config.model.vocab_size, self.sizes["tensor"])
+        self.vocabulary_rows = config.model.vocab_size
         self._batches = None
         self.rows = RowBlock(0, 1)
         if self.mesh is not None:
+            self.vocabulary_rows = parameters.padded_vocabulary(config.model.vocab_size, self.sizes["tensor"])
             self._batches = BatchPlacement(self.mesh, config.train.batch_size, config.data.sequence_length)
             self.rows = self._batches.block
 

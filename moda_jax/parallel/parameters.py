@@ -4,9 +4,9 @@ Storage is split over fsdp and tensor. A layer's parameters are gathered over fs
 loop, so that one layer's full matrices exist at a time; their gradient goes straight back to the split layout. Over
 tensor they stay split.
 
-The vocabulary need not divide by mesh.tensor: its rows are padded with zeros to the next multiple in memory. Padded
-rows get no gradient (their logits are masked) and stay zero. A checkpoint holds the model without them, whatever the
-mesh was.
+The vocabulary need not divide by mesh.tensor: its rows are padded with zeros in memory, so that every device has as
+many and the logits' products run on aligned sizes. Padded rows get no gradient (their logits are masked) and stay zero.
+A checkpoint holds the model without them, whatever the mesh was.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moda_jax.parallel.mesh import FIELDS, RULES, current_mesh, partition_spec
+from moda_jax.training.loss import VOCABULARY_MULTIPLE
 
 Array = jax.Array
 
@@ -65,8 +66,9 @@ def parameter_axes(path: tuple, ndim: int) -> tuple[str | None, ...]:
 
 
 def padded_vocabulary(vocab_size: int, tensor: int) -> int:
-    """Rows that are stored for `vocab_size` tokens: the next multiple of mesh.tensor."""
-    return -(-vocab_size // tensor) * tensor
+    """Rows that are stored for `vocab_size` tokens: a multiple of VOCABULARY_MULTIPLE on each of mesh.tensor devices."""
+    multiple = tensor * VOCABULARY_MULTIPLE
+    return -(-vocab_size // multiple) * multiple
 
 
 def pad_vocabulary(tree: Any, vocab_size: int, rows: int) -> Any:

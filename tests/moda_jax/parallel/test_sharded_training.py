@@ -11,6 +11,7 @@ from support.virtual_devices import run_module
 from benchmarks.collectives import find_collectives
 from moda_jax.config import MeshConfig
 from moda_jax.parallel.mesh import mesh_sizes
+from moda_jax.parallel.parameters import padded_vocabulary
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +88,7 @@ def test_collectives_run_over_the_axes_that_the_design_says(runs, name):
         # 8 matrices of every layer of every micro-batch: forward and recomputation. Nothing gathers a stack of layers.
         executions = (CONFIG.model.num_layers - 1) * CONFIG.train.accumulation_steps
         assert sum(len(c.arrays) for c in gathered if c.times == executions) == 2 * 8
-        table = CONFIG.model.width * -(-CONFIG.model.vocab_size // mesh["tensor"])
+        table = CONFIG.model.width * padded_vocabulary(CONFIG.model.vocab_size, mesh["tensor"]) // mesh["tensor"]
         assert max(math.prod(shape) for c in gathered for _, shape in c.arrays) == table
         # Gradients of matrices go back in parts.
         assert all(c.sliced for c in found if c.kind == "all-reduce" and c.axes == ("fsdp",) and rank(c) > 1)
