@@ -66,7 +66,7 @@ def parameter_axes(path: tuple, ndim: int) -> tuple[str | None, ...]:
 
 
 def padded_vocabulary(vocab_size: int, tensor: int) -> int:
-    """Rows that are stored for `vocab_size` tokens: a multiple of VOCABULARY_MULTIPLE on each of mesh.tensor devices."""
+    """Rows stored for `vocab_size` tokens: a multiple of VOCABULARY_MULTIPLE on each of mesh.tensor devices."""
     multiple = tensor * VOCABULARY_MULTIPLE
     return -(-vocab_size // multiple) * multiple
 
