@@ -128,6 +128,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
             top = sorted(kernels.items(), key=lambda item: -item[1][0])[:150]
             lines = [f"{s * 1e3:9.3f} ms {n:5d} x {k[:90]} | {i} | {names.get(i, '')[-150:]}" for (k, i), (s, n) in top]
             Path(arguments.kernels).write_text("\n".join(lines) + "\n")
+            Path(arguments.kernels).with_suffix(".hlo").write_text(text)
     return result
 
 
@@ -237,7 +238,7 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="data.source of a real corpus; by default random tokens")
     parser.add_argument("--tokenizer", default="bytes", help="with --data: data.tokenizer")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
-    parser.add_argument("--kernels", default=None, help="write the slowest kernels to this file (of one case)")
+    parser.add_argument("--kernels", default=None, help="write the slowest kernels to this file, the HLO beside it")
     parser.add_argument("--name", default="training", help="name of the result files")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -247,6 +248,8 @@ def main() -> None:
         from moda_jax.data.cache import cache_directory
         from moda_jax.training import runtime
 
+        if arguments.profile:  # a kernel in a command buffer does not say which instruction launched it
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
         runtime.prepare(cache_directory(DataConfig()))
         print(json.dumps(run_case(cases[0], arguments)))
         return

@@ -71,6 +71,8 @@ from pallas_kernels.mosaic_gpu.depth_tiles import (
     WARPS,
     DepthShape,
     DepthTiles,
+    check_shared_memory,
+    forward_bytes,
     forward_tiles,
     multiprocessors,
     padded_group,
@@ -398,6 +400,7 @@ def depth_forward(
         return tuple(None if x is None else unpad_group(x, num_kv_heads, group_size) for x in results)
     shape = DepthShape(batch * length, slots, num_heads, num_kv_heads, head_dim, tile_heads(group_size))
     tiles = tiles or forward_tiles(shape)
+    check_shared_memory("depth forward", shape, tiles, forward_bytes(shape, tiles))
     blocks = blocks or min(shape.groups, 2 if interpret else multiprocessors() * tiles.blocks)
     q = query.reshape(-1, head_dim)
     depth = [x.reshape(shape.tokens, *x.shape[2:]) for x in (depth_key, depth_value)]

@@ -237,6 +237,19 @@ def test_what_is_not_taken(facts, message):
         mosaic_gpu.check_supported(**(call | facts))
 
 
+def test_tiles_that_do_not_fit_are_refused_with_shape_and_tiles():
+    query, dout, key, value, lse, delta = draw(1, 2, 2, 2, 64, 16, 16, jnp.bfloat16)
+    tiles = depth_tiles.DepthTiles(256, 8, 1)
+    with pytest.raises(
+        ValueError, match=r"depth forward: DepthTiles\(rows=256.*DepthShape\(tokens=2.* bytes of shared"
+    ):
+        forward(query, key, value, 16, scale=SCALE, tiles=tiles)
+    with pytest.raises(
+        ValueError, match=r"depth backward: DepthTiles\(rows=256.*DepthShape\(tokens=2.* bytes of shared"
+    ):
+        backward(query, key, value, 16, dout, lse, delta, scale=SCALE, tiles=tiles)
+
+
 def test_tiles_fit_for_every_shape():
     for head_dim in (8, 64, 80, 128):
         for group in (1, 2, 3, 5, 8, 16, 32):
