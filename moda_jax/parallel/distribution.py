@@ -46,6 +46,7 @@ class Distribution:
         self.mesh = make_mesh(config.mesh, devices)
         self.is_first = jax.process_index() == 0
         self.vocabulary_rows = config.model.vocab_size
+        self._relayouts: dict[int, Callable] = {}
         self._batches = None
         self.rows = RowBlock(0, 1)
         if self.mesh is not None:
@@ -63,7 +64,7 @@ class Distribution:
             return jax.jit(initialize)
 
         def padded() -> Any:
-            return self._resize(initialize(), self.vocabulary_rows)
+            return parameters.pad_vocabulary(initialize(), self.vocabulary_rows)
 
         abstract = jax.eval_shape(padded)
         parameters.check_divisible(self.sizes, abstract.params)
@@ -110,7 +111,7 @@ class Distribution:
         """Shapes, dtypes and shardings of `saved(state)`, from those of `state`: what a restore asks for."""
         if not self._is_padded:
             return state
-        saved = jax.eval_shape(lambda state: self._resize(state, self._config.model.vocab_size), state)
+        saved = jax.eval_shape(lambda state: parameters.pad_vocabulary(state, self._config.model.vocab_size), state)
         return _abstract(saved, parameters.saved_shardings(self.mesh, saved))
 
     def restored(self, saved: Any) -> Any:
@@ -128,14 +129,24 @@ class Distribution:
     def _is_padded(self) -> bool:
         return self.vocabulary_rows != self._config.model.vocab_size
 
-    def _resize(self, state: Any, rows: int) -> Any:
-        return parameters.pad_vocabulary(state, self._config.model.vocab_size, rows)
-
     def _relayout(self, state: Any, rows: int, shardings: Callable) -> Any:
-        def resize(state: Any) -> Any:
-            return self._resize(state, rows)
+        """The state with another number of vocabulary rows; no other array is copied."""
+        flat, structure = jax.tree.flatten_with_path(state)
+        changed = [i for i, (path, leaf) in enumerate(flat) if parameters.has_vocabulary(path, leaf)]
+        if rows not in self._relayouts:
+            paths = [flat[i][0] for i in changed]
+            resized = jax.eval_shape(lambda state: parameters.pad_vocabulary(state, rows), state)
+            wanted = jax.tree.leaves(shardings(self.mesh, resized))
 
-        return jax.jit(resize, out_shardings=shardings(self.mesh, jax.eval_shape(resize, state)))(state)
+            def resize(leaves: list[jax.Array]) -> list[jax.Array]:
+                pairs = zip(paths, leaves, strict=True)
+                return [parameters.resize_vocabulary(path, leaf, rows) for path, leaf in pairs]
+
+            self._relayouts[rows] = jax.jit(resize, out_shardings=[wanted[i] for i in changed])
+        leaves = [leaf for _, leaf in flat]
+        for i, leaf in zip(changed, self._relayouts[rows]([leaves[i] for i in changed]), strict=True):
+            leaves[i] = leaf
+        return jax.tree.unflatten(structure, leaves)
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:

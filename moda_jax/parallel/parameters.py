@@ -71,20 +71,24 @@ def padded_vocabulary(vocab_size: int, tensor: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def pad_vocabulary(tree: Any, vocab_size: int, rows: int) -> Any:
-    """The tree with every vocabulary axis of `vocab_size` padded with zeros, or cut, to `rows`."""
+def has_vocabulary(path: tuple, leaf: Any) -> bool:
+    """Whether one of the leaf's dimensions is the vocabulary."""
+    return "vocabulary" in parameter_axes(path, leaf.ndim)
 
-    def resize(path: tuple, leaf: Array) -> Array:
-        axes = parameter_axes(path, leaf.ndim)
-        if "vocabulary" not in axes or leaf.shape[axes.index("vocabulary")] == rows:
-            return leaf
-        axis = axes.index("vocabulary")
-        if leaf.shape[axis] > rows:
-            return jax.lax.slice_in_dim(leaf, 0, rows, axis=axis)
-        widths = [(0, rows - vocab_size if i == axis else 0) for i in range(leaf.ndim)]
-        return jnp.pad(leaf, widths)
 
-    return jax.tree.map_with_path(resize, tree)
+def resize_vocabulary(path: tuple, leaf: Array, rows: int) -> Array:
+    """The leaf with its vocabulary axis, if it has one, padded with zeros or cut to `rows`."""
+    if not has_vocabulary(path, leaf):
+        return leaf
+    axis = parameter_axes(path, leaf.ndim).index("vocabulary")
+    if leaf.shape[axis] >= rows:
+        return jax.lax.slice_in_dim(leaf, 0, rows, axis=axis)
+    return jnp.pad(leaf, [(0, rows - size if i == axis else 0) for i, size in enumerate(leaf.shape)])
+
+
+def pad_vocabulary(tree: Any, rows: int) -> Any:
+    """The tree with every vocabulary axis padded with zeros, or cut, to `rows`."""
+    return jax.tree.map_with_path(lambda path, leaf: resize_vocabulary(path, leaf, rows), tree)
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:

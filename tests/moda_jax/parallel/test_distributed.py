@@ -1,5 +1,6 @@
 """How a process finds the others."""
 
+import os
 import subprocess
 import sys
 
@@ -51,11 +52,11 @@ def launched(number, launcher):
     """The variables that a launcher sets for process `number` of 2 on this machine."""
     if launcher == "slurm":
         return {
-            "SLURM_JOB_ID": "61234", "SLURM_NTASKS": "2", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number),
-            "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_PROCID": str(number),
+            "SLURM_LOCALID": str(number), "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2",
         }  # fmt: skip
     return {
-        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_MCA_orte_hnp_uri": f"{1531576320 + os.getpid()}.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
         "OMPI_COMM_WORLD_RANK": str(number), "OMPI_COMM_WORLD_LOCAL_RANK": str(number),
     }  # fmt: skip
 

@@ -63,7 +63,7 @@ def test_what_does_not_divide_is_named(state, sizes, message):
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes
     params = state.params
     if sizes["tensor"] == 8:
-        params = jax.eval_shape(lambda p: parameters.pad_vocabulary(p, 100278, 100280), params)
+        params = jax.eval_shape(lambda p: parameters.pad_vocabulary(p, 100280), params)
     with pytest.raises(ValueError, match=re.escape(message)):
         parameters.check_divisible(sizes, params)
 
@@ -77,10 +77,10 @@ def test_the_vocabulary_is_padded_with_zeros_and_cut_again():
         "head": {"kernel": jnp.float32(random.normal(size=(4, 5)))},
         "final_norm": {"scale": jnp.ones(4)},
     }
-    padded = parameters.pad_vocabulary(tree, 5, 8)
+    padded = parameters.pad_vocabulary(tree, 8)
     assert padded["embedding"]["table"].shape == (8, 4) and padded["head"]["kernel"].shape == (4, 8)
     assert not np.any(padded["embedding"]["table"][5:]) and not np.any(padded["head"]["kernel"][:, 5:])
-    jax.tree.map(np.testing.assert_array_equal, parameters.pad_vocabulary(padded, 5, 5), tree)
+    jax.tree.map(np.testing.assert_array_equal, parameters.pad_vocabulary(padded, 5), tree)
 
 
 def test_saved_states_are_split_over_the_width(state):
