@@ -99,26 +99,38 @@ class DecodeState:
     count: Array
 
 
-def inference_params(params: PyTree, config: TransformerConfig, *, unroll: bool | None = None) -> PyTree:
-    """Parameters as decoding reads them: matrices in the compute dtype, cast once; norm scales stay float32.
+def inference_params(params: PyTree, config: TransformerConfig) -> PyTree:
+    """Parameters as inference reads them: matrices in the compute dtype, cast once; norm scales stay float32.
 
     Args:
         params: see `TrainState`.
         config: of the model.
-        unroll: the layers as a tuple of separate arrays instead of one stack. A step then compiles every layer by
-            itself. None: the device's default.
     """
-    unroll = DEFAULT_UNROLL[_platform()] if unroll is None else unroll
     dtype = compute_dtype(config.dtype)
 
     def cast(path: tuple, leaf: Array) -> Array:
         return leaf if path[-1].key == "scale" else leaf.astype(dtype)
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    if unroll and config.num_layers > 1:
-        layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.num_layers - 1))
-        params = params | {"layers": layers}
-    return params
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def decode_params(params: PyTree, *, unroll: bool | None = None) -> PyTree:
+    """Parameters as decoding reads them.
+
+    Args:
+        params: from `inference_params`.
+        unroll: the layers as a tuple of separate arrays instead of one stack. A step then compiles every layer by
+            itself. None: the device's default.
+    """
+    unroll = DEFAULT_UNROLL[_platform()] if unroll is None else unroll
+    return params | {"layers": _unstacked(params["layers"])} if unroll and "layers" in params else params
+
+
+@jax.jit
+def _unstacked(layers: PyTree) -> tuple[PyTree, ...]:
+    """A tree per layer from a tree of stacks."""
+    count = len(jax.tree.leaves(layers)[0])
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))
 
 
 def model_config(model: ModelFunction, params: PyTree) -> TransformerConfig:
@@ -149,7 +161,7 @@ def prefill(
 
     Args:
         model: of a `Transformer`.
-        params: from `inference_params`.
+        params: from `decode_params`.
         tokens: [B, T] int32, every row's prompt at its end; anything before it.
         start: [B] int32, where a row's prompt begins.
         capacity: C, at least T.

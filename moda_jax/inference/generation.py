@@ -85,7 +85,7 @@ def generate(
     model: ModelFunction,
     params: Any,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | np.ndarray],
     *,
     max_tokens: int,
     sampling: SamplingConfig | None = None,
@@ -102,7 +102,7 @@ def generate(
         model: of a `Transformer`.
         params: from `decode.inference_params`.
         tokenizer: of the training data.
-        prompts: texts of at least one token each.
+        prompts: texts, or their token ids, of at least one token each.
         max_tokens: tokens per continuation; with the prompt at most `max_sequence_length` of the model.
         sampling: None: `SamplingConfig()`.
         stop: strings that end a continuation.
@@ -122,6 +122,7 @@ def generate(
     if "" in stop:
         raise ValueError("stop='': expected a string of at least one character")
     decode.check_decodable(model, params)
+    params = decode.decode_params(params)
     sampling = SamplingConfig() if sampling is None else sampling
     key = jax.random.key(0) if key is None else key
     tokens, start = pad_prompts(ids, longest)
@@ -180,7 +181,7 @@ class OrderedText:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int, max_sequence_length: int
+    tokenizer: Tokenizer, prompts: Sequence[str | np.ndarray], max_tokens: int, max_sequence_length: int
 ) -> list[np.ndarray]:
     """Token ids of each prompt.
 
@@ -193,8 +194,8 @@ def encode_prompts(
         raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
     encoded = []
     for prompt in prompts:
-        ids = tokenizer.encode(prompt)
-        shown = repr(prompt if len(prompt) <= 40 else prompt[:37] + "...")
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt, np.int32)
+        shown = f"{prompt if len(prompt) <= 40 else prompt[:37] + '...'!r}" if isinstance(prompt, str) else "tokens"
         if len(ids) == 0:
             raise ValueError(f"prompt={shown}: gives no tokens")
         if len(ids) >= max_sequence_length:

@@ -106,7 +106,7 @@ def test_prompts_of_different_lengths_give_what_they_give_alone():
 def test_the_forms_of_a_step_agree(unroll, products):
     config, model, params = build()
     expected, expected_logits = greedy(model, decode.inference_params(params, config), [SHORT, PROMPT], 24, 8)
-    params = decode.inference_params(params, config, unroll=unroll)
+    params = decode.decode_params(params, unroll=unroll)
     assert isinstance(params["layers"], tuple) == unroll
     tokens, logits = greedy(model, params, [SHORT, PROMPT], 24, 8, products=products)
     np.testing.assert_array_equal(tokens, expected)
@@ -132,7 +132,7 @@ def test_modas_cache_is_no_larger_than_plain_attentions():
 @pytest.mark.parametrize("unroll", [False, True])
 def test_a_step_makes_no_copy_of_the_cache(unroll):
     config, model, params = build(num_layers=8)
-    params = decode.inference_params(params, config, unroll=unroll)
+    params = decode.decode_params(params, unroll=unroll)
 
     def make():
         cache = decode.KVCache.empty(config, 2, 4096, jnp.zeros(2, jnp.int32))

@@ -1,0 +1,51 @@
+"""A run's directory as training leaves it, with random parameters: what inference loads, without training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from moda_jax.config import Config
+from moda_jax.data.tokenizer import load_tokenizer
+from moda_jax.training.checkpoint import Checkpoints
+from moda_jax.training.optimizer import make_optimizer
+from moda_jax.training.state import initial_state
+from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, write_config
+
+
+def tiny_run_config(**sections) -> Config:
+    """A byte model of 3 layers with a context of 64. `sections` override, field by field."""
+    values = {
+        "model": {
+            "vocab_size": 257, "num_layers": 3, "width": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+            "ffn_width": 48, "max_sequence_length": 64, "dtype": "float32", "initializer_range": 0.15,
+        },
+        "data": {"sequence_length": 32},
+        "train": {"num_steps": 10},
+        "optimizer": {"warmup_steps": 2},
+    }  # fmt: skip
+    for name, fields in sections.items():
+        values[name] = values.get(name, {}) | fields
+    return Config.from_dict(values)
+
+
+def save_run(workdir: Path, config: Config, *, steps: tuple[int, ...] = (10,), seed: int = 0) -> dict:
+    """Writes config.json and a checkpoint per step, all with the same parameters, which it returns."""
+    write_config(workdir, config, [])
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    state = jax.jit(functools.partial(initial_state, config.model, optimizer, seed))()
+    record = {
+        "data_position": 0,
+        "config": config.to_dict(),
+        "dataset_fingerprint": "none",
+        "tokenizer_fingerprint": load_tokenizer(config.data).fingerprint,
+    }
+    checkpoints = Checkpoints(workdir / CHECKPOINT_DIRECTORY, config.checkpoint)
+    for step in steps:
+        checkpoints.save(step, dataclasses.replace(state, step=np.int32(step)), record | {"step": step})
+    checkpoints.close()
+    return state.params
