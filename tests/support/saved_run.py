@@ -11,9 +11,11 @@ import numpy as np
 
 from moda_jax.config import Config
 from moda_jax.data.tokenizer import load_tokenizer
+from moda_jax.inference.decode import inference_params
+from moda_jax.inference.load import LoadedRun
 from moda_jax.training.checkpoint import Checkpoints
 from moda_jax.training.optimizer import make_optimizer
-from moda_jax.training.state import initial_state
+from moda_jax.training.state import ModelFunction, initial_state, split_model
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, write_config
 
 
@@ -49,3 +51,27 @@ def save_run(workdir: Path, config: Config, *, steps: tuple[int, ...] = (10,), s
         checkpoints.save(step, dataclasses.replace(state, step=np.int32(step)), record | {"step": step})
     checkpoints.close()
     return state.params
+
+
+def loaded_run(config: Config, *, seed: int = 0) -> LoadedRun:
+    """A run with random parameters as `load_run` gives it, without any file."""
+    model, params = split_model(config.model, jax.random.key(seed))
+    params = inference_params(params, config.model)
+    return LoadedRun(Path("runs/random"), config, model, params, load_tokenizer(config.data), 0)
+
+
+def log_probs(run: LoadedRun, tokens: np.ndarray) -> np.ndarray:
+    """Float64 log-probabilities [n, V] after each of n tokens, from one plain forward pass over them.
+
+    The pass is as long as the context, so that one compilation serves all: what stands behind a token is not seen.
+    """
+    padded = np.zeros((1, run.config.model.max_sequence_length), np.int32)
+    padded[0, : len(tokens)] = tokens
+    logits = np.asarray(_forward(run.model, run.params, padded), np.float64)[0, : len(tokens)]
+    logits -= logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model: ModelFunction, params: dict, tokens: jax.Array) -> jax.Array:
+    return model(params, tokens)
