@@ -1,6 +1,6 @@
 """Trains a model: `python train.py --config=configs/quickstart.py [--config.SECTION.KEY=VALUE] [--workdir=DIRECTORY]`.
 
-The same command resumes a run that was stopped, and says so when it is finished.
+The same command resumes a run that was stopped, and says so when it is finished; `--workdir` alone does so too.
 """
 
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from moda_jax.inference.load import read_run_config
 from moda_jax.training.console import config_from_flag, run_command, user_errors
 from moda_jax.training.trainer import TrainingRun
 
@@ -20,7 +21,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; by default
 def main() -> None:
     """Builds and runs; what the run came to is printed on stdout."""
     with user_errors():
-        config, name = config_from_flag(_CONFIG)
+        if _CONFIG.value is None and _WORKDIR.value is not None:
+            config, name = read_run_config(_WORKDIR.value), None
+        else:
+            config, name = config_from_flag(_CONFIG)
         run = TrainingRun(config, _WORKDIR.value or Path("runs") / name)
     print(run.train(), flush=True)
 
