@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from moda_jax.training.metrics import MetricsWriter, main, peak_flops, perplexity, plot_losses, read_metrics
+from moda_jax.training.metrics import MetricsWriter, peak_flops, perplexity, plot_losses, read_metrics
 
 
 def write(workdir, step, *steps):
@@ -70,31 +70,3 @@ def test_the_plot_is_a_picture(tmp_path):
     assert plot_losses(tmp_path).read_bytes().startswith(b"\x89PNG")  # without a line yet
     write(tmp_path, 0, 1, 2, 3)
     assert plot_losses(tmp_path).stat().st_size > 5000
-
-
-def test_runs_are_compared_on_one_plot_with_a_table(tmp_path, capsys):
-    for run in ("a/run", "b/run"):
-        (tmp_path / run).mkdir(parents=True)
-        write(tmp_path / run, 0, *range(1, 4 if run == "a/run" else 6))
-    output = tmp_path / "both.png"
-    assert main(["compare", str(tmp_path / "a/run"), str(tmp_path / "b/run"), f"--output={output}"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0][:4] == ["run", "step", "tokens", "loss"]
-    assert rows[1] == ["a/run", "3", "-", "0.3333", "2.0000", "-", "-"]  # the last validation was a step before
-    assert rows[2][:4] == ["b/run", "5", "-", "0.2000"]
-    assert output.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["none"], "error: none: no such directory; expected the directory of a run"),
-        (["."], r"error: .: holds no metrics.jsonl with a line"),
-        ([".", "."], "error: compare: a run is given twice"),
-        ([".", "--output=none/a.png"], "error: --output=none/a.png: there is no directory none"),
-    ],
-)
-def test_a_comparison_that_cannot_be_made_says_why(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    assert main(["compare", *arguments]) == 2
-    assert capsys.readouterr().err.startswith(message)
