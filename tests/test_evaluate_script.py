@@ -56,15 +56,11 @@ def test_everything_at_once(workdir, tmp_path):
             "--data=wiki=none.txt: no such file or directory; expected NAME=PATH of a text file",
         ),
         (
-            ["--workdir=RUN", "--data=a=README.md", "--data=a=README.md"],
-            "--data=a=...: given twice; give every domain its own name",
-        ),
-        (
             ["--workdir=none", "--attention-maps"],
             "--workdir=none: no such directory; name the directory of a run, as train.py's --workdir did",
         ),
     ],
-    ids=["nothing", "no file", "twice", "no run"],
+    ids=["nothing", "no file", "no run"],
 )
 def test_a_wrong_command_ends_in_one_line(workdir, arguments, line):
     done = evaluate(*(argument.replace("RUN", str(workdir)) for argument in arguments))
