@@ -35,6 +35,7 @@ from moda_jax.inference.sampling import GREEDY, row_keys
 from moda_jax.training.state import ModelFunction, model_function, split_model
 
 RESULTS = Path(__file__).parent / "results"
+LAYOUTS = ("scan", "unroll")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,7 @@ def run(name: str, rounds: int) -> dict[str, Any]:
     print(f"{timing.environment()}\ncopy bandwidth {bandwidth / 1e12:.3f} TB/s; {size.prompt} + {size.steps} tokens\n")
     rows = []
     for batch in size.batches:
-        for layout in ("scan", "unroll"):  # one after the other: their caches need not stand in memory together
+        for layout in LAYOUTS:  # one after the other: their caches need not stand in memory together
             new = measure(size, batch, layout, rounds, bandwidth)
             print(table(new), flush=True)
             rows += new

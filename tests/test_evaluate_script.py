@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.local_tasks import write_tasks
+from support.quick_compile import QUICK_XLA_FLAGS
 from support.saved_run import save_run, tiny_run_config
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,8 @@ def workdir(tmp_path_factory):
 def evaluate(*arguments, cwd=ROOT):
     return subprocess.run(
         [sys.executable, ROOT / "evaluate.py", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-        timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_DATASETS_OFFLINE": "1"}, check=False,
+        timeout=300, check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_XLA_FLAGS, "HF_DATASETS_OFFLINE": "1"},
     )  # fmt: skip
 
 

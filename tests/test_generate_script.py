@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.quick_compile import QUICK_XLA_FLAGS
 from support.saved_run import save_run, tiny_run_config
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +22,7 @@ def workdir(tmp_path_factory):
 def generate(*arguments):
     return subprocess.run(
         [sys.executable, ROOT / "generate.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-        timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False,
+        timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_XLA_FLAGS}, check=False,
     )  # fmt: skip
 
 

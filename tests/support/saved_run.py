@@ -8,14 +8,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from support.quick_compile import QUICK
 
-from moda_jax.config import Config
+from moda_jax.config import Config, TransformerConfig
 from moda_jax.data.tokenizer import load_tokenizer
 from moda_jax.inference.decode import inference_params
 from moda_jax.inference.load import LoadedRun
 from moda_jax.training.checkpoint import Checkpoints
 from moda_jax.training.optimizer import make_optimizer
-from moda_jax.training.state import ModelFunction, initial_state, split_model
+from moda_jax.training.state import ModelFunction, initial_state, model_function, split_model
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, write_config
 
 
@@ -39,7 +40,8 @@ def save_run(workdir: Path, config: Config, *, steps: tuple[int, ...] = (10,), s
     """Writes config.json and a checkpoint per step, all with the same parameters, which it returns."""
     write_config(workdir, config, [])
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    state = jax.jit(functools.partial(initial_state, config.model, optimizer, seed))()
+    initialize = functools.partial(initial_state, config.model, optimizer, seed)
+    state = jax.jit(initialize, compiler_options=QUICK)()
     record = {
         "data_position": 0,
         "config": config.to_dict(),
@@ -53,9 +55,16 @@ def save_run(workdir: Path, config: Config, *, steps: tuple[int, ...] = (10,), s
     return state.params
 
 
+@functools.cache
+def random_model(config: TransformerConfig, seed: int = 0) -> tuple[ModelFunction, dict]:
+    """`split_model`, compiled as one program; the caller must not change the dicts."""
+    params = jax.jit(lambda key: split_model(config, key)[1], compiler_options=QUICK)(jax.random.key(seed))
+    return model_function(config), params
+
+
 def loaded_run(config: Config, *, seed: int = 0) -> LoadedRun:
     """A run with random parameters as `load_run` gives it, without any file."""
-    model, params = split_model(config.model, jax.random.key(seed))
+    model, params = random_model(config.model, seed)
     params = inference_params(params, config.model)
     return LoadedRun(Path("runs/random"), config, model, params, load_tokenizer(config.data), 0)
 
@@ -72,6 +81,6 @@ def log_probs(run: LoadedRun, tokens: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def _forward(model: ModelFunction, params: dict, tokens: jax.Array) -> jax.Array:
     return model(params, tokens)

@@ -31,8 +31,11 @@ def dense_maps(run, tokens, monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("pixels", [64, 8])
-@pytest.mark.parametrize("model", [{}, {"depth_ffn_kv": False, "norm": "pre"}, {"depth": "none"}], ids=str)
+@pytest.mark.parametrize(
+    ("model", "pixels"),
+    [({}, 64), ({}, 8), ({"depth_ffn_kv": False, "norm": "pre"}, 8), ({"depth": "none"}, 64)],
+    ids=["whole", "pooled", "own KV, pre-norm", "no depth"],
+)
 def test_maps_are_the_pooled_softmax(model, pixels, monkeypatch):
     run = loaded_run(tiny_run_config(model=model))
     monkeypatch.setattr(maps_lib, "PIXELS", pixels)

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.quick_compile import QUICK
+from support.saved_run import random_model
 
 from moda_jax.config import TransformerConfig
 from moda_jax.interop.depth_init import add_depth
 from moda_jax.training.loss import loss_sums
-from moda_jax.training.state import model_function, split_model
+from moda_jax.training.state import model_function
 
 BASE = TransformerConfig(
     vocab_size=61, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=48, depth="none",
@@ -23,7 +24,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def base():
-    return split_model(BASE, jax.random.key(0))[1]
+    return random_model(BASE)[1]
 
 
 def start(base, **fields):
@@ -34,7 +35,7 @@ def start(base, **fields):
 @pytest.mark.parametrize("row", ROWS)
 def test_the_bases_weights_are_kept_and_new_values_are_zero(base, row):
     config, params = start(base, **ROWS[row])
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, split_model(config, jax.random.key(2))[1])
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, random_model(config)[1])
     new = params["layers"].pop("depth")
     assert jax.tree.structure(params) == jax.tree.structure(base)
     jax.tree.map(np.testing.assert_array_equal, params, base)
@@ -46,7 +47,7 @@ def test_the_bases_weights_are_kept_and_new_values_are_zero(base, row):
 def loss_and_gradient(config, params):
     model = model_function(config)
     tokens = jax.random.randint(jax.random.key(3), (2, 48), 0, 61)
-    targets = jnp.argmax(model_function(BASE)(split_model(BASE, jax.random.key(0))[1], tokens), axis=-1)
+    targets = jnp.argmax(jax.jit(model_function(BASE), compiler_options=QUICK)(random_model(BASE)[1], tokens), axis=-1)
 
     def loss(params):
         sums = loss_sums(model(params, tokens), targets, jnp.ones(tokens.shape))
@@ -65,7 +66,7 @@ def test_the_first_step_is_close_to_the_bases(base):
     assert abs(loss - expected) < 0.1 * expected
     assert new_norm < 1.5 * norm  # zero keys: see the module
     assert all(n > 0 for n in jax.tree.leaves(norms["layers"]["depth"]))  # the new weights learn
-    fresh = split_model(config, jax.random.key(1))[1]
+    fresh = random_model(config, 1)[1]
     unscaled = jax.tree.map(lambda p: p, params)
     unscaled["layers"]["depth"] = fresh["layers"]["depth"]  # random values instead of 0
     assert abs(loss - expected) < abs(loss_and_gradient(config, unscaled)[0] - expected)

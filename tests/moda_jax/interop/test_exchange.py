@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
+from support.saved_run import random_model
 
 from moda_jax.config import TransformerConfig
 from moda_jax.interop import export_model, load_model, load_olmo2
-from moda_jax.training.state import model_function, split_model
+from moda_jax.training.state import model_function
 
 STORED = pathlib.Path(__file__).parents[2] / "data" / "olmo2_tiny"
 NAMES = ("untied_gqa_sharded", "tied_head_dim", "tied_bfloat16_one_layer")
@@ -59,7 +60,7 @@ def test_a_round_trip_gives_transformers_logits(tmp_path):
 )
 def test_a_moda_model_comes_back_bit_for_bit(fields, tmp_path):
     config = dataclasses.replace(MODA, **fields)
-    _, params = split_model(config, jax.random.key(0))
+    _, params = random_model(config)
     export_model(config, params, tmp_path / "out", end_of_text_id=5)
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["model_type"] == "moda_jax" and values["eos_token_id"] == 5
@@ -69,7 +70,7 @@ def test_a_moda_model_comes_back_bit_for_bit(fields, tmp_path):
 
 
 def test_a_narrow_export_rounds_once(tmp_path):
-    _, params = split_model(MODA, jax.random.key(0))
+    _, params = random_model(MODA)
     export_model(MODA, params, tmp_path / "out", dtype="bfloat16")
     _, model = load_model(tmp_path / "out")
     rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
@@ -78,13 +79,13 @@ def test_a_narrow_export_rounds_once(tmp_path):
 
 def test_a_tokenizer_is_copied(tmp_path):
     (tmp_path / "some.json").write_text("{}")
-    _, params = split_model(MODA, jax.random.key(0))
+    _, params = random_model(MODA)
     export_model(MODA, params, tmp_path / "out", tokenizer_file=tmp_path / "some.json")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
 
 
 def test_mistakes_are_named(tmp_path):
-    _, params = split_model(MODA, jax.random.key(0))
+    _, params = random_model(MODA)
     with pytest.raises(ValueError, match=r"dtype='int8': expected one of"):
         export_model(MODA, params, tmp_path / "out", dtype="int8")
     export_model(MODA, params, tmp_path / "out")
@@ -103,7 +104,7 @@ def test_mistakes_are_named(tmp_path):
 
 
 def test_the_logits_of_an_exported_moda_model(tmp_path):
-    _, params = split_model(MODA, jax.random.key(0))
+    _, params = random_model(MODA)
     export_model(MODA, params, tmp_path / "out")
     _, model = load_model(tmp_path / "out")
     tokens = jnp.arange(12, dtype=jnp.int32)[None]

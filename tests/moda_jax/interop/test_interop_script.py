@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.quick_compile import QUICK_XLA_FLAGS
 from support.saved_run import save_run, tiny_run_config
 from support.tiny_run import write_corpus
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 def call(*arguments):
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_XLA_FLAGS, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
