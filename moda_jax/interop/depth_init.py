@@ -61,7 +61,7 @@ def add_depth(base: TransformerConfig, params: Any, config: TransformerConfig, k
         ours, theirs = getattr(config, field.name), getattr(base, field.name)
         if field.name not in OPEN_FIELDS and ours != theirs:
             raise ValueError(f"model.{field.name}={ours!r}: expected the base's {theirs!r}")
-    _, fresh = split_model(config, key)
+    fresh = jax.jit(lambda key: split_model(config, key)[1])(key)  # not one operation at a time
     return _over(fresh, params)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from support.quick_inference import quick_inference
 
 from benchmarks import decode as benchmark
 from moda_jax.inference import decode
@@ -18,7 +19,8 @@ def test_a_result_holds_every_form_and_the_floor(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decode, "PRODUCTS", ("reduce",))
     monkeypatch.setattr(benchmark, "LAYOUTS", ("unroll",))
     monkeypatch.setattr("sys.argv", ["decode", "--size=toy", "--rounds=1", f"--output={tmp_path}"])
-    benchmark.main()
+    with quick_inference():
+        benchmark.main()
     result = json.loads((tmp_path / "decode_toy.json").read_text())
     assert set(result["environment"]) == {"device", "platform", "jax", "python", "date"}
     assert [(row["model"], row["form"]) for row in result["rows"]] == [
