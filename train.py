@@ -8,7 +8,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from moda_jax.data.cache import cache_directory
 from moda_jax.inference.load import read_run_config
+from moda_jax.training import runtime
 from moda_jax.training.console import config_from_flag, run_command, user_errors
 from moda_jax.training.trainer import TrainingRun
 
@@ -25,6 +27,7 @@ def main() -> None:
             config, name = read_run_config(_WORKDIR.value), None
         else:
             config, name = config_from_flag(_CONFIG)
+        runtime.prepare(cache_directory(config.data))
         run = TrainingRun(config, _WORKDIR.value or Path("runs") / name)
     print(run.train(), flush=True)
 

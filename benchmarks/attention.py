@@ -1,20 +1,24 @@
 """Times the op against cuDNN and against the memory that depth KV must move.
 
-    python -m benchmarks.attention [--grid=paper|model|smoke] [--implementation=NAME] [--output=DIRECTORY]
+    python -m benchmarks.attention [--grid=paper|model|ablation|smoke] [--implementation=NAME] [--output=DIRECTORY]
 
 Columns: our op forward, and forward + backward with all five gradients; cuDNN's flash attention on the sequence part
 alone (what plain attention costs); `goal`, that plus the time in which the depth bytes can move at the bandwidth of a
 measured copy. Forward reads depth K and V once; backward reads them again and writes two gradients of their size.
 
 Grids: `paper` is Table 2 (B=1, K=8, H=64, causal); `model` the 700M model's own layer (B=8, T=4096, N=16, K=8, H=64) at
-several fillings of its 70 slots; `smoke` is tiny, for a CPU.
+several fillings of its 70 slots, also as packed rows are masked; `ablation` is what our kernels can show of Table 7:
+the dense op, the blockwise one in XLA (each token's slots contiguous, only its own visited), and the kernels (the heads
+of a group share what they read); `smoke` is tiny, for a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,8 @@ class Case:
     batch: int = 1
     kv_heads: int = 8
     head_dim: int = 64
+    document: int | None = None  # tokens of a document in a packed row; None: no segment ids
+    implementation: str | None = None  # None: the command's
 
     @property
     def filled(self) -> int:
@@ -51,7 +57,9 @@ class Case:
         return one, 3 * one
 
     def __str__(self) -> str:
-        return f"B{self.batch} T{self.tokens} G{self.group} S{self.filled}/{self.slots}"
+        text = f"B{self.batch} T{self.tokens} G{self.group} S{self.filled}/{self.slots}"
+        text += f" documents of {self.document}" if self.document else ""
+        return text + (f" {self.implementation}" if self.implementation else "")
 
 
 GRIDS = {
@@ -61,14 +69,23 @@ GRIDS = {
         *(Case(16384, 8, slots) for slots in (128, 256)),
         *(Case(tokens, group, 0) for tokens, group in ((4096, 8), (16384, 2), (16384, 8), (65536, 8))),
     ),
-    "model": tuple(Case(4096, 2, 70, length, batch=8) for length in (0, 1, 18, 35, 70)),
+    "model": (
+        *(Case(4096, 2, 70, length, batch=8) for length in (0, 1, 18, 35, 70)),
+        *(Case(4096, 2, 0, batch=8, document=tokens) for tokens in (4096, 1000)),
+    ),
+    "ablation": tuple(Case(1024, 8, 64, implementation=name) for name in ("reference", "xla", "mosaic_gpu")),
     "smoke": (Case(64, 2, 3, kv_heads=2, head_dim=32), Case(64, 2, 0, kv_heads=2, head_dim=32)),
 }
 
 
-def measure(case: Case, implementation: str | None, dtype: Any, rounds: int) -> dict[str, float | str]:
-    """Seconds by contestant: ours and cuDNN's forward, and forward + backward."""
+def prepare(case: Case, implementation: str | None, dtype: Any) -> tuple[dict[str, Callable], Callable]:
+    """(contestants, draw): ours and cuDNN's forward, and forward + backward; `draw(key)` makes a set of inputs."""
     heads, slots = case.kv_heads * case.group, max(case.slots, 1)
+    implementation = case.implementation or implementation
+    segment_ids = None
+    if case.document:  # borders at another place in every row
+        places = jnp.arange(case.tokens) + jnp.arange(case.batch)[:, None] * (case.document // (case.batch + 1))
+        segment_ids = (places // case.document).astype(jnp.int32) if case.document < case.tokens else 0 * places
 
     def draw(key: jax.Array) -> tuple[jax.Array, ...]:
         keys = iter(jax.random.split(key, 6))
@@ -80,7 +97,9 @@ def measure(case: Case, implementation: str | None, dtype: Any, rounds: int) -> 
         depth = (depth_key, depth_value) if case.slots else (None, None)
         # A traced length, as in the model's layer loop: one kernel serves all layers.
         length = jnp.int32(case.filled) if case.slots else None
-        return moda_attention(query, key, value, *depth, depth_length=length, implementation=implementation)
+        return moda_attention(
+            query, key, value, *depth, depth_length=length, segment_ids=segment_ids, implementation=implementation
+        )
 
     def cudnn(query, key, value, dout, depth_key, depth_value):
         return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
@@ -99,7 +118,7 @@ def measure(case: Case, implementation: str | None, dtype: Any, rounds: int) -> 
         "cudnn forward": cudnn,
         "cudnn forward+backward": with_backward(cudnn),
     }
-    return timing.median_seconds(contestants, timing.input_sets(jax.jit(draw)), rounds=rounds)
+    return contestants, jax.jit(draw)
 
 
 def run(grid: str, implementation: str | None, rounds: int) -> dict[str, Any]:
@@ -107,12 +126,19 @@ def run(grid: str, implementation: str | None, rounds: int) -> dict[str, Any]:
     on_gpu = jax.default_backend() == "gpu"
     bandwidth = timing.copy_bytes_per_second(2**31 if on_gpu else 2**24)
     print(f"{timing.environment()}\ncopy bandwidth {bandwidth / 1e12:.2f} TB/s; times in ms; ratios to cuDNN\n")
-    print(f"{'case':24} {'fwd':>9} {'cudnn':>9} {'ratio':>6} {'fwd+bwd':>9} {'cudnn':>9} {'ratio':>6} {'goal':>6}")
+    print(f"{'case':36} {'fwd':>9} {'cudnn':>9} {'ratio':>6} {'fwd+bwd':>9} {'cudnn':>9} {'ratio':>6} {'goal':>6}")
     rows = []
-    for case in GRIDS[grid]:
-        seconds = measure(case, implementation, jnp.bfloat16 if on_gpu else jnp.float32, rounds)
+    dtype = jnp.bfloat16 if on_gpu else jnp.float32
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiling = []
+        for case in GRIDS[grid]:
+            contestants, draw = prepare(case, implementation, dtype)
+            shapes = jax.eval_shape(draw, jax.random.key(0))
+            compiling.append((case, timing.compile_ahead(contestants, shapes, pool), draw))
+    for case, contestants, draw in compiling:
+        seconds = timing.median_seconds(contestants, timing.input_sets(draw), rounds=rounds)
         row = dataclasses.asdict(case) | {"seconds": seconds}
-        line = f"{case!s:24}"
+        line = f"{case!s:36}"
         for i, part in enumerate(("forward", "forward+backward")):
             mine, theirs = seconds[f"ours {part}"], seconds[f"cudnn {part}"]
             line += "".join(f" {'-' if isinstance(x, str) else f'{x * 1e3:.3f}':>9}" for x in (mine, theirs))
@@ -139,7 +165,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in result["rows"] if "ratio forward+backward" in row]
-    labels = [f"T={row['tokens']}\nG={row['group']}\nS={row['length'] or row['slots']}" for row in rows]
+    labels = [
+        f"T={row['tokens']}\nG={row['group']}\nS={row['slots'] if row['length'] is None else row['length']}"
+        + (f"\n{row['implementation']}" if row["implementation"] else "")
+        + (f"\ndocuments\nof {row['document']}" if row["document"] else "")
+        for row in rows
+    ]
     figure, axes = plt.subplots(figsize=(1 + 0.75 * len(rows), 4))
     axes.bar(range(len(rows)), [row["ratio forward+backward"] for row in rows], color="#2f6fb7", label="ours")
     for i, row in enumerate(rows):

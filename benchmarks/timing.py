@@ -7,6 +7,7 @@ several times the L2 cache: nothing is read from there that a training step woul
 
 from __future__ import annotations
 
+import concurrent.futures
 import datetime
 import math
 import platform
@@ -31,12 +32,16 @@ def input_sets(make: Callable[[jax.Array], Any], seed: int = 0) -> list[Any]:
 
 
 def median_seconds(
-    contestants: dict[str, Callable[..., Any]], inputs: Sequence[Any], *, rounds: int = 15, calls_seconds: float = 0.02
+    contestants: dict[str, Callable[..., Any]] | dict[str, concurrent.futures.Future],
+    inputs: Sequence[Any],
+    *,
+    rounds: int = 15,
+    calls_seconds: float = 0.02,
 ) -> dict[str, float | str]:
     """Median time of one call of each contestant, in seconds.
 
     Args:
-        contestants: name -> function of one input set; jitted here.
+        contestants: name -> function of one input set; jitted here; or what `compile_ahead` made of such functions.
         inputs: from `input_sets`; each a tuple of arguments.
         rounds: timed rounds.
         calls_seconds: a timed stretch repeats short calls until it is about so long, to bury the cost of dispatch.
@@ -46,9 +51,10 @@ def median_seconds(
     """
     results: dict[str, float | str] = {}
     jitted, repeats = {}, {}
-    for name, function in contestants.items():
-        run = jax.jit(function)
+    for name, contestant in contestants.items():
         try:
+            ahead = isinstance(contestant, concurrent.futures.Future)
+            run = contestant.result() if ahead else _compiled(contestant, inputs[0])
             jax.block_until_ready(run(*inputs[0]))
             began = time.perf_counter()
             jax.block_until_ready(run(*inputs[-1]))
@@ -66,6 +72,17 @@ def median_seconds(
             jax.block_until_ready(out)
             times[name].append((time.perf_counter() - began) / repeats[name])
     return results | {name: statistics.median(values) for name, values in times.items()}
+
+
+def compile_ahead(
+    contestants: dict[str, Callable[..., Any]], arguments: Sequence[Any], pool: concurrent.futures.Executor
+) -> dict[str, concurrent.futures.Future]:
+    """Starts the compilers of a case, given its arguments' shapes. Wait for all cases before anything is timed."""
+    return {name: pool.submit(_compiled, function, arguments) for name, function in contestants.items()}
+
+
+def _compiled(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
+    return jax.jit(function).lower(*arguments).compile()
 
 
 def copy_bytes_per_second(size: int) -> float:

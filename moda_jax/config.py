@@ -17,7 +17,7 @@ import numpy as np
 
 NORMS = ("pre", "post")
 DEPTHS = ("none", "moda")
-REMATS = ("full", "attention", "none")
+REMATS = ("full", "attention", "ffn", "none")
 LAYER_LOOPS = ("scan", "unroll")
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")

@@ -126,14 +126,12 @@ def _as_array(depth_length: int | Array | None) -> Array | None:
 _compiled = functools.partial(jax.jit, static_argnums=0, inline=True)
 
 
-@functools.partial(_compiled, static_argnames="out_dtype")
-def _attention_forward(
-    static: _Static, *arrays: Array | None, out_dtype: jnp.dtype | None = None
-) -> tuple[Array, Array]:
+@functools.partial(_compiled, static_argnames="with_rest")
+def _attention_forward(static: _Static, *arrays: Array | None, with_rest: bool = False) -> tuple[Array, ...]:
     *arrays, segment_ids = arrays
     return block.attention_forward(
         *arrays, scale=static.scale, causal=static.causal, query_segment_ids=segment_ids, key_segment_ids=segment_ids,
-        out_dtype=out_dtype, implementation=static.implementation,
+        with_rest=with_rest, implementation=static.implementation,
     )  # fmt: skip
 
 
@@ -144,16 +142,16 @@ def _attention(static: _Static, *arrays: Array | None) -> tuple[Array, Array]:
 
 
 def _attention_fwd(static: _Static, *arrays: Array | None) -> tuple[tuple[Array, Array], tuple]:
-    out, lse = _attention_forward(static, *arrays, out_dtype=_residual_dtype(static))
-    return (out.astype(arrays[0].dtype), lse), (arrays, out, lse)
+    out, lse, rest = _attention_forward(static, *arrays, with_rest=True)
+    return (out, lse), (arrays, out, lse, rest)
 
 
 @_compiled
 def _attention_bwd(static: _Static, residuals: tuple, gradients: tuple[Array, Array]) -> tuple:
-    (*arrays, segment_ids), out, lse = residuals
+    (*arrays, segment_ids), out, lse, rest = residuals
     dout, dlse = gradients
     gradients = block.attention_backward(
-        *arrays, dout, lse, _delta(dout, out, dlse), scale=static.scale, causal=static.causal,
+        *arrays, dout, lse, _delta(dout, out, rest, dlse), scale=static.scale, causal=static.causal,
         query_segment_ids=segment_ids, key_segment_ids=segment_ids, implementation=static.implementation,
     )  # fmt: skip
     return *gradients, None, None
@@ -162,9 +160,9 @@ def _attention_bwd(static: _Static, residuals: tuple, gradients: tuple[Array, Ar
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-@functools.partial(_compiled, static_argnames="out_dtype")
-def _depth_forward(static: _Static, *arrays: Array | None, out_dtype: jnp.dtype | None = None) -> tuple[Array, Array]:
-    return block.depth_forward(*arrays, scale=static.scale, out_dtype=out_dtype, implementation=static.implementation)
+@functools.partial(_compiled, static_argnames="with_rest")
+def _depth_forward(static: _Static, *arrays: Array | None, with_rest: bool = False) -> tuple[Array, ...]:
+    return block.depth_forward(*arrays, scale=static.scale, with_rest=with_rest, implementation=static.implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -174,16 +172,16 @@ def _depth(static: _Static, *arrays: Array | None) -> tuple[Array, Array]:
 
 
 def _depth_fwd(static: _Static, *arrays: Array | None) -> tuple[tuple[Array, Array], tuple]:
-    out, lse = _depth_forward(static, *arrays, out_dtype=_residual_dtype(static))
-    return (out.astype(arrays[0].dtype), lse), (arrays, out, lse)
+    out, lse, rest = _depth_forward(static, *arrays, with_rest=True)
+    return (out, lse), (arrays, out, lse, rest)
 
 
 @_compiled
 def _depth_bwd(static: _Static, residuals: tuple, gradients: tuple[Array, Array]) -> tuple:
-    arrays, out, lse = residuals
+    arrays, out, lse, rest = residuals
     dout, dlse = gradients
     gradients = block.depth_backward(
-        *arrays, dout, lse, _delta(dout, out, dlse), scale=static.scale, implementation=static.implementation
+        *arrays, dout, lse, _delta(dout, out, rest, dlse), scale=static.scale, implementation=static.implementation
     )
     return *gradients, None
 
@@ -191,16 +189,14 @@ def _depth_bwd(static: _Static, residuals: tuple, gradients: tuple[Array, Array]
 _depth.defvjp(_depth_fwd, _depth_bwd)
 
 
-def _residual_dtype(static: _Static) -> jnp.dtype | None:
-    """The dtype in which out is kept for delta: float32 if the implementation can give it.
+def _delta(dout: Array, out: Array, rest: Array | None, dlse: Array) -> Array:
+    """[B, T, N] float32: rowsum(dout * (out + rest)) - dlse, what the softmax's gradient subtracts from dP.
 
-    In a row whose softmax is peaked dP - delta is small beside both. A delta from out in a narrow dtype, as
+    In a row whose softmax is peaked dP - delta is small beside both. A delta from out alone in a narrow dtype, as
     FlashAttention takes it, then costs more than all the rest of the backward: 10 times the dense error and more was
     seen at T = 3.
     """
-    return jnp.float32 if getattr(dispatch.load(static.implementation), "TAKES_OUT_DTYPE", False) else None
-
-
-def _delta(dout: Array, out: Array, dlse: Array) -> Array:
-    """[B, T, N] float32: rowsum(dout * out) - dlse, what the softmax's gradient subtracts from dP."""
-    return jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
+    wide = out.astype(jnp.float32)
+    if rest is not None:
+        wide += rest.astype(jnp.float32)
+    return jnp.sum(dout.astype(jnp.float32) * wide, axis=-1) - dlse

@@ -13,7 +13,6 @@ reads key/value head n // G. Nothing here is validated beyond what an implementa
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import dispatch
@@ -34,9 +33,9 @@ def attention_forward(
     query_segment_ids: Array | None = None,
     key_segment_ids: Array | None = None,
     key_length: Array | None = None,
-    out_dtype: jnp.dtype | None = None,
+    with_rest: bool = False,
     implementation: str | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """Attention of T queries over U keys of the sequence and the filled depth slots of each query's own token.
 
     Args:
@@ -49,12 +48,13 @@ def attention_forward(
         query_positions, key_positions: int32 [B, T] and [B, U]; None: 0..T-1 and 0..U-1.
         query_segment_ids, key_segment_ids: int32 [B, T] and [B, U], both or neither; equal ids see each other.
         key_length: int32 [B]; keys at an index >= key_length are invisible, but have to be finite.
-        out_dtype: of out; None: the query's. float32 spares a rounding before parts are merged or delta is taken; only
-            for implementations with `TAKES_OUT_DTYPE`.
+        with_rest: also return `rest`, what rounding took from out. out + rest, in float32, is what parts are best
+            merged from, and what delta needs where a softmax is peaked.
         implementation: a name, or None for the best on this device.
 
     Returns:
-        out [B, T, N, H], and lse [B, T, N] float32. A query that sees nothing: out 0, lse -inf.
+        out [B, T, N, H], lse [B, T, N] float32, and with `with_rest` rest [B, T, N, H] in the query's dtype, or None if
+        that is float32. A query that sees nothing: out 0, lse -inf.
 
     Raises:
         ValueError: no implementation of that name.
@@ -68,10 +68,11 @@ def attention_forward(
         "key_length": key_length,
     }
     name = dispatch.resolve(implementation, **attention_facts(query, key, depth_key, causal, scale, **masks))
-    return dispatch.load(name).attention_forward(
+    results = dispatch.load(name).attention_forward(
         query, key, value, depth_key, depth_value, depth_length, scale=scale, causal=causal, **masks,
-        **_out_dtype(out_dtype),
+        with_rest=with_rest,
     )  # fmt: skip
+    return results if with_rest else results[:2]
 
 
 def attention_backward(
@@ -134,14 +135,15 @@ def depth_forward(
     depth_length: int | Array | None = None,
     *,
     scale: float,
-    out_dtype: jnp.dtype | None = None,
+    with_rest: bool = False,
     implementation: str | None = None,
-) -> tuple[Array, Array]:
-    """The depth part alone: (out, lse) as in `attention_forward`. No filled slot: out 0, lse -inf."""
+) -> tuple[Array, ...]:
+    """The depth part alone: (out, lse[, rest]) as in `attention_forward`. No filled slot: out 0, lse -inf."""
     name = dispatch.resolve(implementation, **depth_facts(query, depth_key, scale))
-    return dispatch.load(name).depth_forward(
-        query, depth_key, depth_value, depth_length, scale=scale, **_out_dtype(out_dtype)
+    results = dispatch.load(name).depth_forward(
+        query, depth_key, depth_value, depth_length, scale=scale, with_rest=with_rest
     )
+    return results if with_rest else results[:2]
 
 
 def depth_backward(
@@ -164,11 +166,6 @@ def depth_backward(
         query, depth_key, depth_value, depth_length, dout, lse, delta, scale=scale,
         depth_key_gradient=depth_key_gradient, depth_value_gradient=depth_value_gradient,
     )  # fmt: skip
-
-
-def _out_dtype(out_dtype: jnp.dtype | None) -> dict[str, jnp.dtype]:
-    """The argument, where it was given: not every implementation takes it."""
-    return {} if out_dtype is None else {"out_dtype": out_dtype}
 
 
 def attention_facts(

@@ -2,8 +2,8 @@
 
 An implementation is a module that provides `attention_forward`, `attention_backward`, `depth_forward` and
 `depth_backward` as `pallas_kernels.block` describes them, and `check_supported(**facts)`, which raises
-NotImplementedError with the reason if it cannot serve such a call. With `TAKES_OUT_DTYPE = True` it says that its two
-forwards take `out_dtype`; the op then keeps a float32 out for the backward.
+NotImplementedError with the reason if it cannot serve such a call. Its forwards return (out, lse, rest), rest None
+unless they are called with `with_rest=True`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ MODULES = {
 IMPLEMENTATIONS = tuple(MODULES)
 OPERATIONS = ("attention_forward", "attention_backward", "depth_forward", "depth_backward", "check_supported")
 
-# Compute capabilities on which `None` picks "mosaic_gpu" if it supports the call. Empty until the kernels have
-# proved themselves on the chip; then {"9.0"}.
-MOSAIC_GPU_DEFAULT_CAPABILITIES: frozenset[str] = frozenset()
+# Compute capabilities on which `None` picks "mosaic_gpu" if it supports the call: Hopper.
+MOSAIC_GPU_DEFAULT_CAPABILITIES = frozenset({"9.0"})
 
 
 def check_name(implementation: str | None) -> None:

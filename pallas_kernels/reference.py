@@ -12,7 +12,8 @@ import functools
 import jax.numpy as jnp
 from jax import Array, lax
 
-TAKES_OUT_DTYPE = True
+from pallas_kernels.rounding import rounded
+
 HIGHEST = lax.Precision.HIGHEST
 
 
@@ -35,9 +36,9 @@ def attention_forward(
     query_segment_ids: Array | None = None,
     key_segment_ids: Array | None = None,
     key_length: Array | None = None,
-    out_dtype: jnp.dtype | None = None,
-) -> tuple[Array, Array]:
-    """(out [B, T, N, H], lse [B, T, N] float32); see `pallas_kernels.block`."""
+    with_rest: bool = False,
+) -> tuple[Array, Array, Array | None]:
+    """(out [B, T, N, H], lse [B, T, N] float32, rest or None); see `pallas_kernels.block`."""
     visible = _visible(
         query, key, causal, query_positions, key_positions, query_segment_ids, key_segment_ids, key_length
     )
@@ -51,7 +52,8 @@ def attention_forward(
         dk, dv = (_without_unfilled(array, filled) for array in (depth_key, depth_value))
         (weights, depth_weights), lse = _softmax((logits, visible), (_depth_logits(q, dk, scale), filled))
         out = _sequence_out(weights, v) + _depth_out(depth_weights, dv)
-    return out.reshape(query.shape).astype(out_dtype or query.dtype), lse.reshape(query.shape[:3])
+    out, rest = rounded(out.reshape(query.shape), query.dtype, with_rest=with_rest)
+    return out, lse.reshape(query.shape[:3]), rest
 
 
 def attention_backward(
@@ -103,14 +105,14 @@ def depth_forward(
     depth_length: int | Array | None = None,
     *,
     scale: float,
-    out_dtype: jnp.dtype | None = None,
-) -> tuple[Array, Array]:
-    """(out, lse) of the depth part alone; without a filled slot out is 0 and lse -inf."""
+    with_rest: bool = False,
+) -> tuple[Array, Array, Array | None]:
+    """(out, lse, rest or None) of the depth part alone; without a filled slot out is 0 and lse -inf."""
     filled = _filled(depth_key, depth_length)
     dk, dv = (_without_unfilled(array, filled) for array in (depth_key, depth_value))
     (weights,), lse = _softmax((_depth_logits(_grouped(query, depth_key.shape[3]), dk, scale), filled))
-    out = _depth_out(weights, dv).reshape(query.shape)
-    return out.astype(out_dtype or query.dtype), lse.reshape(query.shape[:3])
+    out, rest = rounded(_depth_out(weights, dv).reshape(query.shape), query.dtype, with_rest=with_rest)
+    return out, lse.reshape(query.shape[:3]), rest
 
 
 def depth_backward(

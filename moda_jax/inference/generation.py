@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.inference import decode
@@ -134,7 +135,7 @@ def generate(
     rows = [_Row(tokenizer, prompt, stop, max_tokens) for prompt in ids]
     while any(row.reason is None for row in rows):
         state, tokens = decode.decode(model, params, state, num_steps=CHUNK, **choice)
-        for i, (row, new) in enumerate(zip(rows, np.asarray(tokens), strict=True)):
+        for i, (row, new) in enumerate(zip(rows, _to_host(tokens), strict=True)):
             if row.reason is not None:
                 continue
             piece = row.push(new)
@@ -226,6 +227,13 @@ def pad_prompts(ids: Sequence[np.ndarray], longest: int) -> tuple[np.ndarray, np
     for i, row in enumerate(ids):
         tokens[i, start[i] :] = row
     return tokens, start
+
+
+def _to_host(tokens: jax.Array) -> np.ndarray:
+    """The tokens, in every process."""
+    if not tokens.is_fully_addressable:
+        tokens = multihost_utils.process_allgather(tokens, tiled=True)
+    return np.asarray(tokens)
 
 
 class _Row:

@@ -46,6 +46,7 @@ class Stored:
 REMAT = {
     "full": Stored(attention=False, parts=False),
     "attention": Stored(attention=True, parts=False),
+    "ffn": Stored(attention=True, parts=True),  # the FFN itself then keeps less: see `moda_jax.model.layers.swiglu`
     "none": Stored(attention=True, parts=True),
 }
 
@@ -95,7 +96,8 @@ def depth_scan(
         *shared: given to every layer unchanged (positions, segment ids, ...); gradients of the layers are summed.
         remat: for a `PartedBlock`, what is stored per layer for the backward pass: "full": the layer's input alone, all
             else is recomputed; "attention": also attention's output and lse, so that attention's forward is not run
-            again; "none": everything. Other blocks are always recomputed from their input.
+            again; "none": all that autodiff of the parts needs; "ffn": the same here, `Transformer`'s blocks then
+            compute the FFN's hidden activations again. Other blocks are always recomputed from their input.
         unroll: compile every layer by itself instead of one loop body.
         gradient_dtype: dtype in which the stream's gradient accumulates over the layers; None: the stream's.
 

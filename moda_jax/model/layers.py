@@ -1,12 +1,18 @@
 """The parts of a layer that know nothing of attention: projections, RMSNorm, rotary embedding, SwiGLU, embedding.
 
+RMSNorm, rotary embedding and SwiGLU have their own backward, for what they keep: autodiff would keep float32
+intermediates of the size of the activations, several for each; these keep their input (and a number per token).
+
 Axes: B batch, T tokens, D model width, F FFN hidden, N query heads, K key/value heads, H head_dim, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moda_jax.model.precision import contract
@@ -56,9 +62,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x of any shape [..., features]."""
-        x32 = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return (self.scale[...] * (x32 * inverse_rms)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.epsilon)
 
 
 class HeadsNorm(RMSNorm):
@@ -73,17 +77,34 @@ class HeadsNorm(RMSNorm):
 
 
 class SwiGLU(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`. x: [B, T, D]."""
+    """`down(silu(gate(x)) * up(x))`. x: [B, T, D].
 
-    def __init__(self, width: int, hidden: int, *, initializer_range: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    Args:
+        width, hidden: D, F.
+        keep_hidden: the backward pass finds gate(x) and up(x) [B, T, F] stored, instead of computing them again.
+        initializer_range, dtype, rngs: as in `Projection`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        keep_hidden: bool = True,
+        initializer_range: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
         options = {"initializer_range": initializer_range, "dtype": dtype, "rngs": rngs}
+        self.keep_hidden = keep_hidden
         self.gate = Projection("btd,df->btf", (width, hidden), **options)
         self.up = Projection("btd,df->btf", (width, hidden), **options)
         self.down = Projection("btf,fd->btd", (hidden, width), **options)
 
     def __call__(self, x: Array) -> Array:
         """x and the result: [B, T, D]."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        kernels = (p.kernel[...].astype(p.dtype) for p in (self.gate, self.up, self.down))
+        return swiglu(self.keep_hidden, x.astype(self.gate.dtype), *kernels)
 
 
 class Embedding(nnx.Module):
@@ -105,6 +126,91 @@ class Embedding(nnx.Module):
         return contract("btd,vd->btv", x.astype(self.dtype), self.table[...].astype(self.dtype), jnp.float32)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+    """`scale * x / sqrt(mean(x^2) + epsilon)` over the last axis, computed in float32.
+
+    Args:
+        x: [..., D], any float dtype.
+        scale: [D] float32.
+        epsilon: added to the mean square.
+
+    Returns:
+        [..., D] in x's dtype.
+    """
+    return _rms_norm_forward(x, scale, epsilon)[0]
+
+
+def _rms_norm_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple]:
+    wide = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)  # [..., 1]
+    return (scale * (wide * inverse_rms)).astype(x.dtype), (x, scale, inverse_rms)
+
+
+def _rms_norm_backward(epsilon: float, residuals: tuple, dy: Array) -> tuple[Array, Array]:
+    """With n = x / rms: dx = (g - n mean(g n)) / rms, g = scale dy."""
+    del epsilon
+    x, scale, inverse_rms = residuals
+    normed = x.astype(jnp.float32) * inverse_rms
+    wide = dy.astype(jnp.float32)
+    g = scale * wide
+    dx = inverse_rms * (g - normed * jnp.mean(g * normed, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), jnp.sum(wide * normed, axis=tuple(range(x.ndim - 1)))
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def swiglu(keep_hidden: bool, x: Array, gate: Array, up: Array, down: Array) -> Array:
+    """`(silu(x gate) * (x up)) down`.
+
+    Args:
+        keep_hidden: keep `x gate` and `x up` for the backward pass, 2 F numbers a token; else they are computed again.
+        x: [B, T, D].
+        gate, up: [D, F], x's dtype.
+        down: [F, D], x's dtype.
+
+    Returns:
+        [B, T, D] in x's dtype.
+    """
+    return _swiglu_forward(keep_hidden, x, gate, up, down)[0]
+
+
+def _hidden(x: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+    return contract("btd,df->btf", x, gate), contract("btd,df->btf", x, up)
+
+
+def _swiglu_forward(keep_hidden: bool, x: Array, gate: Array, up: Array, down: Array) -> tuple[Array, tuple]:
+    hidden = _hidden(x, gate, up)
+    y = contract("btf,fd->btd", jax.nn.silu(hidden[0]) * hidden[1], down)
+    return y, (x, gate, up, down, hidden if keep_hidden else None)
+
+
+def _swiglu_backward(keep_hidden: bool, residuals: tuple, dy: Array) -> tuple[Array, Array, Array, Array]:
+    """With s = sigmoid(a), a = x gate, b = x up: d silu(a) / da = s (1 + a (1 - s))."""
+    del keep_hidden
+    x, gate, up, down, hidden = residuals
+    a, b = (h.astype(jnp.float32) for h in (_hidden(x, gate, up) if hidden is None else hidden))
+    dproduct = contract("btd,fd->btf", dy, down).astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(a)
+    silu = a * sigmoid
+    da = (dproduct * b * sigmoid * (1.0 + a * (1.0 - sigmoid))).astype(x.dtype)
+    db = (dproduct * silu).astype(x.dtype)
+    product = (silu * b).astype(x.dtype)
+    dx = contract("btf,df->btd", da, gate) + contract("btf,df->btd", db, up)
+    return (
+        dx,
+        contract("btd,btf->df", x, da),
+        contract("btd,btf->df", x, db),
+        contract("btf,btd->fd", product, dy),
+    )
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rotate(x: Array, positions: Array, theta: float) -> Array:
     """Rotary position embedding (RoFormer), pairs (i, i + H/2), angle = position * theta^(-2i/H).
 
@@ -116,9 +222,25 @@ def rotate(x: Array, positions: Array, theta: float) -> Array:
     Returns:
         [B, T, heads, H] in x's dtype; computed in float32.
     """
+    return _rotated(x, positions, theta, 1.0)
+
+
+def _rotated(x: Array, positions: Array, theta: float, direction: float) -> Array:
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [H/2]
     angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, T, 1, H/2]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), direction * jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _rotate_forward(x: Array, positions: Array, theta: float) -> tuple[Array, Array]:
+    return _rotated(x, positions, theta, 1.0), positions
+
+
+def _rotate_backward(theta: float, positions: Array, dy: Array) -> tuple[Array, np.ndarray]:
+    """A rotation's transpose is the rotation back."""
+    return _rotated(dy, positions, theta, -1.0), np.zeros(positions.shape, jax.dtypes.float0)
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -48,8 +48,9 @@ class Block(nnx.Module):
         )  # fmt: skip
         self.attention_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.ffn = SwiGLU(
-            config.width, config.ffn_width, initializer_range=config.initializer_range, dtype=dtype, rngs=rngs
-        )
+            config.width, config.ffn_width, keep_hidden=config.remat != "ffn",
+            initializer_range=config.initializer_range, dtype=dtype, rngs=rngs,
+        )  # fmt: skip
         self.ffn_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.depth = make_mechanism(config, writes=writes, dtype=dtype, rngs=rngs)
 
@@ -134,9 +135,14 @@ class Transformer(nnx.Module):
         x, _ = self.last_layer(x, stream, positions, segment_ids)
         return self.final_norm(x)
 
+    def output_table(self) -> Array:
+        """[V, D] float32, the rows that `logits` multiplies `hidden` with: the embedding, or an untied head's."""
+        return self.embedding.table[...] if self.head is None else self.head.kernel[...].T
+
     def logits(self, hidden: Array) -> Array:
         """hidden [B, T, D] to [B, T, V] float32."""
-        return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+        with jax.named_scope("logits"):
+            return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
 
     def _run_layers(self, x, stream, positions, segment_ids):
         """The first L-1 layers, by the loop that keeps one depth buffer."""

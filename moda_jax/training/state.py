@@ -50,6 +50,16 @@ class ModelFunction:
         """Logits [B, T, V] float32; the arrays as in `Transformer.__call__`, `params` as in `TrainState`."""
         return self.module(params)(tokens, segment_ids, positions)
 
+    def hidden(
+        self, params: Any, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None
+    ) -> Array:
+        """The final norm's output [B, T, D]; times `output_table`'s transpose it gives the logits."""
+        return self.module(params).hidden(tokens, segment_ids, positions)
+
+    def output_table(self, params: Any) -> Array:
+        """[V, D] float32."""
+        return self.module(params).output_table()
+
     def module(self, params: Any) -> nnx.Module:
         """The `Transformer` itself, holding `params`."""
         return nnx.merge(self.graph, params)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from moda_jax.config import TrainConfig
-from moda_jax.training.loss import LossSums, loss_sums
+from moda_jax.training.loss import LossSums, projected_loss_sums
 from moda_jax.training.state import ModelFunction, TrainState
 
 Array = jax.Array
@@ -51,17 +51,18 @@ def make_train_step(
         divisor = jnp.maximum(num_targets, 1.0)
 
         def objective(params: Any, micro_batch: Any) -> tuple[Array, Array]:
-            sums = _micro_batch_sums(model, params, micro_batch)
-            return (sums.loss + config.z_loss * sums.z_loss) / divisor, sums.loss / divisor
+            total, sums = _micro_batch_loss(model, params, micro_batch, config.z_loss)
+            return total / divisor, sums.loss / divisor
 
         def gradient(micro_batch: Any) -> tuple[Array, Any]:
             (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params, micro_batch)
             return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
         loss, grads = _sum_over_micro_batches(gradient, batch, config.accumulation_steps)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
-        metrics = StepMetrics(loss, optax.tree.norm(grads), schedule(state.step), num_targets)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
+            metrics = StepMetrics(loss, optax.tree.norm(grads), schedule(state.step), num_targets)
+            params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
 
     return train_step
@@ -77,15 +78,17 @@ def make_eval_step(model: ModelFunction, config: TrainConfig) -> Callable[[Any, 
 
     def eval_step(params: Any, batch: Any) -> LossSums:
         return _sum_over_micro_batches(
-            lambda micro_batch: _micro_batch_sums(model, params, micro_batch), batch, config.accumulation_steps
+            lambda micro_batch: _micro_batch_loss(model, params, micro_batch, 0.0)[1], batch, config.accumulation_steps
         )
 
     return eval_step
 
 
-def _micro_batch_sums(model: ModelFunction, params: Any, batch: Any) -> LossSums:
-    logits = model(params, batch.tokens, batch.segment_ids, batch.positions)  # [B, T, V]
-    return loss_sums(logits, batch.targets, batch.target_mask)
+def _micro_batch_loss(model: ModelFunction, params: Any, batch: Any, z_loss: float) -> tuple[Array, LossSums]:
+    """The objective, summed over the targets, and the sums that it is made of."""
+    hidden = model.hidden(params, batch.tokens, batch.segment_ids, batch.positions)  # [B, T, D]
+    with jax.named_scope("loss"):
+        return projected_loss_sums(z_loss, hidden, model.output_table(params), batch.targets, batch.target_mask)
 
 
 def _sum_over_micro_batches(function: Callable[[Any], Any], batch: Any, count: int) -> Any:

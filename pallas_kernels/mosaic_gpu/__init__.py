@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.mosaic_gpu import depth_backward as _depth_backward
 from pallas_kernels.mosaic_gpu import depth_forward as _depth_forward
@@ -23,11 +24,7 @@ __all__ = ["attention_backward", "attention_forward", "check_supported", "depth_
 COMPUTE_CAPABILITY = "9.0"
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)  # of the sequence kernels; others are padded
-VERIFIED_HEAD_DIM = 64  # raise to 128 once all tests marked `gpu` have passed on the chip
 MAX_SLOTS = 512
-# The forwards take `out_dtype`, but do not ask the public op for it until it has run on the chip: then make this True.
-# It keeps dP - delta exact where a softmax is peaked (see `pallas_kernels.api._residual_dtype`), for one more output.
-TAKES_OUT_DTYPE = False
 
 
 def check_supported(
@@ -53,11 +50,6 @@ def check_supported(
         raise NotImplementedError(f"mosaic_gpu: dtype={name}: the tensor cores' kernels take {' or '.join(DTYPES)}")
     if not 0 < head_dim <= HEAD_DIMS[-1] or head_dim % 8:
         raise NotImplementedError(f"mosaic_gpu: head_dim={head_dim}: expected a multiple of 8 up to {HEAD_DIMS[-1]}")
-    if head_dim > VERIFIED_HEAD_DIM:
-        raise NotImplementedError(
-            f"mosaic_gpu: head_dim={head_dim}: values at head_dim above {VERIFIED_HEAD_DIM} have not been verified on "
-            "the chip"
-        )
     if slots > MAX_SLOTS:
         raise NotImplementedError(f"mosaic_gpu: {slots} depth slots: expected at most {MAX_SLOTS}")
     if jax.default_backend() == "gpu":
@@ -88,26 +80,29 @@ def attention_forward(
     query_segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
     key_length: jax.Array | None = None,
-    out_dtype: jnp.dtype | None = None,
+    with_rest: bool = False,
     interpret: bool | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """(out [B, T, N, H], lse [B, T, N] float32): see `pallas_kernels.block.attention_forward`."""
-    other = (None, None)
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(out [B, T, N, H], lse [B, T, N] float32, rest or None): see `pallas_kernels.block.attention_forward`."""
+    other = (None, None, None)
     if _has_depth(depth_key, depth_length):
         other = depth_forward(
-            query, depth_key, depth_value, depth_length, scale=scale, out_dtype=out_dtype, interpret=interpret
+            query, depth_key, depth_value, depth_length, scale=scale, with_rest=with_rest, interpret=interpret
         )
     prepared = masks.prepare(
         query.shape[0], query.shape[1], key.shape[1], causal,
         query_positions, key_positions, query_segment_ids, key_segment_ids, key_length,
     )  # fmt: skip
     head_dim = query.shape[-1]
-    query, key, value, other_out = (_pad_head(x) for x in (query, key, value, other[0]))
-    out, lse = sequence_forward.sequence_forward(
-        query, key, value, other_out, other[1],
-        scale=scale, masks=prepared, out_dtype=out_dtype, interpret=interpret,
+    query, key, value, other_out, other_rest = (_pad_head(x) for x in (query, key, value, other[0], other[2]))
+    out, lse, rest = sequence_forward.sequence_forward(
+        query, key, value, other_out, other[1], other_rest,
+        scale=scale, masks=prepared, with_rest=with_rest, interpret=interpret,
     )  # fmt: skip
-    return out[..., :head_dim], lse
+    rest = None if rest is None else rest[..., :head_dim]
+    # XLA would run the kernel a second time to write a stacked copy of `out` (what a scan keeps for its backward) in
+    # place: its dynamic-slice fusion clones a custom call whose result has other users too. Not through a barrier.
+    return lax.optimization_barrier((out[..., :head_dim], lse, rest))
 
 
 def attention_backward(
@@ -165,12 +160,12 @@ def depth_forward(
     depth_length: int | jax.Array | None = None,
     *,
     scale: float,
-    out_dtype: jnp.dtype | None = None,
+    with_rest: bool = False,
     interpret: bool | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """(out [B, T, N, H], lse [B, T, N] float32) of the depth part: see `pallas_kernels.block.depth_forward`."""
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(out, lse, rest or None) of the depth part alone: see `pallas_kernels.block.depth_forward`."""
     return _depth_forward.depth_forward(
-        query, depth_key, depth_value, depth_length, scale=scale, out_dtype=out_dtype, interpret=interpret
+        query, depth_key, depth_value, depth_length, scale=scale, with_rest=with_rest, interpret=interpret
     )
 
 

@@ -55,7 +55,9 @@ from pallas_kernels.mosaic_gpu.depth_tiles import (
     WARPS,
     DepthShape,
     DepthTiles,
+    backward_bytes,
     backward_tiles,
+    check_shared_memory,
     multiprocessors,
     padded_group,
     tile_heads,
@@ -256,6 +258,7 @@ def _run(
         gradient_dtype = buffers[0].dtype
         gradients = FLOAT_BUFFERS if gradient_dtype == jnp.float32 else SMALL_BUFFERS
     tiles = tiles or backward_tiles(shape, gradient_dtype)
+    check_shared_memory("depth backward", shape, tiles, backward_bytes(shape, tiles, gradient_dtype))
     blocks = blocks or min(shape.groups, 2 if interpret else multiprocessors() * tiles.blocks)
     heads_flat = [x.reshape(-1, head_dim) for x in (query, dout)]
     depth = [x.reshape(tokens, *x.shape[2:]) for x in (depth_key, depth_value)]

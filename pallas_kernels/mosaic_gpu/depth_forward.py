@@ -71,6 +71,8 @@ from pallas_kernels.mosaic_gpu.depth_tiles import (
     WARPS,
     DepthShape,
     DepthTiles,
+    check_shared_memory,
+    forward_bytes,
     forward_tiles,
     multiprocessors,
     padded_group,
@@ -361,11 +363,11 @@ def depth_forward(
     depth_length: int | jax.Array | None = None,
     *,
     scale: float,
-    out_dtype: jnp.dtype | None = None,
+    with_rest: bool = False,
     tiles: DepthTiles | None = None,
     blocks: int | None = None,
     interpret: bool | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """softmax(scale * q . K_depth) @ V_depth over the first `depth_length` slots of each token.
 
     Args:
@@ -373,29 +375,32 @@ def depth_forward(
         depth_key, depth_value: [B, T, S, K, H], same dtype. Slots from `depth_length` on are never read.
         depth_length: filled slots, int or int32 scalar in 0..S; None: all.
         scale: factor of the logits.
-        out_dtype: of out: float32 (written as two 16-bit numbers, added outside), or None for the inputs' dtype.
+        with_rest: also return what rounding took from out.
         tiles: overrides the tile choice. blocks: overrides the number of thread blocks.
         interpret: run under the Pallas GPU interpreter; None: where there is no GPU.
 
     Returns:
-        (out [B, T, N, H], lse [B, T, N] float32, natural logarithm); no filled slot: out 0, lse -inf.
+        (out [B, T, N, H], lse [B, T, N] float32, natural logarithm, rest [B, T, N, H] in the inputs' dtype, or None);
+        no filled slot: out 0, lse -inf.
     """
     batch, length, num_heads, head_dim = query.shape
     slots, num_kv_heads = depth_key.shape[2:4]
     if interpret is None:
         interpret = warpgroup.default_interpret()
     if slots == 0:
-        return jnp.zeros_like(query, dtype=out_dtype), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+        nothing = jnp.zeros_like(query)
+        return nothing, jnp.full(query.shape[:3], -jnp.inf, jnp.float32), nothing if with_rest else None
     group_size = num_heads // num_kv_heads
     if padded_group(group_size) != group_size:
         wider = pad_group(query, num_kv_heads)
         options = {
-            "scale": scale, "out_dtype": out_dtype, "tiles": tiles, "blocks": blocks, "interpret": interpret
+            "scale": scale, "with_rest": with_rest, "tiles": tiles, "blocks": blocks, "interpret": interpret
         }  # fmt: skip
-        out, lse = depth_forward(wider, depth_key, depth_value, depth_length, **options)
-        return unpad_group(out, num_kv_heads, group_size), unpad_group(lse, num_kv_heads, group_size)
+        results = depth_forward(wider, depth_key, depth_value, depth_length, **options)
+        return tuple(None if x is None else unpad_group(x, num_kv_heads, group_size) for x in results)
     shape = DepthShape(batch * length, slots, num_heads, num_kv_heads, head_dim, tile_heads(group_size))
     tiles = tiles or forward_tiles(shape)
+    check_shared_memory("depth forward", shape, tiles, forward_bytes(shape, tiles))
     blocks = blocks or min(shape.groups, 2 if interpret else multiprocessors() * tiles.blocks)
     q = query.reshape(-1, head_dim)
     depth = [x.reshape(shape.tokens, *x.shape[2:]) for x in (depth_key, depth_value)]
@@ -404,14 +409,13 @@ def depth_forward(
         [q], depth = pad_for_interpreter(shape, tiles, [q], depth)
     compute = (InterpretedTile if interpret else WarpTile)(shape, tiles, scale, query.dtype)
     columns, copies = shape.column_blocks, (1 + 2 * WARPS) * shape.column_blocks
-    precise = out_dtype == jnp.float32
     out_type = jax.ShapeDtypeStruct((shape.tokens * num_heads, head_dim), query.dtype)
     kernel = plgpu.kernel(
         _body(shape, tiles, blocks, compute, tiles.rows if interpret else 0),
         out_type=(
             out_type,
             jax.ShapeDtypeStruct((shape.tokens * num_heads,), jnp.float32),
-            *([out_type] if precise else []),
+            *([out_type] if with_rest else []),
         ),
         scratch_types=(
             plgpu.SMEM(shape.ring_shape(tiles, 2), query.dtype, transforms=(SWIZZLE,)),
@@ -427,6 +431,8 @@ def depth_forward(
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
     out, lse, *rest = kernel(q, *depth, filled)
-    if precise:
-        out = out.astype(jnp.float32) + rest[0].astype(jnp.float32)
-    return out.reshape(query.shape), lse.reshape(batch, length, num_heads)
+    return (
+        out.reshape(query.shape),
+        lse.reshape(batch, length, num_heads),
+        rest[0].reshape(query.shape) if rest else None,
+    )

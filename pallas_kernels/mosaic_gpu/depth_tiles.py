@@ -101,6 +101,12 @@ class DepthShape:
         return (tiles.stages, parts, WARPS // tiles.box_heads, self.column_blocks, *box)
 
 
+def check_shared_memory(name: str, shape: DepthShape, tiles: DepthTiles, needed: int) -> None:
+    """Raises ValueError, with shape and tiles, if one block of a kernel does not fit into shared memory."""
+    if needed > MAX_SHARED_BYTES:
+        raise ValueError(f"{name}: {tiles} for {shape} needs {needed} bytes of shared memory: {MAX_SHARED_BYTES=}")
+
+
 def tile_heads(group_size: int) -> int:
     """Query heads of a tile: the largest divisor of G that one warp's fragments hold."""
     return max(d for d in range(1, min(group_size, MAX_TILE_HEADS) + 1) if group_size % d == 0)

@@ -5,8 +5,10 @@ A key is visible when all of these hold (each only if it applies):
     causal:    key_position <= query_position
     segments:  key_segment_id == query_segment_id
 With default positions the kernels derive everything from block indices and mask only the diagonal and the last block.
-Explicit positions or segment ids travel as int32 rows beside the tiles, and the range of blocks that a tile can see at
-all ([first, last) per tile) is computed here, by XLA, from per-block minima and maxima.
+Explicit positions or segment ids travel as int32 rows beside the tiles. From their per-block minima and maxima XLA
+computes here, per tile, which blocks it can see at all, [first, last), and a run of them that it sees whole,
+[full_first, full_last): the kernels skip what lies outside of the former and mask only what lies outside of the latter.
+In a packed row most blocks are of one of these two kinds.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class MaskSpec:
 
     @property
     def explicit(self) -> bool:
-        """Masks come from int32 rows; every block is masked, and block ranges come from outside."""
+        """Masks come from int32 rows, and block ranges from outside."""
         return self.positions or self.segments
 
     @property
@@ -120,19 +122,53 @@ def _maybe_visible(masks: Masks, batch: int, query_tokens: int, key_tokens: int,
     return visible
 
 
+def _wholly_visible(masks: Masks, batch: int, query_tokens: int, key_tokens: int, query_block: int, key_block: int):
+    """bool [B, query blocks, key blocks]: True where every key of the block is visible to every query of the block.
+
+    The diagonal of default positions is left to the kernels, which know their warpgroup's rows.
+    """
+    spec = masks.spec
+    query_blocks, key_blocks = pl.cdiv(query_tokens, query_block), pl.cdiv(key_tokens, key_block)
+    key_ends = (jnp.arange(key_blocks) + 1) * key_block
+    full = jnp.broadcast_to(key_ends <= key_tokens, (batch, query_blocks, key_blocks))
+    channel = 0
+    if spec.positions:
+        query_first, _ = _block_range(masks.query_rows[:, 0], query_block)
+        _, key_last = _block_range(masks.key_rows[:, 0], key_block)
+        full &= key_last[:, None, :] <= query_first[:, :, None]
+        channel = 1
+    if spec.segments:
+        query_low, query_high = _block_range(masks.query_rows[:, channel], query_block)
+        key_low, key_high = _block_range(masks.key_rows[:, channel], key_block)
+        full &= (query_low == query_high)[:, :, None] & (key_low == key_high)[:, None, :]
+        full &= query_low[:, :, None] == key_low[:, None, :]
+    if spec.limit:
+        full &= key_ends <= masks.limit[:, None, None]
+    return full
+
+
 def block_bounds(
     masks: Masks, batch: int, query_tokens: int, key_tokens: int, query_block: int, key_block: int, per: str
 ) -> jax.Array | None:
-    """int32 [B, blocks, 2]: for each query ("query") or key ("key") block the [first, last) blocks of the other side.
+    """int32 [B, blocks, 4]: for each query ("query") or key ("key") block, of the blocks of the other side, the [first,
+    last) that it can see anything of, and a run [full_first, full_last) of those that it sees whole.
 
-    None unless masks are explicit. An empty range is (0, 0).
+    None unless masks are explicit. An empty range is (0, 0), an empty run (first, first). Of several runs of wholly
+    visible blocks the last one is taken. With default positions the run may hold blocks that the diagonal cuts.
     """
     if not masks.spec.explicit:
         return None
-    visible = _maybe_visible(masks, batch, query_tokens, key_tokens, query_block, key_block)
+    sizes = batch, query_tokens, key_tokens, query_block, key_block
+    visible, full = _maybe_visible(masks, *sizes), _wholly_visible(masks, *sizes)
+    full &= visible
     if per == "key":
-        visible = visible.swapaxes(1, 2)
+        visible, full = visible.swapaxes(1, 2), full.swapaxes(1, 2)
     index = jnp.arange(visible.shape[-1], dtype=jnp.int32)
     last = jnp.max(jnp.where(visible, index + 1, 0), axis=-1)
     first = jnp.minimum(jnp.min(jnp.where(visible, index, _FAR), axis=-1), last)
-    return jnp.stack([first, last], axis=-1).astype(jnp.int32)
+    full_last = jnp.max(jnp.where(full, index + 1, 0), axis=-1)
+    interruption = jnp.where(full | (index >= full_last[..., None]), -1, index)
+    full_first = jnp.max(interruption, axis=-1) + 1
+    some = full_last > 0
+    full_first, full_last = jnp.where(some, full_first, first), jnp.where(some, full_last, first)
+    return jnp.stack([first, last, full_first, full_last], axis=-1).astype(jnp.int32)

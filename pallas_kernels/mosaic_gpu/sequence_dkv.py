@@ -8,7 +8,8 @@ Grid: (B, key blocks, K), or (B, K, key blocks) where the queries of all KV head
 Blocks: key, value, dkey, dvalue [64 rows per consumer warpgroup, H]; query, dout [block, H]; (lse, delta) [2, block].
 Loop: the producer warpgroup streams the query blocks of the G heads, one head after the other. A consumer works
     transposed (S^T = K Q^T), so that P^T and dS^T are register operands of the second products, and issues S^T and dP^T
-    of a step together with the second products of the step before. Diagonal blocks come first in each head, masked.
+    of a step together with the second products of the step before. Blocks that do not see all keys
+    (the diagonal, document borders) are masked.
 Resident: K and V tiles (K in registers if `key_in_registers`); dkey and dvalue accumulators in registers, which also
     hold the sum over the G heads: no atomics, bit-equal from run to run.
 Accumulators: float32; P and dS are rounded to the input dtype for the second products.
@@ -23,6 +24,8 @@ with A in registers is not simulated.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -126,12 +129,12 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
             if spec.explicit:
                 plgpu.copy_gmem_to_smem(key_rows_ref.at[batch, :, window], s.key_rows_smem.at[warpgroup], own)
 
-            # Query blocks from `full_start` on see all keys of this warpgroup.
-            full_start = first
+            # Query blocks in [full_start, full_end) see all keys of this warpgroup.
+            full_start, full_end = first, last
             if spec.explicit:
-                full_start = last
-            elif spec.causal:
-                full_start = jnp.clip(pl.cdiv(row_start + 63, block), first, last)
+                full_start, full_end = bounds_ref[batch, key_tile, 2], bounds_ref[batch, key_tile, 3]
+            if spec.causal and not spec.positions:
+                full_start = jnp.maximum(full_start, pl.cdiv(row_start + 63, block))
 
             plgpu.barrier_wait(own)
             row_values = []
@@ -187,8 +190,8 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
             zeros = wg_lib.full((64, head_dim), 0.0, wg_lib.TILE)
             dk, dv = _walk(
                 s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of, zeros,
-                first, full_start, last, group,
-                masked_start=masked_start, shape=shape, dtype=dtype, interpret=interpret,
+                first, full_start, full_end, last, group,
+                masked_start=masked_start, masked_end=spec.explicit, shape=shape, dtype=dtype, interpret=interpret,
             )  # fmt: skip
 
             dk = dk * scale
@@ -207,8 +210,8 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
 
 
 def _walk(
-    s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of, zeros, first, full_start, last, group,
-    *, masked_start, shape, dtype, interpret,
+    s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of, zeros,
+    first, full_start, full_end, last, group, *, masked_start, masked_end, shape, dtype, interpret,
 ):  # fmt: skip
     """(dK, dV): the second products of a step run together with the first products of the next one."""
     steps = last - first
@@ -245,11 +248,10 @@ def _walk(
 
     def head_body(index, carry):
         start = first + jnp.where(index == 0, 1, 0)  # the prologue did the very first step
-        head_step = index * steps
-        if masked_start:
-            carry = lax.fori_loop(start, full_start, lambda i, c: step_body(head_step, i, c, True), carry)
-            start = jnp.maximum(start, full_start)
-        return lax.fori_loop(start, last, lambda i, c: step_body(head_step, i, c, False), carry)
+        return wg_lib.walk_blocks(
+            start, full_start, full_end, last, functools.partial(step_body, index * steps), carry,
+            masked_head=masked_start, masked_tail=masked_end,
+        )  # fmt: skip
 
     dk, dv, p, ds = lax.fori_loop(0, group, head_body, (zeros, zeros, p, ds))
     slot = slot_of(steps * group - 1)

@@ -114,14 +114,15 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
             if spec.explicit:
                 plgpu.copy_gmem_to_smem(query_rows_ref.at[batch, :, window], s.query_rows_smem.at[warpgroup], own)
 
+            # Key blocks of this warpgroup: [first, own_end), of which [full_start, full_end) need no mask.
             if spec.explicit:
-                full_end, own_end = first, last
+                full_start, full_end, own_end = bounds_ref[batch, query_tile, 2], bounds_ref[batch, query_tile, 3], last
             else:
-                full_end, own_end = lax.div(limit, jnp.int32(block)), pl.cdiv(limit, block)
-                if spec.causal:
-                    full_end = jnp.minimum(full_end, lax.div(row_start + 1, jnp.int32(block)))
-                    own_end = jnp.minimum(own_end, pl.cdiv(row_start + 64, block))
-                own_end = jnp.minimum(jnp.maximum(own_end, first + 1), last)
+                full_start, full_end, own_end = first, lax.div(limit, jnp.int32(block)), pl.cdiv(limit, block)
+            if spec.causal and not spec.positions:
+                full_end = jnp.minimum(full_end, lax.div(row_start + 1, jnp.int32(block)))
+                own_end = jnp.minimum(own_end, pl.cdiv(row_start + 64, block))
+            own_end = jnp.minimum(jnp.maximum(own_end, first + 1), last)
 
             plgpu.barrier_wait(own)
             lse = plgpu.load(statistics_smem.at[0], layout=wg_lib.ROW)
@@ -189,11 +190,10 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
                 (dq, _, _), ds = wg_lib.accumulate(issue, [dq, shape, shape], ds, interpret=interpret)
                 return dq, ds
 
-            carry = lax.fori_loop(first + 1, full_end, lambda i, c: step_body(i, c, False), (dq, ds))
-            if masked_end:
-                start = jnp.maximum(first + 1, full_end)
-                carry = lax.fori_loop(start, own_end, lambda i, c: step_body(i, c, True), carry)
-            dq, ds = carry
+            dq, ds = wg_lib.walk_blocks(
+                first + 1, full_start, full_end, own_end, step_body, (dq, ds),
+                masked_head=spec.explicit, masked_tail=masked_end,
+            )  # fmt: skip
 
             slot = slot_of(own_end - 1)
 
@@ -203,7 +203,13 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
 
             (dq,), _ = wg_lib.accumulate(finish, [dq], interpret=interpret)
             plgpu.barrier_arrive(s.consumed.at[slot])
-            pl.loop(own_end, last)(lambda step: plgpu.barrier_arrive(s.consumed.at[slot_of(step)]))
+
+            @pl.loop(own_end, last)
+            def _release(step):
+                """Blocks that only the other warpgroups need."""
+                if interpret:
+                    plgpu.barrier_wait(s.ready.at[slot_of(step)])
+                plgpu.barrier_arrive(s.consumed.at[slot_of(step)])
 
             query_smem[...] = (dq * scale).astype(dtype)
             plgpu.commit_smem()

@@ -6,13 +6,15 @@ Equation, per batch row b, query head n (KV head n // G), query t:
 and, if `other_out`, `other_lse` are given (another block of the same softmax, such as the depth part):
     lse' = log(exp(lse) + exp(other_lse));  out' = exp(lse - lse') out + exp(other_lse - lse') other_out.
 A query that sees nothing: out 0, lse -inf.
-With out_dtype=float32, out leaves (and other_out comes) as two numbers of the input dtype, rounded and rest.
+With `with_rest`, out also leaves what rounding took from it, as a second number of the input dtype; `other_rest` is
+that of other_out.
 
 Grid: (B, query blocks, N); head fastest, so that the CTAs of one KV head run side by side and share K and V in L2;
     query blocks in descending order, so that the longest causal rows start first.
 Blocks: query and out [query_block, H], 64 rows per consumer warpgroup; key and value [key_block, H].
 Loop: one producer warpgroup streams K and V through two rings of `stages` TMA blocks; each consumer warpgroup walks the
-    key blocks in ascending order: full blocks unmasked, then the diagonal and ragged ones masked. A warpgroup issues
+    key blocks in ascending order: blocks that all its rows see whole unmasked, the others (document borders, the
+    diagonal, a ragged end) masked. A warpgroup issues
     Q K^T of block j and P V of block j-1 together and does the softmax of j while the latter runs.
 Resident: query tile in SMEM; out accumulator, running maximum and sum in registers.
 Accumulators: float32 (logits, out, maximum, sum); P is rounded to the input dtype for the second product.
@@ -22,7 +24,8 @@ Bound on an H200 at H=64: exp2 (16 a clock per SM) takes exactly as long as the 
     Two warpgroups taking turns on the tensor cores (the usual schedule) measured 5.2 ms. H=128: tensor cores.
 Benchmark: python -m benchmarks.attention, rows with S=0, column "forward".
 
-Interpreted on a CPU, P goes through SMEM (`p_stage`): `wgmma` with A in registers is not simulated. See warpgroup.py.
+Interpreted on a CPU, P goes through SMEM (`p_stage`): `wgmma` with A in registers is not simulated (see warpgroup.py);
+and `_release` waits for the blocks that it gives back, because there every phase of a barrier has to be observed.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from pallas_kernels.mosaic_gpu import tiles as tiles_lib
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
 
 
-def _scratch(tiles, head_dim, dtype, spec, merge, precise, interpret):
+def _scratch(tiles, head_dim, dtype, spec, merge, with_rest, interpret):
     """Scratch shapes by name; None where a variant does not need it."""
     warpgroups, key_block, stages = tiles.warpgroups, tiles.key_block, tiles.stages
     tile = wg_lib.tiled_smem
@@ -47,14 +50,14 @@ def _scratch(tiles, head_dim, dtype, spec, merge, precise, interpret):
         key_smem=tile((stages, key_block, head_dim), dtype),
         value_smem=tile((stages, key_block, head_dim), dtype),
         lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32),
-        other_smem=tile((warpgroups, 64, head_dim), dtype) if merge else None,
+        other_smem=tile((warpgroups, 64, head_dim), dtype) if merge or with_rest else None,
         other_lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32) if merge else None,
         query_rows_smem=plgpu.SMEM((warpgroups, spec.channels, 64), jnp.int32) if spec.explicit else None,
         key_rows_smem=plgpu.SMEM((stages, spec.channels, key_block), jnp.int32) if spec.explicit else None,
         p_stage=tile((warpgroups, 64, key_block), dtype) if interpret else None,
         query_ready=plgpu.Barrier(num_arrivals=2 if spec.explicit else 1, num_barriers=warpgroups),
         other_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups) if merge else None,
-        other_rest_ready=plgpu.Barrier(num_barriers=warpgroups) if merge and precise else None,
+        other_rest_ready=plgpu.Barrier(num_barriers=warpgroups) if merge and with_rest else None,
         key_ready=plgpu.Barrier(num_arrivals=2 if spec.explicit else 1, num_barriers=stages),
         value_ready=plgpu.Barrier(num_barriers=stages),
         key_consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
@@ -63,7 +66,7 @@ def _scratch(tiles, head_dim, dtype, spec, merge, precise, interpret):
 
 
 def _make_body(
-    *, tiles, spec, merge, precise, scale, query_tokens, key_tokens, heads_per_kv_head, head_dim, dtype, interpret
+    *, tiles, spec, merge, with_rest, scale, query_tokens, key_tokens, heads_per_kv_head, head_dim, dtype, interpret
 ):
     """The kernel body: operands, outputs, scratch."""
     warpgroups, key_block, stages = tiles.warpgroups, tiles.key_block, tiles.stages
@@ -75,11 +78,11 @@ def _make_body(
     def body(*refs, **scratch):
         refs = list(refs)
         query_ref, key_ref, value_ref = refs[:3]
-        out_rest_ref = refs.pop() if precise else None
+        out_rest_ref = refs.pop() if with_rest else None
         lse_ref, out_ref = refs.pop(), refs.pop()
         refs = refs[3:]
         other_ref, other_lse_ref = (refs.pop(0), refs.pop(0)) if merge else (None, None)
-        other_rest_ref = refs.pop(0) if merge and precise else None
+        other_rest_ref = refs.pop(0) if merge and with_rest else None
         limit_ref = refs.pop(0) if spec.limit else None
         query_rows_ref, key_rows_ref, bounds_ref = refs if spec.explicit else (None, None, None)
         s = wg_lib.named(scratch)
@@ -160,15 +163,15 @@ def _make_body(
                     s.other_ready.at[warpgroup],
                 )
 
-            # Key blocks of this warpgroup: [first, full_end) unmasked, [full_end, own_end) masked.
+            # Key blocks of this warpgroup: [first, own_end), of which [full_start, full_end) need no mask.
             if spec.explicit:
-                full_end, own_end = first, last
+                full_start, full_end, own_end = bounds_ref[batch, query_tile, 2], bounds_ref[batch, query_tile, 3], last
             else:
-                full_end, own_end = lax.div(limit, jnp.int32(key_block)), pl.cdiv(limit, key_block)
-                if spec.causal:
-                    full_end = jnp.minimum(full_end, lax.div(row_start + 1, jnp.int32(key_block)))
-                    own_end = jnp.minimum(own_end, pl.cdiv(row_start + 64, key_block))
-                own_end = jnp.minimum(jnp.maximum(own_end, first + 1), last)
+                full_start, full_end, own_end = first, lax.div(limit, jnp.int32(key_block)), pl.cdiv(limit, key_block)
+            if spec.causal and not spec.positions:
+                full_end = jnp.minimum(full_end, lax.div(row_start + 1, jnp.int32(key_block)))
+                own_end = jnp.minimum(own_end, pl.cdiv(row_start + 64, key_block))
+            own_end = jnp.minimum(jnp.maximum(own_end, first + 1), last)
 
             plgpu.barrier_wait(s.query_ready.at[warpgroup])
             row_values = []
@@ -181,7 +184,11 @@ def _make_body(
                 return lax.rem(step - first, jnp.int32(stages))
 
             def load_key_rows(slot):
-                return [plgpu.load(s.key_rows_smem.at[slot, c], layout=wg_lib.COLUMN) for c in range(spec.channels)]
+                """Of a block that is masked. TMA overwrites the slot soon: these reads are fenced from its writes."""
+                loaded = [plgpu.load(s.key_rows_smem.at[slot, c], layout=wg_lib.COLUMN) for c in range(spec.channels)]
+                if spec.explicit:
+                    plgpu.commit_smem()
+                return loaded
 
             def hide(logits, step, key_values):
                 """Puts HIDDEN where a key is not visible."""
@@ -217,10 +224,11 @@ def _make_body(
 
             out, maximum, total = _walk(
                 s, query_smem, p_stage, slot_of, load_key_rows, softmax, out, maximum, total,
-                first, full_end, own_end, last, shape=shape, dtype=dtype, masked_end=masked_end, interpret=interpret,
+                first, full_start, full_end, own_end, last,
+                shape=shape, dtype=dtype, masked_start=spec.explicit, masked_end=masked_end, interpret=interpret,
             )  # fmt: skip
 
-            if merge and precise:
+            if merge and with_rest:
                 plgpu.commit_smem()  # all warps are done with the queries, which make room
                 plgpu.copy_gmem_to_smem(
                     other_rest_ref.at[batch, row_window, head], query_smem, s.other_rest_ready.at[warpgroup]
@@ -238,7 +246,7 @@ def _make_body(
                 lse = top + jnp.log(both)
                 weight = weight * mine * inverse
                 other = plgpu.load(s.other_smem.at[warpgroup], layout=wg_lib.TILE).astype(jnp.float32)
-                if precise:
+                if with_rest:
                     plgpu.barrier_wait(s.other_rest_ready.at[warpgroup])
                     other += plgpu.load(query_smem, layout=wg_lib.TILE).astype(jnp.float32)
                     plgpu.commit_smem()  # all warps have read it
@@ -247,23 +255,22 @@ def _make_body(
                 out = out * wg_lib.rows(weight, out.shape)
             rounded = out.astype(dtype)
             query_smem[...] = rounded
+            if with_rest:
+                s.other_smem[warpgroup] = (out - rounded.astype(jnp.float32)).astype(dtype)
             s.lse_smem[warpgroup] = lse
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(query_smem, out_ref.at[batch, row_window, head])
+            if with_rest:
+                plgpu.copy_smem_to_gmem(s.other_smem.at[warpgroup], out_rest_ref.at[batch, row_window, head])
             plgpu.copy_smem_to_gmem(s.lse_smem.at[warpgroup], lse_ref.at[batch, head, row_window])
             plgpu.wait_smem_to_gmem(0)
-            if precise:
-                query_smem[...] = (out - rounded.astype(jnp.float32)).astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(query_smem, out_rest_ref.at[batch, row_window, head])
-                plgpu.wait_smem_to_gmem(0)
 
     return body
 
 
 def _walk(
     s, query_smem, p_stage, slot_of, load_key_rows, softmax, out, maximum, total,
-    first, full_end, own_end, last, *, shape, dtype, masked_end, interpret,
+    first, full_start, full_end, own_end, last, *, shape, dtype, masked_start, masked_end, interpret,
 ):  # fmt: skip
     """Walks the key blocks; Q K^T of a block runs together with P V of the block before."""
     slot = slot_of(first)
@@ -286,7 +293,7 @@ def _walk(
             plgpu.barrier_wait(s.value_ready.at[previous])
             wg_lib.wgmma_registers(out_acc, p, s.value_smem.at[previous], p_stage)
             logits = wg_lib.load_after(logits_acc, 1)
-            key_values = load_key_rows(slot)
+            key_values = load_key_rows(slot) if masked else []
             plgpu.barrier_arrive(s.key_consumed.at[slot])
             new_p, rescale, new_maximum, new_total = softmax(logits, maximum, total, step, key_values, masked)
             plgpu.wgmma_wait(0)
@@ -301,12 +308,10 @@ def _walk(
         )
         return out * wg_lib.rows(rescale, out.shape), p, maximum, total
 
-    carry = (out, p, maximum, total)
-    carry = lax.fori_loop(first + 1, full_end, lambda i, c: step_body(i, c, False), carry)
-    if masked_end:
-        start = jnp.maximum(first + 1, full_end)
-        carry = lax.fori_loop(start, own_end, lambda i, c: step_body(i, c, True), carry)
-    out, p, maximum, total = carry
+    out, p, maximum, total = wg_lib.walk_blocks(
+        first + 1, full_start, full_end, own_end, step_body, (out, p, maximum, total),
+        masked_head=masked_start, masked_tail=masked_end,
+    )  # fmt: skip
 
     slot = slot_of(own_end - 1)
     plgpu.barrier_wait(s.value_ready.at[slot])
@@ -321,6 +326,9 @@ def _walk(
     @pl.loop(own_end, last)
     def _release(step):
         """Blocks that only the other warpgroups need."""
+        if interpret:
+            plgpu.barrier_wait(s.key_ready.at[slot_of(step)])
+            plgpu.barrier_wait(s.value_ready.at[slot_of(step)])
         plgpu.barrier_arrive(s.key_consumed.at[slot_of(step)])
         plgpu.barrier_arrive(s.value_consumed.at[slot_of(step)])
 
@@ -333,23 +341,24 @@ def sequence_forward(
     value: jax.Array,
     other_out: jax.Array | None = None,
     other_lse: jax.Array | None = None,
+    other_rest: jax.Array | None = None,
     *,
     scale: float,
     masks: masks_lib.Masks,
-    out_dtype: jnp.dtype | None = None,
+    with_rest: bool = False,
     tiles: tiles_lib.ForwardTiles | None = None,
     interpret: bool | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """softmax(scale * query key^T) value over the visible keys, merged with another block if one is given.
 
     Args:
         query: [B, T, N, H], bfloat16 or float16, H 64 or 128.
         key, value: [B, U, K, H], K divides N.
-        other_out, other_lse: [B, T, N, H] and float32 [B, T, N] (natural log) of another block of the same softmax;
-            other_out may be float32 if out is.
+        other_out, other_lse: [B, T, N, H] and float32 [B, T, N] (natural log) of another block of the same softmax.
+        other_rest: [B, T, N, H], the other block's rest; goes with other_out where `with_rest`.
         scale: factor of the logits.
         masks: from `masks.prepare`.
-        out_dtype: of out: float32, or None for the input dtype.
+        with_rest: also return what rounding took from out.
         tiles: overrides `tiles.choose_tiles`.
         interpret: run on the CPU; None: where there is no GPU.
 
@@ -357,24 +366,26 @@ def sequence_forward(
         ValueError: tiles that do not fit into shared memory.
 
     Returns:
-        (out [B, T, N, H], lse float32 [B, T, N], natural log, -inf where nothing is visible)
+        (out [B, T, N, H], lse float32 [B, T, N], natural log, -inf where nothing is visible, rest [B, T, N, H] or None)
     """
     batch, query_tokens, heads, head_dim = query.shape
     key_tokens, kv_heads = key.shape[1:3]
     interpret = wg_lib.default_interpret() if interpret is None else interpret
     query, scale = wg_lib.positive_scale(query, scale)
     tiles = tiles or tiles_lib.choose_tiles(head_dim, interpret=interpret).forward
-    tiles.check(head_dim, query.dtype.itemsize, masks.spec.channels, other_out is not None)
-    spec, merge, precise = masks.spec, other_out is not None, out_dtype == jnp.float32
+    tiles.check(head_dim, query.dtype.itemsize, masks.spec.channels, other_out is not None or with_rest)
+    spec, merge = masks.spec, other_out is not None
+    if with_rest and merge and other_rest is None:
+        raise ValueError("other_rest=None: expected an array, because with_rest=True and other_out is given")
     query_blocks = pl.cdiv(query_tokens, tiles.query_block)
     padded_tokens = query_blocks * tiles.query_block
 
     query, key, value = (wg_lib.pad_tokens(x) for x in (query, key, value))
     operands = [query, key, value]
     if merge:
-        other_out, other_rest = (wg_lib.pad_tokens(x) for x in wg_lib.split(other_out, query.dtype))
+        other_out = wg_lib.pad_tokens(other_out)
         other_lse = jnp.pad(other_lse.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded_tokens - query_tokens)))
-        operands += [other_out, other_lse, *([other_rest] if precise else [])]
+        operands += [other_out, other_lse, *([wg_lib.pad_tokens(other_rest)] if with_rest else [])]
     if spec.limit:
         operands.append(masks.limit)
     if spec.explicit:
@@ -386,18 +397,18 @@ def sequence_forward(
             ),
         ]
     body = _make_body(
-        tiles=tiles, spec=spec, merge=merge, precise=precise, scale=scale,
+        tiles=tiles, spec=spec, merge=merge, with_rest=with_rest, scale=scale,
         query_tokens=query_tokens, key_tokens=key_tokens,
         heads_per_kv_head=heads // kv_heads, head_dim=head_dim, dtype=query.dtype, interpret=interpret,
     )  # fmt: skip
-    scratch = _scratch(tiles, head_dim, query.dtype, spec, merge, precise, interpret)
+    scratch = _scratch(tiles, head_dim, query.dtype, spec, merge, with_rest, interpret)
     like_query = jax.ShapeDtypeStruct(query.shape, query.dtype)
     out, lse, *rest = plgpu.kernel(
         body,
         out_type=(
             like_query,
             jax.ShapeDtypeStruct((batch, heads, padded_tokens), jnp.float32),
-            *([like_query] if precise else []),
+            *([like_query] if with_rest else []),
         ),
         grid=(batch, query_blocks, heads),
         grid_names=("batch", "query_block", "head"),
@@ -410,6 +421,5 @@ def sequence_forward(
             "moda_sequence_forward", query_tokens, key_tokens, heads, kv_heads, head_dim, tiles
         ),
     )(*operands)
-    if precise:
-        out = out.astype(jnp.float32) + rest[0].astype(jnp.float32)
-    return out[:, :query_tokens], lse[..., :query_tokens].swapaxes(1, 2)
+    rest = rest[0][:, :query_tokens] if with_rest else None
+    return out[:, :query_tokens], lse[..., :query_tokens].swapaxes(1, 2), rest

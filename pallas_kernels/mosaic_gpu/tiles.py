@@ -59,9 +59,12 @@ class ForwardTiles:
         """Query rows of a CTA."""
         return 64 * self.warpgroups
 
-    def check(self, head_dim: int, itemsize: int, mask_channels: int, merge: bool) -> None:
-        """Raises ValueError if the blocks do not fit into shared memory."""
-        own = self.query_block * (1 + merge) * (head_dim * itemsize + 4) + self.query_block * mask_channels * 4
+    def check(self, head_dim: int, itemsize: int, mask_channels: int, second: bool) -> None:
+        """Raises ValueError if the blocks do not fit into shared memory.
+
+        `second`: there is a second tile beside the query's, for another block's out or for the rest of out.
+        """
+        own = self.query_block * (1 + second) * (head_dim * itemsize + 4) + self.query_block * mask_channels * 4
         stage = self.key_block * (2 * head_dim * itemsize + mask_channels * 4)
         _check_shared("sequence forward", self, own + self.stages * stage, head_dim)
 

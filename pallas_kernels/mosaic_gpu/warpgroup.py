@@ -76,14 +76,6 @@ def pad_tokens(x: jax.Array) -> jax.Array:
     return x if not missing else jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
 
 
-def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """x as the sum of two arrays of a 16-bit dtype, to twice its precision."""
-    rounded = x.astype(dtype)
-    # Behind a barrier: XLA may drop a conversion to a narrower type and back.
-    wide = lax.optimization_barrier(rounded).astype(jnp.float32)
-    return rounded, (x.astype(jnp.float32) - wide).astype(dtype)
-
-
 def full(shape: Sequence[int], value: float, layout: Any) -> jax.Array:
     """A float32 constant held in registers."""
     return plgpu.layout_cast(jnp.full(tuple(shape), value, jnp.float32), layout)
@@ -97,6 +89,32 @@ def rows(x: jax.Array, shape: Sequence[int]) -> jax.Array:
 def columns(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     """[columns] -> [M, columns]."""
     return lax.broadcast_in_dim(x, tuple(shape), [1])
+
+
+def walk_blocks(
+    start: Any,
+    full_start: Any,
+    full_end: Any,
+    end: Any,
+    step: Callable[[Any, Any, bool], Any],
+    carry: Any,
+    *,
+    masked_head: bool,
+    masked_tail: bool,
+) -> Any:
+    """Runs `carry = step(block, carry, masked)` over the blocks [start, end), masked outside of [full_start, full_end).
+
+    `masked_head`, `masked_tail`: whether there can be masked blocks before and behind the full ones; the loops that
+    cannot run are not compiled.
+    """
+    full_start = jnp.clip(full_start, start, end) if masked_head else start
+    full_end = jnp.clip(full_end, full_start, end) if masked_tail else end
+    if masked_head:
+        carry = lax.fori_loop(start, full_start, lambda i, c: step(i, c, True), carry)
+    carry = lax.fori_loop(full_start, full_end, lambda i, c: step(i, c, False), carry)
+    if masked_tail:
+        carry = lax.fori_loop(full_end, end, lambda i, c: step(i, c, True), carry)
+    return carry
 
 
 def accumulate(

@@ -24,10 +24,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.rounding import rounded
 from pallas_kernels.xla import depth, sequence
 from pallas_kernels.xla.blocks import MASKED
-
-TAKES_OUT_DTYPE = True
 
 
 def check_supported(**facts: object) -> None:
@@ -49,15 +48,16 @@ def attention_forward(
     query_segment_ids: Array | None = None,
     key_segment_ids: Array | None = None,
     key_length: Array | None = None,
-    out_dtype: jnp.dtype | None = None,
-) -> tuple[Array, Array]:
-    """(out [B, T, N, H], lse [B, T, N] float32); see `pallas_kernels.block`."""
+    with_rest: bool = False,
+) -> tuple[Array, Array, Array | None]:
+    """(out [B, T, N, H], lse [B, T, N] float32, rest or None); see `pallas_kernels.block`."""
     masks = sequence.Masks(causal, query_positions, key_positions, query_segment_ids, key_segment_ids, key_length)
     out, lse = sequence.forward(query, key, value, scale, masks)
     if not _no_slots(depth_key, depth_length):
         depth_out, depth_lse = depth.forward(query, depth_key, depth_value, depth_length, scale)
         out, lse = _merge(out, lse, depth_out, depth_lse)
-    return out.astype(out_dtype or query.dtype), lse
+    out, rest = rounded(out, query.dtype, with_rest=with_rest)
+    return out, lse, rest
 
 
 def attention_backward(
@@ -102,13 +102,16 @@ def depth_forward(
     depth_length: int | Array | None = None,
     *,
     scale: float,
-    out_dtype: jnp.dtype | None = None,
-) -> tuple[Array, Array]:
-    """(out, lse) of the depth part alone; without a filled slot out is 0 and lse -inf."""
+    with_rest: bool = False,
+) -> tuple[Array, Array, Array | None]:
+    """(out, lse, rest or None) of the depth part alone; without a filled slot out is 0 and lse -inf."""
     if _no_slots(depth_key, depth_length):
-        return jnp.zeros_like(query, dtype=out_dtype), jnp.full_like(query[..., 0], -jnp.inf, dtype=jnp.float32)
+        nothing = jnp.zeros_like(query)
+        rest = nothing if with_rest and query.dtype != jnp.float32 else None
+        return nothing, jnp.full_like(query[..., 0], -jnp.inf, dtype=jnp.float32), rest
     out, lse = depth.forward(query, depth_key, depth_value, depth_length, scale)
-    return out.astype(out_dtype or query.dtype), lse
+    out, rest = rounded(out, query.dtype, with_rest=with_rest)
+    return out, lse, rest
 
 
 def depth_backward(

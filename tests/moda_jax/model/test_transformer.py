@@ -98,7 +98,7 @@ def default_gradient():
     return gradient_of(TINY)
 
 
-@pytest.mark.parametrize("fields", [{"remat": "full"}, {"remat": "none"}, {"layer_loop": "unroll"}])
+@pytest.mark.parametrize("fields", [{"remat": "full"}, {"remat": "ffn"}, {"remat": "none"}, {"layer_loop": "unroll"}])
 def test_remat_and_unrolling_change_no_number(fields):
     got = gradient_of(dataclasses.replace(TINY, **fields))
     jax.tree_util.tree_map_with_path(

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moda_jax.training.loss import loss_sums
+from moda_jax.training import loss
+from moda_jax.training.loss import loss_sums, projected_loss_sums
 
 
 def oracle(logits, targets, mask):
@@ -66,3 +67,49 @@ def test_gradient_is_softmax_minus_one_hot():
     softmax /= softmax.sum(-1, keepdims=True)
     expected = (softmax - np.eye(11)[targets]) * mask[..., None]
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit_bytes", [2**31, 3 * 4 * 11 * 4, 1], ids=["one block", "ragged blocks", "one by one"])
+def test_projected_loss_equals_the_loss_of_all_logits(monkeypatch, limit_bytes):
+    monkeypatch.setattr(loss, "LOGITS_BYTES", limit_bytes)
+    _, targets, mask = example()
+    random = np.random.default_rng(5)
+    hidden = jnp.float32(random.normal(size=(3, 7, 5)))
+    table = jnp.float32(random.normal(size=(11, 5)))
+
+    def plain(hidden, table):
+        sums = loss_sums(jnp.einsum("btd,vd->btv", hidden, table, precision="highest"), targets, mask)
+        return sums.loss + 0.1 * sums.z_loss, sums
+
+    (objective, sums), gradients = jax.value_and_grad(
+        lambda *a: projected_loss_sums(0.1, *a, targets, mask), argnums=(0, 1), has_aux=True
+    )(hidden, table)
+    (expected, expected_sums), expected_gradients = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(
+        hidden, table
+    )
+    np.testing.assert_allclose(objective, expected, rtol=1e-6)
+    np.testing.assert_allclose(sums, expected_sums, rtol=1e-6)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
+    without_gradient = projected_loss_sums(0.1, hidden, table, targets, mask)
+    np.testing.assert_allclose(without_gradient[1], expected_sums, rtol=1e-6)
+
+
+def test_projected_loss_of_no_targets():
+    _, targets, mask = example()
+    hidden, table = jnp.ones((3, 7, 5)), jnp.ones((11, 5))
+    gradients = jax.grad(lambda *a: projected_loss_sums(0.1, *a, targets + 10**6, 0 * mask)[0], argnums=(0, 1))
+    assert not any(np.any(gradient) for gradient in gradients(hidden, table))
+
+
+def test_projected_loss_needs_memory_for_a_block_of_logits_only(monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 2**16)
+    batch, tokens, width, vocabulary = 4, 512, 8, 1024  # all logits: 8 MB
+
+    def objective(hidden, table):
+        targets = jnp.zeros((batch, tokens), jnp.int32)
+        return projected_loss_sums(0.1, hidden, table, targets, jnp.ones((batch, tokens)))[0]
+
+    specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, tokens, width), (vocabulary, width))]
+    compiled = jax.jit(jax.value_and_grad(objective, argnums=(0, 1))).lower(*specs).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 10 * 2**16

@@ -15,9 +15,20 @@ from moda_jax.training.train_step import make_eval_step, make_train_step
 V, D, B, T = 13, 5, 8, 6
 
 
-def bigram(params, tokens, segment_ids=None, positions=None):
+class Bigram:
     """The smallest model with a matrix and a table: it stands in for the Transformer, which has its own tests."""
-    return params["embedding"]["table"][tokens] @ params["head"]["kernel"]
+
+    def __call__(self, params, tokens, segment_ids=None, positions=None):
+        return self.hidden(params, tokens) @ params["head"]["kernel"]
+
+    def hidden(self, params, tokens, segment_ids=None, positions=None):
+        return params["embedding"]["table"][tokens]
+
+    def output_table(self, params):
+        return params["head"]["kernel"].T
+
+
+bigram = Bigram()
 
 
 def new_state(optimizer):

@@ -61,13 +61,6 @@ def test_gradients_under_vmap():
     assert all(name in text for name in FORWARD + BACKWARD)
 
 
-def test_gradients_with_a_wide_out(monkeypatch):
-    """What the public op will do when `TAKES_OUT_DTYPE` is switched on."""
-    monkeypatch.setattr(mosaic_gpu, "TAKES_OUT_DTYPE", True)
-    text = lower(jax.vmap(gradients), *attention_specs(3, 1))
-    assert all(name in text for name in FORWARD + BACKWARD)
-
-
 def test_accumulating_backward_under_scan():
     """A reverse scan over layers whose carry is the gradient of the whole depth buffer."""
     query, key, _, depth, _, _ = attention_specs(1)

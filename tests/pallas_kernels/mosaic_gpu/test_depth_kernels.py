@@ -103,7 +103,7 @@ LARGE_FORWARD = [
 def run_forward(case):
     *dims, slots, filled, dtype, tiles = case
     query, _, key, value, *_ = draw(*dims, slots, filled, dtype)
-    run = jax.jit(functools.partial(forward, scale=SCALE, tiles=tiles))
+    run = jax.jit(lambda *arrays: forward(*arrays, scale=SCALE, tiles=tiles)[:2])
     out, lse = run(query, key, value, jnp.int32(filled))
     want, want_lse = forward_oracle(query, key, value, filled)
     check("out", out, want, dtype)
@@ -119,10 +119,10 @@ def test_forward(case):
 
 def test_forward_without_filled_slots():
     query, _, key, value, *_ = draw(1, 3, 2, 2, 64, 16, 0, jnp.bfloat16)
-    out, lse = forward(query, key, value, 0, scale=SCALE)
+    out, lse, _ = forward(query, key, value, 0, scale=SCALE)
     assert (np.asarray(out) == 0).all()
     assert (np.asarray(lse) == -np.inf).all()
-    out, lse = forward(query, key[:, :, :0], value[:, :, :0], None, scale=SCALE)
+    out, lse, _ = forward(query, key[:, :, :0], value[:, :, :0], None, scale=SCALE)
     assert (np.asarray(out) == 0).all()
     assert (np.asarray(lse) == -np.inf).all()
 
@@ -201,7 +201,7 @@ def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
 
     run = functools.partial(forward, scale=SCALE, interpret=False)
     assert "moda_depth_forward" in lower(run, query, array, array, filled)
-    lower(functools.partial(run, out_dtype=jnp.float32), query, array, array, filled)
+    lower(functools.partial(run, with_rest=True), query, array, array, filled)
     for gradient_dtype, name in ((None, ""), (dtype, "_accumulate"), (jnp.float32, "_accumulate_float32")):
         buffer = None if gradient_dtype is None else jax.ShapeDtypeStruct(depth, gradient_dtype)
         for box_heads in (1, 2):
@@ -226,7 +226,6 @@ def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
     [
         ({"dtype": jnp.float32}, "dtype=float32"),
         ({"head_dim": 136}, "head_dim=136: expected a multiple of 8 up to 128"),
-        ({"head_dim": 72}, "head_dim=72: values at head_dim above 64 have not been verified on the chip"),
         ({"head_dim": 60}, "head_dim=60"),
         ({"slots": 513}, "513 depth slots"),
     ],
@@ -236,6 +235,19 @@ def test_what_is_not_taken(facts, message):
     mosaic_gpu.check_supported(**call)
     with pytest.raises(NotImplementedError, match=message):
         mosaic_gpu.check_supported(**(call | facts))
+
+
+def test_tiles_that_do_not_fit_are_refused_with_shape_and_tiles():
+    query, dout, key, value, lse, delta = draw(1, 2, 2, 2, 64, 16, 16, jnp.bfloat16)
+    tiles = depth_tiles.DepthTiles(256, 8, 1)
+    with pytest.raises(
+        ValueError, match=r"depth forward: DepthTiles\(rows=256.*DepthShape\(tokens=2.* bytes of shared"
+    ):
+        forward(query, key, value, 16, scale=SCALE, tiles=tiles)
+    with pytest.raises(
+        ValueError, match=r"depth backward: DepthTiles\(rows=256.*DepthShape\(tokens=2.* bytes of shared"
+    ):
+        backward(query, key, value, 16, dout, lse, delta, scale=SCALE, tiles=tiles)
 
 
 def test_tiles_fit_for_every_shape():

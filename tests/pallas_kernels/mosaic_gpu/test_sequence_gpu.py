@@ -53,7 +53,7 @@ def kernels(query, key, value, dout, rows, *, causal):
     prepared = masks_lib.prepare(
         query.shape[0], query.shape[1], key.shape[1], causal, *(rows.get(field) for field in FIELDS)
     )
-    out, lse = sequence_forward(query, key, value, scale=SCALE, masks=prepared)
+    out, lse, _ = sequence_forward(query, key, value, scale=SCALE, masks=prepared)
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
     return out, lse, *sequence_backward(query, key, value, dout, lse, delta, scale=SCALE, masks=prepared)
 

@@ -86,6 +86,11 @@ def mask_rows(rng, names, batch, query_tokens, key_tokens):
     if "segments" in names:
         rows["query_segment_ids"] = np.sort(rng.integers(0, 3, (batch, query_tokens))).astype(np.int32)
         rows["key_segment_ids"] = np.sort(rng.integers(0, 3, (batch, key_tokens))).astype(np.int32)
+    if "documents" in names:  # long enough for blocks that need no mask, before and behind a border inside a block
+        rows["query_segment_ids"] = (
+            np.repeat(np.arange(query_tokens) >= 130, batch).reshape(-1, batch).T.astype(np.int32)
+        )
+        rows["key_segment_ids"] = np.repeat(np.arange(key_tokens) >= 130, batch).reshape(-1, batch).T.astype(np.int32)
     if "positions" in names:
         rows["query_positions"] = np.stack([rng.permutation(query_tokens) for _ in range(batch)]).astype(np.int32)
         rows["key_positions"] = np.stack([rng.permutation(key_tokens) for _ in range(batch)]).astype(np.int32)
@@ -107,6 +112,8 @@ CASES = {
     "key_length_whole_blocks": (2, 64, 128, 1, 1, 64, False, ("key_length",), False, jnp.float16),
     "full_whole_blocks": (1, 64, 128, 1, 1, 64, False, (), False, jnp.bfloat16),
     "causal_segments_and_key_length": (2, 64, 128, 1, 1, 64, True, ("segments", "key_length"), False, jnp.bfloat16),
+    "causal_documents": (1, 320, 320, 1, 1, 64, True, ("documents",), False, jnp.bfloat16),
+    "full_documents_and_key_length": (2, 192, 300, 1, 1, 64, False, ("documents", "key_length"), False, jnp.bfloat16),
     "head_dim_128": (1, 72, 72, 1, 1, 128, True, ("segments",), True, jnp.bfloat16),
     "one_token": (1, 1, 1, 2, 1, 64, True, (), False, jnp.bfloat16),
 }
@@ -139,7 +146,7 @@ def test_interpreted_kernels_match_the_oracle_without_races(name):
             ("query_positions", "key_positions", "query_segment_ids", "key_segment_ids", "key_length")
         ),
     )  # fmt: skip
-    out, lse = sequence_forward(
+    out, lse, _ = sequence_forward(
         query, key, value, other_out, other_lse, scale=scale, masks=prepared, tiles=FORWARD, interpret=True
     )
     assert_no_races()
@@ -165,7 +172,7 @@ def test_scale_may_be_negative_or_zero(scale):
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(size=(1, 40, 1, 64)), jnp.bfloat16) for _ in range(3))
     prepared = masks_lib.prepare(1, 40, 40, True, None, None, None, None, None)
-    out, lse = sequence_forward(query, key, value, scale=scale, masks=prepared, tiles=FORWARD, interpret=True)
+    out, lse, _ = sequence_forward(query, key, value, scale=scale, masks=prepared, tiles=FORWARD, interpret=True)
     visible = visible_pairs(1, 40, 40, True, {})
     expected = oracle(query, key, value, query, None, None, visible, scale)
     assert_close("out", out, expected[0], BF16)
@@ -203,14 +210,14 @@ def test_every_tile_choice_lowers_for_cuda(head_dim, masks):
         assert_lowers_for_cuda(
             lambda q, k, v, o, s, tiles=tiles: sequence_forward(
                 q, k, v, o, s, scale=0.125, masks=prepared, tiles=tiles, interpret=False
-            ),
+            )[:2],
             query, key, key, query, rowsum,
         )  # fmt: skip
     assert_lowers_for_cuda(
-        lambda q, k, v, o, s: sequence_forward(
-            q, k, v, o, s, scale=0.125, masks=prepared, out_dtype=jnp.float32, interpret=False
+        lambda q, k, v, o, s, r: sequence_forward(
+            q, k, v, o, s, r, scale=0.125, masks=prepared, with_rest=True, interpret=False
         ),
-        query, key, key, jax.ShapeDtypeStruct(query.shape, jnp.float32), rowsum,
+        query, key, key, query, rowsum, query,
     )  # fmt: skip
     for dq_tiles, dkv_tiles in [(chosen.dq, chosen.dkv), *(BACKWARD_TILES if head_dim == 64 else [])]:
         assert_lowers_for_cuda(
@@ -234,22 +241,34 @@ def test_tiles_say_what_they_do_not_take():
     with pytest.raises(ValueError, match="stages=1"):
         BackwardTiles(2, 64, 1)
     with pytest.raises(ValueError, match=r"sequence forward: ForwardTiles.* at head_dim=128 needs \d+ bytes"):
-        ForwardTiles(2, 256, 2).check(128, 2, 0, merge=False)
+        ForwardTiles(2, 256, 2).check(128, 2, 0, second=False)
 
 
-def test_block_bounds_cover_exactly_what_can_be_visible():
+@pytest.mark.parametrize("masks", [("segments",), ("documents",), ("documents", "key_length"), ("positions",)], ids=str)
+def test_block_bounds_cover_what_can_be_visible_and_runs_hold_only_what_is(masks):
     rng = np.random.default_rng(3)
-    batch, query_tokens, key_tokens, block = 2, 90, 70, 16
-    rows = mask_rows(rng, ("segments",), batch, query_tokens, key_tokens)
+    batch, query_tokens, key_tokens, block = 2, 190, 170, 16
+    rows = mask_rows(rng, masks, batch, query_tokens, key_tokens)
     prepared = masks_lib.prepare(
-        batch, query_tokens, key_tokens, True, None, None, rows["query_segment_ids"], rows["key_segment_ids"], None
-    )
+        batch, query_tokens, key_tokens, True, *(
+            rows.get(field) for field in
+            ("query_positions", "key_positions", "query_segment_ids", "key_segment_ids", "key_length")
+        ),
+    )  # fmt: skip
     visible = visible_pairs(batch, query_tokens, key_tokens, True, rows)
+    # The runs leave the diagonal of default positions to the kernels.
+    undiagonal = visible_pairs(batch, query_tokens, key_tokens, "positions" in masks, rows)
     for per in ("query", "key"):
         bounds = np.asarray(masks_lib.block_bounds(prepared, batch, query_tokens, key_tokens, block, block, per))
-        pairs = visible if per == "query" else visible.swapaxes(1, 2)
+        pairs, whole = (x if per == "query" else x.swapaxes(1, 2) for x in (visible, undiagonal))
         for b, i in itertools.product(range(batch), range(bounds.shape[1])):
-            seen = np.flatnonzero(pairs[b, i * block : (i + 1) * block].any(0)) // block
+            first, last, full_first, full_last = bounds[b, i]
+            assert first <= full_first <= full_last <= last
+            own = slice(i * block, (i + 1) * block)
+            seen = np.flatnonzero(pairs[b, own].any(0)) // block
             if seen.size:
-                assert bounds[b, i, 0] <= seen.min()
-                assert bounds[b, i, 1] > seen.max()
+                assert first <= seen.min()
+                assert last > seen.max()
+            assert whole[b, own, full_first * block : full_last * block].all()
+        if "documents" in masks:
+            assert (bounds[:, :, 3] > bounds[:, :, 2] + 2).any(), "there should be long runs here"

@@ -1,0 +1,274 @@
+"""Times whole train steps of the paper's 700M models (Table 3) on one GPU, and says where the time goes.
+
+    python -m benchmarks.training [--cases=ROW:BATCH:REMAT,...] [--steps=20] [--output=DIRECTORY]
+    python -m benchmarks.training --data=DIRECTORY --tokenizer=tokenizer.json [--cases=...]   rows of a real corpus
+
+A case is a row of Table 3 (row1: OLMo 2; row3: MoDA; row4: + FFN KV), sequences of 4096 tokens per step, and the layer
+loop's `remat`. Each runs in a process of its own: a peak of memory belongs to one case, and one that does not fit ends
+nothing but itself. Synthetic rows are random tokens of one document, the most that attention can be asked to do.
+
+MFU counts 6 N + 6 L D T FLOPs a token (N parameters, causal attention once; for MoDA also its depth part:
+`moda_jax.model.accounting.train_flops_per_token`) against the GPU's dense bf16 peak. "extra memory" is the peak over
+row1's of the same batch and remat, less parameters, gradients and optimizer state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+CASES = (
+    "row1:8:none", "row1:8:ffn", "row1:8:attention", "row3:8:none", "row3:8:ffn", "row4:8:none", "row4:8:ffn",
+    "row4:8:attention", "row1:16:ffn", "row4:16:attention",
+)  # fmt: skip
+SEQUENCE_LENGTH = 4096
+SYNTHETIC_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measurement: a row of Table 3, sequences per step, what the layer loop stores."""
+
+    row: str
+    batch_size: int
+    remat: str
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """From ROW:BATCH:REMAT."""
+        row, batch_size, remat = text.split(":")
+        return cls(row, int(batch_size), remat)
+
+    def __str__(self) -> str:
+        return f"{self.row}:{self.batch_size}:{self.remat}"
+
+
+def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures one case in this process."""
+    import jax
+
+    from benchmarks import profile, timing
+    from configs.moda_700m import get_config
+    from moda_jax.config import Config
+    from moda_jax.model.accounting import param_count, train_flops_per_token
+    from moda_jax.training.metrics import peak_flops
+    from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
+    from moda_jax.training.state import initial_state, model_function
+    from moda_jax.training.train_step import make_train_step
+
+    values = get_config(case.row).to_dict()
+    values["model"] |= {"remat": case.remat, "dtype": "bfloat16"} | json.loads(arguments.model)
+    values["train"] |= {"batch_size": case.batch_size, "accumulation_steps": 1, "num_steps": 10000}
+    values["data"] |= {"sequence_length": arguments.sequence_length}
+    if arguments.data:
+        values["data"] |= {"source": arguments.data, "tokenizer": arguments.tokenizer}
+    config = Config.from_dict(values)
+    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    step = make_train_step(model_function(config.model), optimizer, schedule, config.train)
+    state = jax.jit(functools.partial(initial_state, config.model, optimizer, 0))()
+    batches = _batches(config, bool(arguments.data))
+    batch = next(batches)
+    began = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - began
+    for _ in range(3):
+        state, metrics = compiled(state, next(batches))
+    jax.block_until_ready(state)
+    times = []
+    for _ in range(arguments.rounds):
+        began = time.perf_counter()
+        for _ in range(arguments.steps):
+            state, metrics = compiled(state, next(batches))
+        jax.block_until_ready(state)
+        times.append((time.perf_counter() - began) / arguments.steps)
+    tokens = case.batch_size * config.data.sequence_length
+    seconds = statistics.median(times)
+    device = jax.devices()[0]
+    flops, peak = (
+        train_flops_per_token(config.model, config.data.sequence_length),
+        peak_flops(device.device_kind, "bfloat16"),
+    )
+    memory = device.memory_stats() or {}
+    result = {
+        "case": str(case),
+        "tokens_per_second": tokens / seconds,
+        "seconds_per_step": times,
+        "mfu": tokens / seconds * flops / peak if peak else None,
+        "peak_bytes": memory.get("peak_bytes_in_use"),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "parameters": param_count(config.model),
+        "compile_seconds": compile_seconds,
+        "loss": float(metrics.loss),
+        "environment": timing.environment(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+    if device.platform == "gpu" and arguments.profile:
+        holder = [state]
+
+        def one_step() -> Any:
+            holder[0], metrics = compiled(holder[0], batch)
+            return metrics
+
+        kernels = profile.kernel_seconds(one_step)
+        text = compiled.as_text()
+        result["seconds_by_category"] = profile.seconds_by_category(kernels, text)
+        if arguments.kernels:
+            names = profile.op_names(text)
+            top = sorted(kernels.items(), key=lambda item: -item[1][0])[:150]
+            lines = [f"{s * 1e3:9.3f} ms {n:5d} x {k[:90]} | {i} | {names.get(i, '')[-150:]}" for (k, i), (s, n) in top]
+            Path(arguments.kernels).write_text("\n".join(lines) + "\n")
+            Path(arguments.kernels).with_suffix(".hlo").write_text(text)
+    return result
+
+
+def _batches(config: Any, real: bool) -> Any:
+    """Endless batches: of the corpus through the training pipeline, or random tokens of one document per row."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from moda_jax.data.packing import Batch
+    from moda_jax.data.pipeline import open_dataset, train_batches
+    from moda_jax.data.tokenizer import load_tokenizer
+
+    if real:
+        dataset = open_dataset(config.data, "train", load_tokenizer(config.data))
+        yield from train_batches(
+            dataset, config.data, batch_size=config.train.batch_size, seed=0, position=0, process_index=0,
+            process_count=1,
+        )  # fmt: skip
+    shape = config.train.batch_size, config.data.sequence_length
+    tokens = np.random.default_rng(SYNTHETIC_SEED).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1))
+    tokens = tokens.astype(np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.zeros(shape, np.int32), positions, np.ones(shape, np.float32))
+    batch = Batch(*(jnp.asarray(x) for x in batch))
+    while True:
+        yield batch
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """What a person reads."""
+    lines = [f"{'case':20} {'tokens/s':>9} {'ms/step':>8} {'MFU':>6} {'peak GiB':>9} {'compile s':>9} {'/ row1':>7}"]
+    base = {r["case"]: r for r in results if r["case"].startswith("row1") and "error" not in r}
+    for r in results:
+        if "error" in r:
+            lines.append(f"{r['case']:20} {r['error']}")
+            continue
+        row1 = base.get("row1:" + r["case"].split(":", 1)[1])
+        ratio = f"{r['tokens_per_second'] / row1['tokens_per_second']:.3f}" if row1 else "-"
+        mfu = f"{100 * r['mfu']:.1f}%" if r["mfu"] else "-"
+        peak = f"{r['peak_bytes'] / 2**30:.1f}" if r["peak_bytes"] else "-"
+        lines.append(
+            f"{r['case']:20} {r['tokens_per_second']:9.0f} {1e3 * statistics.median(r['seconds_per_step']):8.1f} "
+            f"{mfu:>6} {peak:>9} {r['compile_seconds']:9.1f} {ratio:>7}"
+        )
+    profiled = [r for r in results if "seconds_by_category" in r]
+    if profiled:
+        names = list(dict.fromkeys(name for r in profiled for name in r["seconds_by_category"]))
+        lines += ["", f"{'ms of one step':28}" + "".join(f"{r['case']:>18}" for r in profiled)]
+        for name in names:
+            lines.append(
+                f"{name:28}" + "".join(f"{1e3 * r['seconds_by_category'].get(name, 0.0):18.1f}" for r in profiled)
+            )
+    return "\n".join(lines)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Stacked bars of where a step's time goes, tokens/s on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    profiled = [r for r in results if "seconds_by_category" in r]
+    names = list(dict.fromkeys(name for r in profiled for name in r["seconds_by_category"]))
+    figure, axes = plt.subplots(figsize=(2 + 1.1 * len(profiled), 5))
+    bottoms = [0.0] * len(profiled)
+    colors = plt.get_cmap("tab10").colors
+    for name, color in zip(names, colors, strict=False):
+        heights = [1e3 * r["seconds_by_category"].get(name, 0.0) for r in profiled]
+        axes.bar(range(len(profiled)), heights, bottom=bottoms, label=name, color=color)
+        bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
+    for i, r in enumerate(profiled):
+        axes.text(i, bottoms[i], f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s\n{100 * r['mfu']:.1f} % MFU",
+                  ha="center", va="bottom", fontsize=7)  # fmt: skip
+    axes.set_xticks(range(len(profiled)), [r["case"].replace(":", "\n") for r in profiled], fontsize=8)
+    axes.set_ylim(0, 1.15 * max(bottoms))
+    axes.set_ylabel("ms of GPU time in one step")
+    environment = profiled[0]["environment"]
+    axes.set_title(
+        f"700M train step, rows of {SEQUENCE_LENGTH}: {environment['device']}, {environment['date']}", fontsize=9
+    )
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _run_in_process(case: Case, argv: list[str]) -> dict[str, Any]:
+    """The case's result, or {"case", "error"} where it ran out of memory or failed; what it said goes to stderr."""
+    environment = os.environ | {"BENCHMARK_CHILD": "1"}
+    command = [sys.executable, "-m", "benchmarks.training", f"--cases={case}", *argv]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "Error" in line or "RESOURCE_EXHAUSTED" in line]
+        print(done.stderr[-2000:], file=sys.stderr)
+        return {"case": str(case), "error": (errors or done.stderr.splitlines() or ["?"])[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Runs the cases; writes training.json, training.txt and training.png."""
+    parser = argparse.ArgumentParser(description="Times train steps of the 700M models.")
+    parser.add_argument("--cases", default=",".join(CASES), help="ROW:BATCH:REMAT, comma-separated")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a timed round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sequence-length", type=int, default=SEQUENCE_LENGTH)
+    parser.add_argument("--model", default="{}", help="JSON of model fields to change, for trials")
+    parser.add_argument("--data", default=None, help="data.source of a real corpus; by default random tokens")
+    parser.add_argument("--tokenizer", default="bytes", help="with --data: data.tokenizer")
+    parser.add_argument("--no-profile", dest="profile", action="store_false")
+    parser.add_argument("--kernels", default=None, help="write the slowest kernels to this file, the HLO beside it")
+    parser.add_argument("--name", default="training", help="name of the result files")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    cases = [Case.parse(text) for text in arguments.cases.split(",")]
+    if os.environ.get("BENCHMARK_CHILD"):
+        from moda_jax.config import DataConfig
+        from moda_jax.data.cache import cache_directory
+        from moda_jax.training import runtime
+
+        if arguments.profile:  # a kernel in a command buffer does not say which instruction launched it
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+        runtime.prepare(cache_directory(DataConfig()))
+        print(json.dumps(run_case(cases[0], arguments)))
+        return
+    argv = [argument for argument in sys.argv[1:] if not argument.startswith("--cases")]
+    results = []
+    for case in cases:
+        results.append(_run_in_process(case, argv))
+        print(table(results[-1:]).splitlines()[1], flush=True)
+    text = table(results)
+    environment = next((r["environment"] for r in results if "environment" in r), {})
+    print(f"\n{environment}\n{text}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"{arguments.name}.json"
+    path.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
+    path.with_suffix(".txt").write_text(f"{environment}\n{text}\n")
+    if any("seconds_by_category" in r for r in results):
+        plot(results, path.with_suffix(".png"))
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

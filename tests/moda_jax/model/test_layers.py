@@ -1,0 +1,74 @@
+"""The hand-written backward passes of the layers' parts, against autodiff of the plain formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moda_jax.model.layers import rms_norm, rotate, swiglu
+
+
+def draw(*shape, seed=0):
+    return jnp.float32(np.random.default_rng(seed).normal(size=shape))
+
+
+def assert_gradients_equal(function, plain, arguments, *, argnums):
+    """Of a random weighting of the output, by every argument in `argnums`."""
+    weights = draw(*function(*arguments).shape, seed=9)
+    np.testing.assert_allclose(function(*arguments), plain(*arguments), rtol=2e-5, atol=2e-6)
+    gradients, expected = (
+        jax.grad(lambda *a, f=f: jnp.sum(weights * f(*a)), argnums=argnums)(*arguments) for f in (function, plain)
+    )
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert gradient.dtype == wanted.dtype
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rms_norm():
+    def plain(x, scale):
+        return scale * x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.1)
+
+    arguments = draw(2, 3, 8), draw(8, seed=1)
+    assert_gradients_equal(lambda x, scale: rms_norm(x, scale, 0.1), plain, arguments, argnums=(0, 1))
+
+
+@pytest.mark.parametrize("keep_hidden", [True, False])
+def test_swiglu(keep_hidden):
+    def plain(x, gate, up, down):
+        a = jnp.einsum("btd,df->btf", x, gate, precision="highest")
+        product = a / (1 + jnp.exp(-a)) * jnp.einsum("btd,df->btf", x, up, precision="highest")
+        return jnp.einsum("btf,fd->btd", product, down, precision="highest")
+
+    arguments = draw(2, 3, 4), draw(4, 6, seed=1), draw(4, 6, seed=2), draw(6, 4, seed=3)
+    assert_gradients_equal(lambda *a: swiglu(keep_hidden, *a), plain, arguments, argnums=(0, 1, 2, 3))
+
+
+def test_rotate():
+    positions = jnp.int32([[0, 5, 100], [7, 1, 3]])
+    theta = 50.0
+
+    def plain(x):
+        """Pair (i, i + H/2) as a complex number, times e^(i angle)."""
+        half = x.shape[-1] // 2
+        angle = positions[..., None, None] * theta ** (-jnp.arange(half) / half)
+        turned = (x[..., :half] + 1j * x[..., half:]) * jnp.exp(1j * angle)
+        return jnp.concatenate([turned.real, turned.imag], axis=-1)
+
+    assert_gradients_equal(lambda x: rotate(x, positions, theta), plain, (draw(2, 3, 2, 8),), argnums=(0,))
+
+
+@pytest.mark.parametrize("function", ["rms_norm", "swiglu", "swiglu again", "rotate"])
+def test_what_is_kept_for_the_backward(function):
+    """Nothing of an activation's size is kept in float32 when the activations are bfloat16."""
+    x = jnp.zeros((2, 16, 4, 32), jnp.bfloat16)
+    matrix, down = jnp.zeros((32, 64), jnp.bfloat16), jnp.zeros((64, 32), jnp.bfloat16)
+    run, numbers = {
+        "rms_norm": (lambda: jax.vjp(lambda x: rms_norm(x, jnp.ones(32), 1e-6), x), x.size),
+        "swiglu": (lambda: jax.vjp(lambda x: swiglu(True, x, matrix, matrix, down), x[:, :, 0]), 5 * x[:, :, 0].size),
+        "swiglu again": (lambda: jax.vjp(lambda x: swiglu(False, x, matrix, matrix, down), x[:, :, 0]), 0),
+        "rotate": (lambda: jax.vjp(lambda x: rotate(x, jnp.zeros((2, 16), jnp.int32), 10.0), x), 0),
+    }[function]
+    kept = [leaf for leaf in jax.tree.leaves(run()[1]) if leaf.ndim >= 3]
+    assert all(leaf.dtype == jnp.bfloat16 or leaf.shape[-1] == 1 for leaf in kept)
+    kept_numbers = sum(leaf.size for leaf in kept if leaf.dtype == jnp.bfloat16)
+    assert kept_numbers == (numbers or (x[:, :, 0].size if function == "swiglu again" else 0))
