@@ -11,8 +11,10 @@ from pathlib import Path
 
 from absl import flags
 
+from moda_jax.data.cache import cache_directory
 from moda_jax.inference.evaluation import check_perplexity, run_attention_maps, run_perplexity, run_tasks
-from moda_jax.inference.load import load_run
+from moda_jax.inference.load import load_run, read_run_config
+from moda_jax.training import runtime
 from moda_jax.training.console import run_command, user_errors
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.")
@@ -38,6 +40,7 @@ def main() -> None:
         if not (_DATA.value or _TASKS.value or _MAPS.value):
             raise ValueError("nothing to do; give --data=NAME=PATH, --tasks=NAME,... or --attention-maps")
         domains = check_perplexity(_DATA.value, _FEATURE.value)
+        runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
         run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
         output, context = Path(_OUTPUT.value or run.workdir / "evaluation"), _CONTEXT.value
         if domains:

@@ -8,9 +8,11 @@ import sys
 import jax
 from absl import flags
 
+from moda_jax.data.cache import cache_directory
 from moda_jax.inference.generation import OrderedText, generate
-from moda_jax.inference.load import load_run
+from moda_jax.inference.load import load_run, read_run_config
 from moda_jax.inference.sampling import SamplingConfig
+from moda_jax.training import runtime
 from moda_jax.training.console import run_command, user_errors
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.")
@@ -31,6 +33,7 @@ def main() -> None:
         if _WORKDIR.value is None:
             raise ValueError("--workdir: missing; name the directory of a run, as in --workdir=runs/quickstart")
         sampling = SamplingConfig(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+        runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
         run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
         shown = OrderedText(_PROMPT.value, sys.stdout)
         generate(

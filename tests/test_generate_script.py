@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    save_run(workdir, tiny_run_config())
+    save_run(workdir, tiny_run_config(data={"cache_dir": str(workdir.parent / "cache")}))
     return workdir
 
 
