@@ -91,5 +91,4 @@ def row_keys(key: Array, prompts: Sequence[np.ndarray]) -> Array:
         seen[content] = copy + 1
         digest = hashlib.blake2b(content, digest_size=4).digest()
         folds.append((int.from_bytes(digest, "little"), copy))
-    folds = jnp.asarray(np.asarray(folds, np.uint32))
-    return jax.vmap(lambda fold: jax.random.fold_in(jax.random.fold_in(key, fold[0]), fold[1]))(folds)
+    return jax.vmap(lambda fold: jax.random.fold_in(jax.random.fold_in(key, fold[0]), fold[1]))(np.uint32(folds))
