@@ -1,6 +1,6 @@
 """Trains a model: `python train.py --config=configs/quickstart.py [--config.SECTION.KEY=VALUE] [--workdir=DIRECTORY]`.
 
-The same command resumes a run that was stopped, and says so when it is finished.
+The same command resumes a run that was stopped, and says so when it is finished; `--workdir` alone does so too.
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from moda_jax.data.cache import cache_directory
+from moda_jax.inference.load import read_run_config
 from moda_jax.parallel.distributed import start_processes
 from moda_jax.training import runtime
 from moda_jax.training.console import config_from_flag, run_command, user_errors
@@ -24,7 +25,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; by default
 def main() -> None:
     """Builds and runs; what the run came to is printed on stdout."""
     with user_errors():
-        config, name = config_from_flag(_CONFIG)
+        if _CONFIG.value is None and _WORKDIR.value is not None:
+            config, name = read_run_config(_WORKDIR.value), None
+        else:
+            config, name = config_from_flag(_CONFIG)
         start_processes()
         runtime.prepare(cache_directory(config.data))
         run = TrainingRun(config, _WORKDIR.value or Path("runs") / name)

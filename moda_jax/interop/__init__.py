@@ -1,5 +1,6 @@
 """Weights from and to other libraries' files."""
 
+from moda_jax.interop.exchange import export_model, load_model
 from moda_jax.interop.olmo2 import load_olmo2
 
-__all__ = ["load_olmo2"]
+__all__ = ["export_model", "load_model", "load_olmo2"]

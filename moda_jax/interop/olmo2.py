@@ -50,6 +50,9 @@ LAYER_TENSORS = {
     "ffn.up.kernel": ("mlp.up_proj.weight", 1),
     "ffn.down.kernel": ("mlp.down_proj.weight", 1),
     "ffn_norm.scale": ("post_feedforward_layernorm.weight", 0),
+    # Not OLMo 2's: the extra projections of a MoDA model, [2 * K * H, D], keys before values.
+    "depth.ffn_kv.kernel": ("depth.ffn_kv_proj.weight", 1),
+    "depth.attention_kv.kernel": ("depth.attention_kv_proj.weight", 1),
 }
 
 
@@ -75,16 +78,25 @@ def load_olmo2(
     config = dataclasses.replace(
         _read_config(directory / "config.json"), dtype=dtype, attention_implementation=attention_implementation
     )
+    return config, read_transformer(directory, config)
+
+
+def read_transformer(directory: pathlib.Path, config: TransformerConfig) -> Transformer:
+    """A model of `config` with the weights of the directory's safetensors.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_olmo2`, for the tensors.
+    """
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     shapes = {path: parameter.shape for path, parameter in nnx.to_flat_state(state)}
-    sources = {path: _sources(path, shape, config.num_layers) for path, shape in shapes.items()}
+    sources = {path: sources_of(path, shape, config.num_layers) for path, shape in shapes.items()}
     with contextlib.ExitStack() as stack:
         files = _open_files(directory, stack)
         _check_tensors(directory, files, [tensor for tensors in sources.values() for tensor in tensors])
         # One parameter at a time, so that the peak is the model and one of its (stacked) parameters.
         arrays = {path: jnp.asarray(_read(files, sources[path], shape)) for path, shape in shapes.items()}
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(arrays))
-    return config, nnx.merge(graph, state)
+    return nnx.merge(graph, state)
 
 
 # The config.
@@ -180,7 +192,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """One tensor of the checkpoint, which becomes a parameter or one layer of a stacked parameter."""
 
     name: str
@@ -199,16 +211,20 @@ class _Tensor:
         stored = stored.astype(np.float32)
         return stored.T.reshape(self.shape) if self.input_axes else stored
 
+    def store(self, array: np.ndarray) -> np.ndarray:
+        """Our array in the file's layout: what `convert` undoes."""
+        return array.reshape(self.stored_shape[::-1]).T if self.input_axes else array
 
-def _sources(path: tuple[str, ...], shape: tuple[int, ...], num_layers: int) -> list[_Tensor]:
+
+def sources_of(path: tuple[str, ...], shape: tuple[int, ...], num_layers: int) -> list[Tensor]:
     """The tensors that fill one parameter: one, or one per layer for the stacked first L-1 layers."""
     if path[0] not in ("layers", "last_layer"):
         name, input_axes = OUTER_TENSORS[".".join(path)]
-        return [_Tensor(name, shape, input_axes)]
+        return [Tensor(name, shape, input_axes)]
     name, input_axes = LAYER_TENSORS[".".join(path[1:])]
     if path[0] == "last_layer":
-        return [_Tensor(f"model.layers.{num_layers - 1}.{name}", shape, input_axes)]
-    return [_Tensor(f"model.layers.{i}.{name}", shape[1:], input_axes) for i in range(num_layers - 1)]
+        return [Tensor(f"model.layers.{num_layers - 1}.{name}", shape, input_axes)]
+    return [Tensor(f"model.layers.{i}.{name}", shape[1:], input_axes) for i in range(num_layers - 1)]
 
 
 def _open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
@@ -237,7 +253,7 @@ def _open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[st
     return tensors
 
 
-def _check_tensors(directory: pathlib.Path, files: Mapping[str, tuple[pathlib.Path, Any]], wanted: list[_Tensor]):
+def _check_tensors(directory: pathlib.Path, files: Mapping[str, tuple[pathlib.Path, Any]], wanted: list[Tensor]):
     """Every wanted tensor is there with its shape and a floating dtype, and no other. Before any data is read."""
     names = [tensor.name for tensor in wanted]
     missing = [name for name in names if name not in files]
@@ -261,7 +277,7 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _read(files: Mapping[str, tuple[pathlib.Path, Any]], tensors: list[_Tensor], shape: tuple[int, ...]) -> np.ndarray:
+def _read(files: Mapping[str, tuple[pathlib.Path, Any]], tensors: list[Tensor], shape: tuple[int, ...]) -> np.ndarray:
     """One parameter of shape `shape`, float32, from its tensors."""
     parameter = np.empty(shape, np.float32)
     layers = parameter.reshape(len(tensors), *tensors[0].shape)

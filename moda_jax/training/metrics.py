@@ -1,4 +1,9 @@
-"""A run's numbers: metrics.jsonl, TensorBoard events, model FLOPs utilisation, and the loss plot."""
+"""A run's numbers: metrics.jsonl, TensorBoard events, model FLOPs utilisation, and the loss plot.
+
+    python -m moda_jax.training.metrics compare RUN RUN ... [--output=comparison.png]
+
+compares runs (see `moda_jax.training.compare`).
+"""
 
 from __future__ import annotations
 
@@ -144,3 +149,9 @@ def plot_losses(workdir: Path) -> Path:
 
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry) + "\n"
+
+
+if __name__ == "__main__":
+    from moda_jax.training.compare import main
+
+    raise SystemExit(main())

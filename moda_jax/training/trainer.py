@@ -139,6 +139,25 @@ class TrainingRun:
             self._checkpoints.close()
         return self._result(sample=sample)
 
+    def start_from(self, params: Any) -> None:
+        """Instead of training: gives a new run these parameters, and saves it at step 0. `train` goes on from there.
+
+        Args:
+            params: nested dicts of float32 arrays, as the model names them.
+
+        Raises:
+            ValueError: the run has done steps, or the parameters are not this model's.
+        """
+        if self.step:
+            raise ValueError(f"workdir={str(self.workdir)!r}: has done {self.step} steps; name a new directory")
+        expected, came = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (self._state.params, params))
+        if expected != came:
+            raise ValueError("params: names or shapes differ from those of the config's model")
+        self._state = dataclasses.replace(self._state, params=params)
+        self._save()
+        self._checkpoints.wait()
+        self._checkpoints.close()
+
     # Set-up.
 
     def _open_data(self) -> None:

@@ -4,3 +4,5 @@ The program, its buffers and its memory analysis are the same; it compiles in ab
 """
 
 QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": "True"}
+# The same for a program that a test starts.
+QUICK_XLA_FLAGS = " ".join(f"--{name}={value.lower()}" for name, value in QUICK.items())

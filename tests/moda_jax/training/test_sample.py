@@ -2,11 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.quick_compile import QUICK
+from support.quick_inference import quick_inference
+from support.saved_run import random_model
 
 from moda_jax.config import TransformerConfig
 from moda_jax.data.tokenizer import ByteTokenizer
 from moda_jax.training.sample import sample_text
-from moda_jax.training.state import split_model
 
 CONFIG = TransformerConfig(
     vocab_size=300, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, ffn_width=16,
@@ -16,7 +18,8 @@ CONFIG = TransformerConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    return split_model(CONFIG, jax.random.key(0))
+    with quick_inference():
+        yield random_model(CONFIG)
 
 
 def sample(model, *, params=None, prompt="ab", temperature=0.8, seed=0, num_tokens=12):
@@ -31,7 +34,7 @@ def test_cold_sampling_takes_the_likeliest_token_each_time(model):
     function, params = model
     sharp = jax.tree.map(lambda p: 20 * p, params)  # a fresh model's logits are nearly equal
     tokens = list(b"ab")
-    forward = jax.jit(function)
+    forward = jax.jit(function, compiler_options=QUICK)
     while len(tokens) < 14:
         padded = np.zeros((1, 14), np.int32)
         padded[0, : len(tokens)] = tokens

@@ -1,0 +1,59 @@
+"""Evaluates a run: `python evaluate.py --workdir=DIRECTORY` and any of
+
+    --data=NAME=PATH        perplexity on a text file or directory; may be given several times
+    --tasks=piqa,hellaswag  downstream tasks by lm-evaluation-harness; moda_paper: the paper's ten
+    --attention-maps        a picture of where each head looks, over the sequence and over the depth slots
+
+Tables go to stdout; JSON and pictures to --output, by default DIRECTORY/evaluation.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from moda_jax.data.cache import cache_directory
+from moda_jax.inference.evaluation import check_perplexity, run_attention_maps, run_perplexity, run_tasks
+from moda_jax.inference.load import load_run, read_run_config
+from moda_jax.training import runtime
+from moda_jax.training.console import run_command, user_errors
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where the run's tokenizer.json is, if it was moved.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for JSON and pictures.")
+_CONTEXT = flags.DEFINE_integer("context", None, "Tokens that the model reads; by default data.sequence_length.")
+_DATA = flags.DEFINE_multi_string("data", [], "NAME=PATH of a domain for perplexity.")
+_FEATURE = flags.DEFINE_string("feature", "text", "The text field of a .jsonl line.")
+_STRIDE = flags.DEFINE_integer("stride", None, "Predictions per window; by default half of the context.")
+_TASKS = flags.DEFINE_list("tasks", [], "Downstream tasks, separated by commas.")
+_TASK_DIR = flags.DEFINE_string("task-dir", None, "Directory with tasks of your own, as lm-eval's YAML files.")
+_FEWSHOT = flags.DEFINE_integer("num-fewshot", None, "Examples before a question; by default the task's number.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many documents of each task.")
+_MAPS = flags.DEFINE_bool("attention-maps", False, "Draw attention maps of the first --data, or of validation text.")
+
+
+def main() -> None:
+    """Checks the inputs, loads the run, and does what was asked for, in the order of the help."""
+    with user_errors():
+        if _WORKDIR.value is None:
+            raise ValueError("--workdir: missing; name the directory of a run, as in --workdir=runs/quickstart")
+        if not (_DATA.value or _TASKS.value or _MAPS.value):
+            raise ValueError("nothing to do; give --data=NAME=PATH, --tasks=NAME,... or --attention-maps")
+        domains = check_perplexity(_DATA.value, _FEATURE.value)
+        runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
+        run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
+        output, context = Path(_OUTPUT.value or run.workdir / "evaluation"), _CONTEXT.value
+        if domains:
+            print(run_perplexity(run, domains, output, context=context, stride=_STRIDE.value), flush=True)
+        if _TASKS.value:
+            table = run_tasks(
+                run, _TASKS.value, output, task_directory=_TASK_DIR.value, num_fewshot=_FEWSHOT.value,
+                limit=_LIMIT.value, context=context,
+            )  # fmt: skip
+            print(table, flush=True)
+        if _MAPS.value:
+            print(run_attention_maps(run, domains, output, context=context), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,263 @@
+"""Attention maps: where each head looks, over the sequence and over the depth slots (the paper's Figure 5).
+
+The probabilities of one softmax over [sequence | depth], head by head, and per layer the mass on the depth slots, split
+into the entries that attention sub-layers wrote and those of FFN sub-layers. A map of T = 4096 tokens has 17 million
+cells per head: they are computed for a block of queries at a time and pooled at once, to at most PIXELS x PIXELS per
+head: the mean over the queries of a pixel, the sum over its keys.
+
+Axes: L layers, T tokens, R pixels of T, S depth slots, N query heads, K key/value heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moda_jax.inference.decode import check_decodable, model_config
+from moda_jax.model.attention import default_positions
+from moda_jax.model.depth_stream import DepthStream
+from moda_jax.model.precision import dot_precision
+from moda_jax.training.state import ModelFunction
+
+Array = jax.Array
+
+PIXELS = 256
+BLOCK_QUERIES = 256  # queries whose probabilities stand in memory at once, [N, BLOCK_QUERIES, T + S] float32
+MASKED = -1e30
+_LOWEST = 1e-4  # of the colour scale
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMaps:
+    """Pooled probabilities and depth mass of all layers, on the host.
+
+    Attributes:
+        sequence: float32 [L, N, R, R], row: queries, column: keys.
+        depth: float32 [L, N, R, S]; slots that a layer does not see are 0.
+        slot_mass: float32 [L, N, S], mean over the tokens of the probability on each slot.
+        entries_per_layer: slots that a layer writes: the first is the attention's, the second the FFN's.
+        tokens: T.
+    """
+
+    sequence: np.ndarray
+    depth: np.ndarray
+    slot_mass: np.ndarray
+    entries_per_layer: int
+    tokens: int
+
+    @property
+    def attention_mass(self) -> np.ndarray:
+        """[L]: mean over tokens and heads of the mass on attention entries."""
+        return self._mass(0)
+
+    @property
+    def ffn_mass(self) -> np.ndarray:
+        """[L]: the same on FFN entries."""
+        return self._mass(1)
+
+    def _mass(self, entry: int) -> np.ndarray:
+        if entry >= self.entries_per_layer:
+            return np.zeros(len(self.slot_mass), np.float32)
+        return self.slot_mass[..., entry :: self.entries_per_layer].sum(axis=-1).mean(axis=-1)
+
+
+def attention_maps(model: ModelFunction, params: Any, tokens: np.ndarray) -> AttentionMaps:
+    """The maps of one text.
+
+    Args:
+        model: of a `Transformer`.
+        params: from `decode.inference_params`.
+        tokens: [T] int32, at most the model's context.
+
+    Raises:
+        ValueError: no token or too many.
+        NotImplementedError: see `decode.check_decodable`.
+    """
+    config = model_config(model, params)
+    if not 1 <= len(tokens) <= config.max_sequence_length:
+        raise ValueError(
+            f"tokens: got {len(tokens)}, expected 1..{config.max_sequence_length} (model.max_sequence_length)"
+        )
+    check_decodable(model, params)
+    sequence, depth, slot_mass = _all_layers(model, params, np.asarray(tokens, np.int32)[None])
+    return AttentionMaps(
+        np.asarray(sequence), np.asarray(depth), np.asarray(slot_mass), config.depth_entries_per_layer, len(tokens)
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _all_layers(model: ModelFunction, params: Any, tokens: Array) -> tuple[Array, Array, Array]:
+    """The model's forward pass over tokens [1, T], which leaves the pooled maps of every layer behind."""
+    module = model.module(params)
+    config = module.config
+    x = module.embedding(tokens)
+    positions = default_positions(x)
+    stream = DepthStream.empty(*tokens.shape, config.depth_slots, config.num_kv_heads, config.head_dim, x.dtype)
+
+    def layer(block, x, stream):
+        x = block.depth.read(x, stream)
+        query, key, value = block.before(x, positions)
+        maps = pooled_maps(query[0], key[0], stream.key[0], stream.length)
+        attended = block.depth.operate(
+            query, key, value, stream, segment_ids=None, implementation=config.attention_implementation
+        )
+        x, entries = block.after(x, key, value, attended, positions)
+        return x, block.depth.write(stream, entries), maps
+
+    stacked = []
+    if module.layers is not None:
+        graph, layers = nnx.split(module.layers)
+
+        def body(carry, layer_params):
+            x, stream, maps = layer(nnx.merge(graph, layer_params), *carry)
+            return (x, stream), maps
+
+        stream = dataclasses.replace(stream, length=jnp.int32(0))
+        (x, stream), maps = jax.lax.scan(body, (x, stream), layers)
+        stacked.append(maps)
+    _, _, maps = layer(module.last_layer, x, stream)
+    stacked.append(jax.tree.map(lambda a: a[None], maps))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacked)
+
+
+def pooled_maps(query: Array, key: Array, depth_key: Array, depth_length: Array) -> tuple[Array, Array, Array]:
+    """One layer's probabilities, pooled.
+
+    Args:
+        query: [T, N, H].
+        key: [T, K, H].
+        depth_key: [T, S, K, H], of which `depth_length` slots are filled.
+        depth_length: int32 scalar.
+
+    Returns:
+        [N, R, R], [N, R, S] and [N, S], float32; see `AttentionMaps`.
+    """
+    T, heads, head_dim = query.shape
+    slots, kv_heads = depth_key.shape[1:3]
+    pool = -(-T // PIXELS)  # tokens per pixel
+    pixels = -(-T // pool)
+    rows = max(1, BLOCK_QUERIES // pool)  # pixel rows of a block
+    blocks = -(-pixels // rows)
+    padding = blocks * rows * pool - T
+    query = jnp.pad(query.reshape(T, kv_heads, -1, head_dim), ((0, padding), (0, 0), (0, 0), (0, 0)))
+    depth_key = jnp.pad(depth_key, ((0, padding), (0, 0), (0, 0), (0, 0)))
+    filled = jnp.arange(slots) < depth_length
+
+    def dot(spec: str, a: Array, b: Array) -> Array:
+        return jnp.einsum(spec, a, b, precision=dot_precision(a.dtype), preferred_element_type=jnp.float32)
+
+    def block(i: Array) -> tuple[Array, Array, Array]:
+        begin, count = i * rows * pool, rows * pool
+        q, d = (jax.lax.dynamic_slice_in_dim(a, begin, count) for a in (query, depth_key))
+        place = begin + jnp.arange(count)
+        seen = jnp.arange(T) <= place[:, None]
+        logits = jnp.concatenate(
+            [
+                jnp.where(seen, dot("tkgh,ukh->kgtu", q, key) * head_dim**-0.5, MASKED),
+                jnp.where(filled, dot("tkgh,tskh->kgts", q, d) * head_dim**-0.5, MASKED),
+            ],
+            axis=-1,
+        ).reshape(heads, count, T + slots)
+        real = place < T  # the last block may go beyond the text
+        probabilities = jax.nn.softmax(logits, axis=-1) * real[:, None]
+        over_keys, over_slots = probabilities[..., :T], probabilities[..., T:]
+        over_keys = jnp.pad(over_keys, ((0, 0), (0, 0), (0, pixels * pool - T)))
+        per_row = jnp.maximum(real.reshape(rows, pool).sum(axis=1), 1)[:, None]
+        over_keys = over_keys.reshape(heads, rows, pool, pixels, pool).sum(axis=(2, 4)) / per_row
+        pooled_slots = over_slots.reshape(heads, rows, pool, slots).sum(axis=2) / per_row
+        return over_keys, pooled_slots, over_slots.sum(axis=1) / T
+
+    sequence, depth, mass = jax.lax.map(block, jnp.arange(blocks))  # [blocks, N, rows, ...]
+    sequence, depth = (a.swapaxes(0, 1).reshape(heads, blocks * rows, -1)[:, :pixels] for a in (sequence, depth))
+    return sequence, depth, mass.sum(axis=0)
+
+
+def choose(count: int, most: int) -> list[int]:
+    """At most `most` of 0..count-1, evenly spread, the first and the last among them: 0, 11, 23, 35 of 36."""
+    return sorted({int(place) for place in np.linspace(0, count - 1, min(count, most))})
+
+
+def draw(maps: AttentionMaps, path: Path, *, title: str, max_layers: int = 4, max_heads: int = 4) -> None:
+    """Draws sampled layers (columns) by heads (rows), sequence | depth with a dashed line, and below the depth mass.
+
+    Args:
+        maps: from `attention_maps`.
+        path: the PNG to write.
+        title: above the figure.
+        max_layers, max_heads: how many are drawn, evenly spread.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state; slow to import
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    num_layers, num_heads = maps.sequence.shape[:2]
+    layers, heads = choose(num_layers, max_layers), choose(num_heads, max_heads)
+    figure = Figure(figsize=(0.8 + 2.6 * len(layers), 2.2 * len(heads) + 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2.2 * len(heads), 2.4])
+    grid = top.subplots(len(heads), len(layers), squeeze=False)
+    norm = LogNorm(_LOWEST, 1.0, clip=True)
+    for row, head in enumerate(heads):
+        for column, layer in enumerate(layers):
+            axes = grid[row, column]
+            image, boundary = _picture(maps, layer, head)
+            drawn = axes.imshow(image, norm=norm, cmap="magma", aspect="auto", interpolation="nearest")
+            axes.axvline(boundary - 0.5, color="tab:cyan", linestyle="--", linewidth=1)
+            axes.set_yticks([])
+            labels = [(boundary / 2, f"sequence 0..{maps.tokens - 1}")]
+            if image.shape[1] > boundary:
+                labels.append(((boundary + image.shape[1]) / 2, f"depth 0..{maps.depth.shape[-1] - 1}"))
+            axes.set_xticks([place for place, _ in labels], [text for _, text in labels], fontsize=7)
+            axes.tick_params(length=0)
+            if row == 0:
+                axes.set_title(f"layer {layer}", fontsize=9)
+            if column == 0:
+                axes.set_ylabel(f"head {head}\nquery", fontsize=8)
+    top.colorbar(drawn, ax=grid, label="attention probability", shrink=0.6, pad=0.01)
+    top.suptitle(title, fontsize=9)
+    axes = bottom.subplots()
+    layer = np.arange(num_layers)
+    for name, mass, marker in (("attention entries", maps.attention_mass, "o"), ("FFN entries", maps.ffn_mass, "s")):
+        axes.plot(layer, mass, marker=marker, markersize=4, label=name)
+    total = maps.attention_mass + maps.ffn_mass
+    axes.plot(layer, total, color="black", linestyle=":", label="both")
+    axes.set(
+        xlabel="layer",
+        ylabel="mass on depth slots",
+        ylim=(0, max(1e-3, 1.1 * total.max())),
+        xticks=choose(num_layers, 13),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=80)
+
+
+def save_masses(maps: AttentionMaps, path: Path) -> None:
+    """Writes the curve's numbers as JSON."""
+    values = {
+        "tokens": maps.tokens,
+        "attention_entries": [round(float(mass), 6) for mass in maps.attention_mass],
+        "ffn_entries": [round(float(mass), 6) for mass in maps.ffn_mass],
+    }
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _picture(maps: AttentionMaps, layer: int, head: int) -> tuple[np.ndarray, int]:
+    """[R, R + slots as wide columns]: not visible is white (NaN); and the column where depth begins."""
+    sequence, depth = maps.sequence[layer, head], maps.depth[layer, head]
+    pixels, slots = depth.shape
+    image = np.where(np.tril(np.ones_like(sequence, bool)), sequence, np.nan)
+    if slots:
+        width = max(1, round(pixels / 3 / slots))
+        filled = min(slots, layer * maps.entries_per_layer)
+        depth = np.where(np.arange(slots) < filled, depth, np.nan)
+        image = np.concatenate([image, np.repeat(depth, width, axis=1)], axis=1)
+    return image, pixels

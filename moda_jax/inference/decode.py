@@ -1,0 +1,451 @@
+"""Decoding with a KV cache: the prompt at once, then one token per step.
+
+What is kept over time is each layer's sequence keys and values, as in plain attention. The depth stream of a token is
+read by that token alone, so in decoding it is the current token's, [B, 1, S, K, H]: filled anew by every step and never
+cached. MoDA's cache is byte for byte as large as plain attention's.
+
+Axes: L layers, B rows, C places of the cache, T tokens, S depth slots, N query heads, K key/value heads, G = N / K, H
+head_dim, D width, V vocabulary. Rows are aligned at their ends: a short prompt begins at place `start`, what stands
+before it is padding that nobody sees, and every row's next token goes to the same place. So a step writes its keys and
+values with one update per array.
+
+A step does not change the cache while the layers run: a layer's own key and value join the softmax as one more entry
+beside the depth slots, and all layers' are written together at the end, in place. XLA copies a buffer that it believes
+to be read after it is written, so the order is spelled out: the cache travels through the layer loop, and a barrier
+stands between the last layer and the write.
+
+Shapes are static: one compilation of `prefill` per (rows, prompt length) and one of `decode` per (rows, capacity).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moda_jax.config import TransformerConfig
+from moda_jax.inference.sampling import SamplingConfig, sample
+from moda_jax.model.depth_stream import DepthStream
+from moda_jax.model.precision import compute_dtype, dot_precision
+from moda_jax.model.transformer import Block, Transformer
+from moda_jax.training.state import ModelFunction
+
+Array = jax.Array
+PyTree = Any
+
+MASKED = -1e30  # a masked logit: exp(MASKED - any real logit) is exactly 0
+PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt pass together: bounds its depth stream
+# How a step multiplies with the cache. "dot": matrix products; "reduce": products and sums that XLA fuses into one
+# kernel. `python -m benchmarks.decode` times both.
+PRODUCTS = ("dot", "reduce")
+DEFAULT_PRODUCTS = {"cpu": "dot", "gpu": "dot"}
+# Whether the layers of a step are compiled one by one: no layer's weights or cache are then cut out of a stack.
+DEFAULT_UNROLL = {"cpu": False, "gpu": False}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Sequence keys and values of all layers.
+
+    Attributes:
+        key, value: [L, B, K, C, H]; or a tuple of L arrays [B, K, C, H], where the layers are unrolled.
+        length: int32 scalar, places that are filled, in every row.
+        start: [B] int32, a row's first place that is no padding.
+    """
+
+    key: Array | tuple[Array, ...]
+    value: Array | tuple[Array, ...]
+    length: Array
+    start: Array
+
+    @classmethod
+    def empty(cls, config: TransformerConfig, batch: int, capacity: int, start: Array) -> KVCache:
+        """A cache of `capacity` places for each of `batch` rows, in the compute dtype."""
+        shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
+        zeros = jnp.zeros(shape, compute_dtype(config.dtype))
+        return cls(zeros, zeros, jnp.int32(0), start.astype(jnp.int32))
+
+    @property
+    def capacity(self) -> int:
+        """C, the number of places."""
+        return jax.tree.leaves(self.key)[0].shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.key, self.value)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """All that decoding carries from step to step.
+
+    Attributes:
+        cache: of the tokens before `token`.
+        token: [B] int32, chosen, and not yet run through the model.
+        keys: [B] typed PRNG keys.
+        count: int32 scalar, tokens chosen so far.
+    """
+
+    cache: KVCache
+    token: Array
+    keys: Array
+    count: Array
+
+
+def inference_params(params: PyTree, config: TransformerConfig) -> PyTree:
+    """Parameters as inference reads them: matrices in the compute dtype, cast once; norm scales stay float32.
+
+    Args:
+        params: see `TrainState`.
+        config: of the model.
+    """
+    dtype = compute_dtype(config.dtype)
+
+    def cast(path: tuple, leaf: Array) -> Array:
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def decode_params(params: PyTree, *, unroll: bool | None = None) -> PyTree:
+    """Parameters as decoding reads them.
+
+    Args:
+        params: from `inference_params`.
+        unroll: the layers as a tuple of separate arrays instead of one stack. A step then compiles every layer by
+            itself. None: the device's default.
+    """
+    unroll = DEFAULT_UNROLL[_platform()] if unroll is None else unroll
+    return params | {"layers": _unstacked(params["layers"])} if unroll and "layers" in params else params
+
+
+@jax.jit
+def _unstacked(layers: PyTree) -> tuple[PyTree, ...]:
+    """A tree per layer from a tree of stacks."""
+    count = len(jax.tree.leaves(layers)[0])
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))
+
+
+def model_config(model: ModelFunction, params: PyTree) -> TransformerConfig:
+    """The config of the model that `params` belong to."""
+    return _module(model, params).config
+
+
+def check_decodable(model: ModelFunction, params: PyTree) -> None:
+    """Checks that the model's depth mechanism is one that decoding knows.
+
+    Raises:
+        NotImplementedError: the stream is read outside of the attention operator.
+    """
+    module = _module(model, params)
+    for block in (module.layers, module.last_layer):
+        if block is not None and not block.depth.reads_in_operator:
+            raise NotImplementedError(
+                f"decoding with a KV cache: model.depth={module.config.depth!r} reads its stream outside of the "
+                "attention operator, which is not supported; use 'none' or 'moda'"
+            )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "capacity", "padded"))
+def prefill(
+    model: ModelFunction, params: PyTree, tokens: Array, start: Array, *, capacity: int, padded: bool
+) -> tuple[Array, KVCache]:
+    """Runs the prompts through the model, by its own forward pass, and keeps their keys and values.
+
+    Args:
+        model: of a `Transformer`.
+        params: from `decode_params`.
+        tokens: [B, T] int32, every row's prompt at its end; anything before it.
+        start: [B] int32, where a row's prompt begins.
+        capacity: C, at least T.
+        padded: whether any row begins after place 0.
+
+    Returns:
+        Logits [B, V] float32 of the token after the prompt, and the cache.
+    """
+    module = _module(model, params)
+    batch, T = tokens.shape
+    rows = _group_rows(batch, T)
+    cache = KVCache.empty(module.config, batch, capacity, start)
+
+    def group(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        hidden, key, value = carry
+        tokens_i, start_i = (jax.lax.dynamic_slice_in_dim(x, i * rows, rows) for x in (tokens, start))
+        x, key_i, value_i = _prompt_pass(module, params, tokens_i, start_i, padded)
+        place = (0, i * rows, 0, 0, 0)
+        key, value = (jax.lax.dynamic_update_slice(a, b, place) for a, b in ((key, key_i), (value, value_i)))
+        return jax.lax.dynamic_update_slice_in_dim(hidden, x, i * rows, 0), key, value
+
+    hidden = jnp.zeros((batch, 1, module.config.width), cache.key.dtype)
+    hidden, key, value = jax.lax.fori_loop(0, batch // rows, group, (hidden, cache.key, cache.value))
+    if isinstance(params.get("layers"), tuple):
+        key, value = tuple(key), tuple(value)
+    return module.logits(hidden)[:, 0], KVCache(key, value, jnp.int32(T), cache.start)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "products"), donate_argnames="cache")
+def step(
+    model: ModelFunction, params: PyTree, cache: KVCache, tokens: Array, *, products: str | None = None
+) -> tuple[Array, KVCache]:
+    """One token of every row.
+
+    Args:
+        model, params: as in `prefill`.
+        cache: of the tokens before; donated. It must have a free place.
+        tokens: [B] int32.
+        products: one of `PRODUCTS`; None: the device's default.
+
+    Returns:
+        Logits [B, V] float32 of the next token, and the cache with this one.
+    """
+    return _step(_module(model, params), params, cache, tokens, products)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "num_steps", "sampling", "vocab_size", "products"), donate_argnames="state"
+)
+def decode(
+    model: ModelFunction,
+    params: PyTree,
+    state: DecodeState,
+    *,
+    num_steps: int,
+    sampling: SamplingConfig,
+    vocab_size: int,
+    products: str | None = None,
+) -> tuple[DecodeState, Array]:
+    """`num_steps` tokens of every row, without a word to the host in between.
+
+    Args:
+        model, params: as in `prefill`.
+        state: from `start` or from the call before; donated.
+        num_steps: tokens; as many places of the cache must be free.
+        sampling: how tokens are chosen.
+        vocab_size: tokens 0..vocab_size-1 can be chosen: the tokenizer's vocabulary, which the model's may exceed.
+        products: as in `step`.
+
+    Returns:
+        The state, and the tokens [B, num_steps] int32, of which the first is the one that `state` held.
+    """
+    module = _module(model, params)
+
+    def body(i: Array, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+        state, tokens = carry
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, state.token[:, None], i, axis=1)
+        logits, cache = _step(module, params, state.cache, state.token, products)
+        return _choose(logits, cache, state.keys, state.count, sampling, vocab_size), tokens
+
+    tokens = jnp.zeros((state.token.shape[0], num_steps), jnp.int32)
+    return jax.lax.fori_loop(0, num_steps, body, (state, tokens))
+
+
+@functools.partial(jax.jit, static_argnames=("sampling", "vocab_size"), donate_argnames="cache")
+def start(logits: Array, cache: KVCache, keys: Array, *, sampling: SamplingConfig, vocab_size: int) -> DecodeState:
+    """The state after `prefill`: chooses the first token from its logits. Arguments as in `decode`."""
+    return _choose(logits, cache, keys, jnp.int32(0), sampling, vocab_size)
+
+
+def _choose(logits, cache, keys, count, sampling, vocab_size) -> DecodeState:
+    """The state with one more token; the n-th token's randomness is the row's key with n folded in."""
+    drawn = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count)
+    return DecodeState(cache, sample(logits[:, :vocab_size], drawn, sampling), keys, count + 1)
+
+
+# The prompt.
+
+
+def _prompt_pass(
+    module: Transformer, params: PyTree, tokens: Array, start: Array, padded: bool
+) -> tuple[Array, Array, Array]:
+    """tokens [B, T] to the last place's normed hidden state [B, 1, D], and all layers' KV [L, B, K, T, H]."""
+    config, (batch, T) = module.config, tokens.shape
+    place = jnp.arange(T, dtype=jnp.int32)
+    positions = jnp.maximum(place - start[:, None], 0)  # [B, T]
+    segment_ids = (place >= start[:, None]).astype(jnp.int32) if padded else None
+    x = module.embedding(tokens)
+    stream = DepthStream.empty(batch, T, config.depth_slots, config.num_kv_heads, config.head_dim, x.dtype)
+
+    def layer(block: Block, x: Array, stream: DepthStream) -> tuple[Array, DepthStream, Array, Array]:
+        x = block.depth.read(x, stream)
+        query, key, value = block.before(x, positions)
+        attended = block.depth.operate(
+            query, key, value, stream, segment_ids=segment_ids, implementation=config.attention_implementation
+        )
+        x, entries = block.after(x, key, value, attended, positions)
+        return x, block.depth.write(stream, entries), key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, T, H]
+
+    keys, values = [], []
+    if module.layers is not None:
+        stacked = params["layers"]
+        if isinstance(stacked, tuple):  # one layer is compiled here all the same
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
+        graph, _ = nnx.split(module.layers)
+
+        def body(carry, layer_params):
+            x, stream, key, value = layer(nnx.merge(graph, layer_params), *carry)
+            return (x, stream), (key, value)
+
+        stream = dataclasses.replace(stream, length=jnp.int32(0))
+        (x, stream), (key, value) = jax.lax.scan(body, (x, stream), stacked)
+        keys, values = [key], [value]
+    x, _, key, value = layer(module.last_layer, x, stream)
+    hidden = module.final_norm(x[:, -1:])
+    return hidden, jnp.concatenate([*keys, key[None]]), jnp.concatenate([*values, value[None]])
+
+
+def _group_rows(batch: int, tokens: int) -> int:
+    """Rows of a group: the most that divide the batch and have at most PREFILL_TOKENS tokens together."""
+    return max(
+        rows for rows in range(1, batch + 1) if batch % rows == 0 and (rows == 1 or rows * tokens <= PREFILL_TOKENS)
+    )
+
+
+# A step.
+
+
+def _step(
+    module: Transformer, params: PyTree, cache: KVCache, tokens: Array, products: str | None
+) -> tuple[Array, KVCache]:
+    config = module.config
+    products = products or DEFAULT_PRODUCTS[_platform()]
+    positions = (cache.length - cache.start)[:, None]  # [B, 1]
+    place = jnp.arange(cache.capacity)
+    visible = (place >= cache.start[:, None]) & (place < cache.length)  # [B, C]
+    x = module.embedding(tokens[:, None])  # [B, 1, D]
+    stream = DepthStream.empty(len(tokens), 1, config.depth_slots, config.num_kv_heads, config.head_dim, x.dtype)
+
+    def layer(block: Block, x: Array, stream: DepthStream, cached_key: Array, cached_value: Array) -> tuple:
+        x = block.depth.read(x, stream)
+        query, key, value = block.before(x, positions)
+        attended = _attend(query, key, value, cached_key, cached_value, visible, stream, products)
+        x, entries = block.after(x, key, value, attended, positions)
+        return x, block.depth.write(stream, entries), (key.swapaxes(1, 2), value.swapaxes(1, 2))  # [B, K, 1, H]
+
+    new = []
+    if module.layers is not None:
+        graph, _ = nnx.split(module.layers)
+        if isinstance(params["layers"], tuple):
+            for i, layer_params in enumerate(params["layers"]):
+                x, stream, own = layer(nnx.merge(graph, layer_params), x, stream, cache.key[i], cache.value[i])
+                new.append(own)
+        else:
+
+            def body(carry, xs):
+                x, stream, all_keys, all_values = carry
+                layer_params, i = xs
+                cached = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in (all_keys, all_values))
+                x, stream, own = layer(nnx.merge(graph, layer_params), x, stream, *cached)
+                return (x, stream, all_keys, all_values), own
+
+            stream = dataclasses.replace(stream, length=jnp.int32(0))
+            carry = (x, stream, cache.key, cache.value)
+            (x, stream, key, value), own = jax.lax.scan(
+                body, carry, (params["layers"], jnp.arange(config.num_layers - 1))
+            )
+            cache = dataclasses.replace(cache, key=key, value=value)
+            new.append(own)  # [L-1, B, K, 1, H]
+    x, _, own = layer(module.last_layer, x, stream, cache.key[-1], cache.value[-1])
+    logits = module.logits(module.final_norm(x))[:, 0]
+    if isinstance(cache.key, tuple):
+        key, value = zip(*new, own, strict=True)
+    else:
+        key, value = (jnp.concatenate([*(n[j] for n in new), own[j][None]]) for j in (0, 1))
+    logits, key, value = jax.lax.optimization_barrier((logits, key, value))  # written after all was read
+    return logits, _write(cache, key, value)
+
+
+def _write(cache: KVCache, key: PyTree, value: PyTree) -> KVCache:
+    """The cache with one more place filled, from [..., B, K, 1, H]."""
+
+    def update(buffer: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, cache.length, axis=buffer.ndim - 2)
+
+    return KVCache(
+        jax.tree.map(update, cache.key, key), jax.tree.map(update, cache.value, value), cache.length + 1, cache.start
+    )
+
+
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    cached_key: Array,
+    cached_value: Array,
+    visible: Array,
+    stream: DepthStream,
+    products: str,
+) -> Array:
+    """One softmax of the current token over the cache, itself, and its depth slots.
+
+    Args:
+        query: [B, 1, N, H].
+        key, value: [B, 1, K, H], the token's own.
+        cached_key, cached_value: [B, K, C, H].
+        visible: [B, C] bool.
+        stream: of this token, [B, 1, S, K, H].
+        products: with the cache.
+
+    Returns:
+        [B, 1, N, H] in the query's dtype; logits, softmax and sums are float32.
+    """
+    batch, _, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    query = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)  # [B, K, G, H]
+    beside_key = jnp.concatenate([key, stream.key[:, 0]], axis=1).swapaxes(1, 2)  # [B, K, 1 + S, H]
+    beside_value = jnp.concatenate([value, stream.value[:, 0]], axis=1).swapaxes(1, 2)
+    filled = jnp.arange(1 + stream.slots) < 1 + stream.length
+    over_key, over_place = (_reduce_key, _reduce_place) if products == "reduce" else (_dot_key, _dot_place)
+    scale = head_dim**-0.5
+    over_cache = jnp.where(visible[:, None, None], over_key(query, cached_key) * scale, MASKED)  # [B, K, G, C]
+    beside = jnp.where(filled, _dot_key(query, beside_key) * scale, MASKED)  # [B, K, G, 1 + S]
+    logits = jnp.concatenate([over_cache, beside], axis=-1)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    over_cache, beside = jnp.split(weights.astype(value.dtype), [cached_key.shape[2]], axis=-1)
+    out = over_place(over_cache, cached_value) + _dot_place(beside, beside_value)
+    return (out / total).reshape(batch, 1, heads, head_dim).astype(value.dtype)
+
+
+def _dot_key(query: Array, key: Array) -> Array:
+    """[B, K, G, H] x [B, K, C, H] -> [B, K, G, C] float32."""
+    return jnp.einsum(
+        "bkgh,bkch->bkgc", query, key, precision=dot_precision(key.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _dot_place(weights: Array, value: Array) -> Array:
+    """[B, K, G, C] x [B, K, C, H] -> [B, K, G, H] float32."""
+    return jnp.einsum(
+        "bkgc,bkch->bkgh", weights, value, precision=dot_precision(value.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _reduce_key(query: Array, key: Array) -> Array:
+    """`_dot_key` as a fused product and sum."""
+    products = query[:, :, :, None].astype(jnp.float32) * key[:, :, None].astype(jnp.float32)  # [B, K, G, C, H]
+    return jnp.sum(products, axis=-1)
+
+
+def _reduce_place(weights: Array, value: Array) -> Array:
+    """`_dot_place` as a fused product and sum."""
+    products = weights[..., None].astype(jnp.float32) * value[:, :, None].astype(jnp.float32)  # [B, K, G, C, H]
+    return jnp.sum(products, axis=-2)
+
+
+def _platform() -> str:
+    """The platform whose defaults hold: another accelerator is taken for a GPU."""
+    return "cpu" if jax.default_backend() == "cpu" else "gpu"
+
+
+def _module(model: ModelFunction, params: PyTree) -> Transformer:
+    """The model that holds `params`; of unrolled layers it holds the first, in the place of the stack."""
+    if isinstance(params.get("layers"), tuple):
+        params = params | {"layers": params["layers"][0]}
+    return model.module(params)

@@ -1,0 +1,153 @@
+"""A trained run, ready for use: its config, parameters in the compute dtype, and tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from moda_jax.config import Config
+from moda_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from moda_jax.inference.decode import inference_params
+from moda_jax.training.checkpoint import CheckpointError, check_step, saved_steps
+from moda_jax.training.state import ModelFunction, model_function, split_model
+from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """What `load_run` returns.
+
+    Attributes:
+        workdir: the run's directory.
+        config: the run's, with the attention implementation that is best on this device.
+        model: the model as a function of `params`.
+        params: nested dicts; matrices in the compute dtype, norm scales float32.
+        tokenizer: that the run was trained with.
+        step: of the checkpoint.
+    """
+
+    workdir: Path
+    config: Config
+    model: ModelFunction
+    params: Any
+    tokenizer: Tokenizer
+    step: int
+
+    @property
+    def unit(self) -> str:
+        """What a token is: "byte" or "token"."""
+        return "byte" if self.config.data.tokenizer == "bytes" else "token"
+
+
+def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | None = None) -> LoadedRun:
+    """Loads a run's parameters, and nothing of its optimizer. Writes nothing: the run may still be training.
+
+    Args:
+        workdir: the run's directory.
+        step: of the checkpoint; None: the newest.
+        tokenizer: where the run's tokenizer.json is now, if not at `data.tokenizer`.
+
+    Raises:
+        ValueError: no run or no checkpoint there, a damaged one, or a tokenizer that is not the run's; the message says
+            what to do.
+    """
+    config = read_run_config(workdir)
+    workdir = Path(workdir)
+    if tokenizer is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_implementation=None))
+    directory = workdir / CHECKPOINT_DIRECTORY
+    step = _chosen_step(workdir, directory, step)
+    check_step(directory, step)
+    loaded = load_tokenizer(config.data)
+    _check_tokenizer(loaded, config, directory / str(step))
+    params = restore_params(directory / str(step), config)
+    model = model_function(config.model)
+    return LoadedRun(workdir, config, model, inference_params(params, config.model), loaded, step)
+
+
+def read_run_config(workdir: str | Path) -> Config:
+    """The config of a run's directory.
+
+    Raises:
+        ValueError: there is no such directory, or it holds no run.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        kind = "is not a directory" if workdir.exists() else "no such directory"
+        raise ValueError(f"--workdir={workdir}: {kind}; name the directory of a run, as train.py's --workdir did")
+    config = read_config(workdir)
+    if config is None:
+        raise ValueError(f"--workdir={workdir}: holds no {CONFIG_FILE}, so it is no run's directory; train one first")
+    return config
+
+
+def restore_params(directory: Path, config: Config) -> Any:
+    """The parameters of one checkpoint, float32, on the default device.
+
+    Args:
+        directory: of the step; checked by `check_step`.
+        config: the run's.
+
+    Raises:
+        CheckpointError: the parameters are not those of this config, or cannot be read.
+    """
+    expected = jax.eval_shape(functools.partial(_params, config), jax.random.key(0))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    expected = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), expected)
+    wanted = {"params": expected}
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    path = directory.absolute() / "state"
+    try:
+        saved = checkpointer.metadata(path).item_metadata.tree["params"]
+        same = _shapes(saved) == _shapes(expected)
+        if same:
+            arguments = ocp.args.PyTreeRestore(
+                item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+            )
+            return checkpointer.restore(path, args=arguments)["params"]
+    except Exception as error:  # for damaged files Orbax raises anything, bare Exceptions included
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{directory}: cannot be restored ({reason}); try another --step") from error
+    finally:
+        checkpointer.close()
+    raise CheckpointError(f"{directory}: its parameters are not those that {CONFIG_FILE} describes")
+
+
+def _params(config: Config, key: jax.Array) -> Any:
+    return split_model(config.model, key)[1]
+
+
+def _shapes(tree: Any) -> dict[str, tuple]:
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _chosen_step(workdir: Path, directory: Path, step: int | None) -> int:
+    steps = saved_steps(directory)
+    if not steps:
+        raise ValueError(
+            f"--workdir={workdir}: holds no checkpoint yet; train.py saves one every checkpoint.interval_steps"
+        )
+    if step is not None and step not in steps:
+        raise ValueError(f"--step={step}: no such checkpoint; {workdir} holds {', '.join(map(str, reversed(steps)))}")
+    return steps[0] if step is None else step
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: Config, directory: Path) -> None:
+    check_vocabulary(tokenizer, config.model.vocab_size, config.data)
+    try:
+        record = json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))
+        trained = record["tokenizer_fingerprint"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory}: its record cannot be read ({error!r}); try another --step") from error
+    if trained != tokenizer.fingerprint:
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer!r}: is not the tokenizer that the run was trained with "
+            f"({tokenizer.fingerprint}, the run's is {trained}); name the right file with --tokenizer"
+        )

@@ -1,0 +1,130 @@
+"""Models to and from other libraries' files.
+
+    python -m moda_jax.interop export --workdir=RUN --output=DIRECTORY [--step=N] [--export-dtype=bfloat16]
+
+writes config.json and model.safetensors (and tokenizer.json, if the run has one). A run with `depth="none"` becomes an
+OLMo 2 checkpoint for transformers.
+
+    python -m moda_jax.interop import --checkpoint=DIRECTORY --workdir=RUN [--config=FILE] [--config.SECTION.KEY=VALUE]
+
+makes a run out of such a directory, at step 0, for train.py, generate.py and evaluate.py (`train.py --workdir=RUN`
+trains it). The model's sizes come from the checkpoint, all else from the config; with `--config.model.depth=moda` an
+OLMo 2 model becomes a MoDA model that starts close to it (see moda_jax/interop/depth_init.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+
+from moda_jax.config import Config, TransformerConfig
+from moda_jax.inference.load import load_run, restore_params
+from moda_jax.interop.depth_init import OPEN_FIELDS, add_depth
+from moda_jax.interop.exchange import TOKENIZER_FILE, export_model, is_olmo2, load_model
+from moda_jax.training.console import config_from_flag, quantity, run_command, user_errors
+from moda_jax.training.trainer import TrainingRun
+from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "import: config of the run; by default configs/base.py's.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.")
+_STEP = flags.DEFINE_integer("step", None, "export: checkpoint; by default the newest.")
+_OUTPUT = flags.DEFINE_string("output", None, "export: the directory to write.")
+_DTYPE = flags.DEFINE_enum("export-dtype", "float32", ["float32", "bfloat16", "float16"], "export: of the tensors.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "import: the directory to read.")
+
+
+def export_run() -> None:
+    """`export`."""
+    with user_errors():
+        workdir, output = _required(_WORKDIR, "runs/quickstart"), Path(_required(_OUTPUT, "exported"))
+        run = load_run(workdir, step=_STEP.value)
+        config = run.config.model
+        params = restore_params(run.workdir / CHECKPOINT_DIRECTORY / str(run.step), run.config)
+        source = run.config.data.tokenizer
+        export_model(
+            config, params, output, dtype=_DTYPE.value, end_of_text_id=run.tokenizer.end_of_text_id,
+            tokenizer_file=None if source == "bytes" else Path(source).expanduser(),
+        )  # fmt: skip
+    kind = "transformers reads it as Olmo2ForCausalLM" if is_olmo2(config) else f"depth={config.depth!r}, own format"
+    print(f"{output}: step {run.step} of {run.workdir}, {_DTYPE.value}; {kind}")
+
+
+def import_model() -> None:
+    """`import`."""
+    with user_errors():
+        directory, workdir = Path(_required(_CHECKPOINT, "olmo2")), Path(_required(_WORKDIR, "runs/olmo2"))
+        if (workdir / CONFIG_FILE).exists():
+            raise ValueError(f"--workdir={workdir}: holds a run already; name a new directory")
+        try:
+            base, model = load_model(directory)
+        except FileNotFoundError as error:
+            raise ValueError(f"--checkpoint={directory}: {error}") from error
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        del model
+        config = run_config(directory, base, None if _CONFIG.value is None else config_from_flag(_CONFIG)[0])
+        if config.model.depth != base.depth:
+            params = add_depth(base, params, config.model, jax.random.key(config.train.seed))
+        run = TrainingRun(config, workdir)
+        run.start_from(params)
+    parameters = quantity(sum(leaf.size for leaf in jax.tree.leaves(params)))
+    print(
+        f"{workdir}: step 0, {parameters} parameters, depth={config.model.depth!r}; python train.py --workdir={workdir}"
+    )
+
+
+def run_config(directory: Path, base: TransformerConfig, config: Config | None) -> Config:
+    """The run's config: sizes of the checkpoint, all else as asked for.
+
+    Args:
+        directory: of the checkpoint; its tokenizer.json is used where the config names no other.
+        base: the checkpoint's model.
+        config: as given; None: defaults, and the checkpoint's own depth.
+
+    Raises:
+        ValueError: the config asks for a depth mechanism that the checkpoint's is not, and that cannot be added to it.
+    """
+    if config is None:
+        model, data = base, Config().data
+        data = dataclasses.replace(data, sequence_length=min(data.sequence_length, base.max_sequence_length))
+        config = dataclasses.replace(Config(), data=data)
+    else:
+        wanted: dict[str, Any] = {field: getattr(config.model, field) for field in OPEN_FIELDS}
+        if base.depth != "none":
+            for field in ("depth", "depth_ffn_kv", "depth_attn_kv"):
+                if wanted[field] != getattr(base, field):
+                    raise ValueError(
+                        f"model.{field}={wanted[field]!r}: the checkpoint has {getattr(base, field)!r}; depth can only "
+                        "be added to a checkpoint without"
+                    )
+        model, data = dataclasses.replace(base, **wanted), config.data
+    own_tokenizer = directory / TOKENIZER_FILE
+    if data.tokenizer == "bytes" and own_tokenizer.is_file():
+        data = dataclasses.replace(data, tokenizer=str(own_tokenizer.absolute()))
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def _required(flag: flags.FlagHolder, example: str) -> str:
+    if flag.value is None:
+        raise ValueError(f"--{flag.name}: missing, as in --{flag.name}={example}")
+    return flag.value
+
+
+def main() -> None:
+    """Takes the command off the arguments, and runs it."""
+    commands = {"export": export_run, "import": import_model}
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in commands:
+        sys.exit(f"error: {command!r}: expected one of {', '.join(commands)}\n{__doc__}")
+    sys.argv = [f"python -m moda_jax.interop {command}", *sys.argv[2:]]
+    run_command(commands[command])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import plain_model
+from support.saved_run import loaded_run, tiny_run_config
+
+from moda_jax.inference import attention_maps as maps_lib
+
+TOKENS = np.random.default_rng(0).integers(0, 256, 21).astype(np.int32)
+
+
+def dense_maps(run, tokens, monkeypatch):
+    """Probabilities [N, T, T + filled slots] per layer, from the independent model."""
+    seen, original = [], plain_model.attention
+
+    def attention(q, k, v, depth_keys, depth_values, visible):
+        group, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
+        logits = plain_model.einsum("btnh,bunh->bntu", q, jnp.repeat(k, group, axis=2)) * scale
+        logits = jnp.where(visible[:, None], logits, -jnp.inf)
+        for depth_key in depth_keys:
+            slot = jnp.sum(q * jnp.repeat(depth_key, group, axis=2), axis=-1) * scale  # [B, T, N]
+            logits = jnp.concatenate([logits, jnp.moveaxis(slot, 2, 1)[..., None]], axis=-1)
+        seen.append(np.asarray(jax.nn.softmax(logits, axis=-1))[0])
+        return original(q, k, v, depth_keys, depth_values, visible)
+
+    monkeypatch.setattr(plain_model, "attention", attention)
+    plain_model.logits(run.params, run.config.model, jnp.asarray(tokens)[None])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("model", "pixels"),
+    [({}, 64), ({}, 8), ({"depth_ffn_kv": False, "norm": "pre"}, 8), ({"depth": "none"}, 64)],
+    ids=["whole", "pooled", "own KV, pre-norm", "no depth"],
+)
+def test_maps_are_the_pooled_softmax(model, pixels, monkeypatch):
+    run = loaded_run(tiny_run_config(model=model))
+    monkeypatch.setattr(maps_lib, "PIXELS", pixels)
+    monkeypatch.setattr(maps_lib, "BLOCK_QUERIES", 6)
+    maps_lib._all_layers.clear_cache()
+    maps = maps_lib.attention_maps(run.model, run.params, TOKENS)
+    maps_lib._all_layers.clear_cache()
+    T, pool = len(TOKENS), -(-len(TOKENS) // pixels)
+    R = -(-T // pool)
+    assert maps.sequence.shape[2:] == (R, R) and maps.tokens == T
+    for layer, dense in enumerate(dense_maps(run, TOKENS, monkeypatch)):
+        filled = dense.shape[-1] - T
+        assert filled == layer * maps.entries_per_layer
+        for row in range(R):
+            queries = slice(row * pool, min(T, (row + 1) * pool))
+            for column in range(R):
+                keys = slice(column * pool, min(T, (column + 1) * pool))
+                expected = dense[:, queries, keys].sum(axis=2).mean(axis=1)
+                np.testing.assert_allclose(maps.sequence[layer, :, row, column], expected, rtol=0, atol=1e-6)
+            expected = dense[:, queries, T:].mean(axis=1)
+            np.testing.assert_allclose(maps.depth[layer, :, row, :filled], expected, rtol=0, atol=1e-6)
+        assert np.all(maps.depth[layer, :, :, filled:] == 0)
+        attention = dense[..., T:][..., :: max(1, maps.entries_per_layer)].sum(axis=-1).mean()
+        ffn = dense[..., T:][..., 1::2].sum(axis=-1).mean() if maps.entries_per_layer == 2 else 0.0
+        assert maps.attention_mass[layer] == pytest.approx(attention, abs=1e-6)
+        assert maps.ffn_mass[layer] == pytest.approx(ffn, abs=1e-6)
+
+
+def test_memory_grows_with_a_block_and_not_with_the_square():
+    T, heads, head_dim, slots = 4096, 16, 64, 70
+    shapes = [(T, heads, head_dim), (T, 8, head_dim), (T, slots, 8, head_dim)]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    compiled = jax.jit(maps_lib.pooled_maps).lower(*arguments, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    dense = heads * T * (T + slots) * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < dense / 2
+
+
+def test_the_picture_and_its_numbers(tmp_path):
+    run = loaded_run(tiny_run_config())
+    maps = maps_lib.attention_maps(run.model, run.params, TOKENS)
+    maps_lib.draw(maps, tmp_path / "maps.png", title="random", max_layers=2, max_heads=1)
+    assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
+    maps_lib.save_masses(maps, tmp_path / "maps.json")
+    values = json.loads((tmp_path / "maps.json").read_text())
+    assert values["tokens"] == 21 and values["attention_entries"][0] == values["ffn_entries"][0] == 0
+    assert all(0 < mass < 1 for mass in values["ffn_entries"][1:])
+    image, boundary = maps_lib._picture(maps, 1, 0)
+    assert boundary == 21 and np.isnan(image[0, 1]) and not np.isnan(image[1, 1])
+    assert not np.isnan(image[:, boundary]).any() and np.isnan(image[:, -1]).all()  # layer 1 sees layer 0's entries
+
+
+def test_the_papers_layers():
+    assert maps_lib.choose(36, 4) == [0, 11, 23, 35]
+    assert maps_lib.choose(2, 4) == [0, 1] and maps_lib.choose(1, 4) == [0]
+
+
+def test_a_text_that_does_not_fit_is_an_error():
+    run = loaded_run(tiny_run_config())
+    with pytest.raises(ValueError, match=r"tokens: got 65, expected 1\.\.64 \(model\.max_sequence_length\)"):
+        maps_lib.attention_maps(run.model, run.params, np.zeros(65, np.int32))

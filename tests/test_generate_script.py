@@ -1,0 +1,53 @@
+"""generate.py as a user calls it. Every call costs seconds, so the calls are few."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.quick_compile import QUICK_XLA_FLAGS
+from support.saved_run import save_run, tiny_run_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    save_run(workdir, tiny_run_config(data={"cache_dir": str(workdir.parent / "cache")}))
+    return workdir
+
+
+def generate(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "generate.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+        timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_XLA_FLAGS}, check=False,
+    )  # fmt: skip
+
+
+def test_prompts_are_continued_and_the_seed_decides(workdir):
+    command = (f"--workdir={workdir}", "--prompt=import os", "--prompt=def", "--max-tokens=9", "--temperature=1")
+    done = generate(*command, "--top-k=50", "--top-p=0.9", "--seed=3")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split("\n---\n")
+    assert first.startswith("import os") and second.startswith("def") and done.stdout.endswith("\n")
+    assert generate(*command, "--top-k=50", "--top-p=0.9", "--seed=3").stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--prompt=a"], "error: --workdir: missing; name the directory of a run, as in --workdir=runs/quickstart"),
+        (
+            ["--workdir=RUN", f"--prompt={'x' * 70}"],
+            "error: prompt='" + "x" * 37 + "...': has 70 tokens, but the model's context is 64 "
+            "(model.max_sequence_length), prompt and continuation together; shorten it",
+        ),
+    ],
+    ids=["no workdir", "long prompt"],
+)
+def test_a_wrong_command_ends_in_one_line(workdir, arguments, line):
+    done = generate(*(argument.replace("RUN", str(workdir)) for argument in arguments))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1] == line and "Traceback" not in done.stderr
