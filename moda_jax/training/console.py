@@ -22,8 +22,10 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from moda_jax.config import Config
+from moda_jax.training.faults import RunStoppedError
 
 EXIT_USER_ERROR = 2
+EXIT_RUN_STOPPED = 1
 _REDRAW_SECONDS = 0.1
 _LOGGERS = ("moda_jax", "pallas_kernels")
 
@@ -119,6 +121,10 @@ def run_command(main: Callable[[], None]) -> None:
         _set_up_logging()
         try:
             main()
+        except RunStoppedError as error:
+            if _DEBUG.value:
+                traceback.print_exc()
+            sys.exit(_fail(str(error), exit_code=EXIT_RUN_STOPPED))
         except KeyboardInterrupt:
             sys.exit(_fail("interrupted; the same command resumes from the newest checkpoint", exit_code=130))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from moda_jax.config import TrainConfig
+from moda_jax.training.faults import UpdateCounts, choose_update
 from moda_jax.training.loss import LossSums, loss_sums
 from moda_jax.training.state import ModelFunction, TrainState
 
@@ -24,12 +25,14 @@ class StepMetrics(NamedTuple):
         grad_norm: global norm of the gradient before clipping.
         learning_rate: that the update was done with.
         num_targets: targets that counted, over all micro-batches.
+        counts: updates and skipped steps after this one, int32 scalars.
     """
 
     loss: Array
     grad_norm: Array
     learning_rate: Array
     num_targets: Array
+    counts: UpdateCounts
 
 
 def make_train_step(
@@ -38,12 +41,13 @@ def make_train_step(
     """The function (state, batch) -> (state, metrics); jit it with the state donated.
 
     The objective is the mean over all targets of the step (over all micro-batches and devices) of
-    -log p(target) + z_loss * log(Z)^2. A batch without targets gives loss 0 and gradient 0.
+    -log p(target) + z_loss * log(Z)^2. A batch without targets gives loss 0 and gradient 0. A step whose loss or
+    gradient is not finite updates nothing but the counts, see `faults`.
 
     Args:
         model: see `state.model_function`.
         optimizer, schedule: see `optimizer`.
-        config: the training section, for `accumulation_steps` and `z_loss`.
+        config: the training section, for `accumulation_steps`, `z_loss` and `max_skipped_in_a_row`.
     """
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
@@ -60,9 +64,14 @@ def make_train_step(
 
         loss, grads = _sum_over_micro_batches(gradient, batch, config.accumulation_steps)
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
-        metrics = StepMetrics(loss, optax.tree.norm(grads), schedule(state.step), num_targets)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
+        grad_norm = optax.tree.norm(grads)
+        (params, optimizer_state), counts = choose_update(
+            jnp.isfinite(loss) & jnp.isfinite(grad_norm), state.counts,
+            (optax.apply_updates(state.params, updates), optimizer_state), (state.params, state.optimizer_state),
+            config.max_skipped_in_a_row,
+        )  # fmt: skip
+        metrics = StepMetrics(loss, grad_norm, schedule(state.counts.updates), num_targets, counts)
+        return TrainState(state.step + 1, params, optimizer_state, state.key, counts), metrics
 
     return train_step
 
