@@ -228,7 +228,8 @@ class Checkpoints:
             place = self._directory / str(step)
             number, target = 1, self._directory / f"{step}{_SET_ASIDE}"
             while target.exists():
-                number, target = number + 1, self._directory / f"{step}{_SET_ASIDE}-{number}"
+                number += 1
+                target = self._directory / f"{step}{_SET_ASIDE}-{number}"
             place.rename(target)
             _logger.warning("%s: set aside as %s", place, target.name)
 

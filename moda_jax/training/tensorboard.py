@@ -32,7 +32,9 @@ class EventFile:
         self._directory = directory
         self._purge_step = purge_step
         self._numbers = itertools.count()
+        self._suffix = ""
         self._file: EventsWriter | None = None
+        self._holds_scalars = False
         self._is_failing = False
         self.write(0, {})
 
@@ -44,6 +46,7 @@ class EventFile:
             for name, value in values.items():
                 self._file.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
             self._file.flush()
+            self._holds_scalars = self._holds_scalars or bool(values)
             self._is_failing = False
         except OSError as error:
             if not self._is_failing:
@@ -57,7 +60,8 @@ class EventFile:
 
     def _open(self) -> EventsWriter:
         self._directory.mkdir(parents=True, exist_ok=True)
-        file = EventsWriter(str(self._directory / "events"), f".{os.getpid()}.{next(self._numbers)}")
+        self._suffix, self._holds_scalars = f".{os.getpid()}.{next(self._numbers)}", False
+        file = EventsWriter(str(self._directory / "events"), self._suffix)
         if self._purge_step is not None:
             start = SessionLog(status=SessionLog.START)
             file.write_event(Event(wall_time=time.time(), step=self._purge_step, session_log=start))
@@ -65,7 +69,7 @@ class EventFile:
         return file
 
     def _abandon(self) -> None:
-        """Lets the file go as it is; a record that was cut off ends it for a reader."""
+        """Lets the file go; a record that was cut off ends it for a reader, and without any it goes away."""
         file, self._file = self._file, None
         if file is not None:
             try:
@@ -73,3 +77,6 @@ class EventFile:
             except OSError:
                 if not self._is_failing:
                     raise
+        if self._is_failing and not self._holds_scalars:
+            for path in self._directory.glob(f"*{self._suffix}"):
+                path.unlink()
