@@ -131,11 +131,7 @@ class Checkpoints:
                 self._remove_leftovers()
         except OSError as error:
             raise CheckpointError(f"{self._directory}: cannot be written ({error})") from error
-        self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                **{_STATE: ocp.StandardCheckpointHandler(), _META: ocp.JsonCheckpointHandler()}
-            )
-        )
+        self._checkpointer = _new_checkpointer()
         self._committer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="commit checkpoint")
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
@@ -160,7 +156,7 @@ class Checkpoints:
             **{_STATE: ocp.args.StandardSave(state), _META: ocp.args.JsonSave({"format": FORMAT} | record)}
         )
         try:
-            self._clean_after_failure(step)
+            self._remove_unfinished()
             self._checkpointer.save(self._staging(step), args=arguments)
         except Exception as error:  # on a full disk Orbax raises anything; the cause is logged, and raised in the end
             self._failed(step, error)
@@ -275,7 +271,8 @@ class Checkpoints:
 
     def _failed(self, step: int, error: BaseException) -> None:
         self._failures += 1
-        self._clean_after_failure(step)
+        self._discard_checkpointer()
+        self._remove_unfinished()
         good, most = saved_steps(self._directory), self._config.max_failed_saves
         newest = f"the newest checkpoint is that of step {good[0]}" if good else "there is no checkpoint yet"
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -289,9 +286,17 @@ class Checkpoints:
                 f"{newest}. The last failure, at step {step}: {reason}"
             ) from error
 
-    def _clean_after_failure(self, step: int) -> None:
-        """Removes what a failed save of this step left, which may be what fills the disk."""
-        for path in self._directory.glob(f"{step}{_SAVING}*"):
+    def _discard_checkpointer(self) -> None:
+        """After a failure Orbax's object reports old errors, each at a later save: a new one knows of none."""
+        old, self._checkpointer = self._checkpointer, _new_checkpointer()
+        try:
+            old.close()
+        except Exception as error:  # one that belongs to the failure that was reported already
+            _logger.debug("while closing Orbax's checkpointer after a failed save: %s", error)
+
+    def _remove_unfinished(self) -> None:
+        """Removes what failed saves left, which may be what fills the disk."""
+        for path in self._directory.glob(f"*{_SAVING}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
@@ -340,6 +345,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))  # exits with status 2
     print(report)
     return 0 if is_good else 1
+
+
+def _new_checkpointer() -> ocp.AsyncCheckpointer:
+    handlers = {_STATE: ocp.StandardCheckpointHandler(), _META: ocp.JsonCheckpointHandler()}
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
 
 
 def _reason(place: Path, damage: list[str]) -> str:

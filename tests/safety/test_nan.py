@@ -88,10 +88,7 @@ def test_later_losses_are_those_of_a_run_without_that_update(place, monkeypatch,
             assert f"step {step}: no update, because it is not finite (loss nan" in caplog.text
         else:
             assert (entry["loss"], entry["grad_norm"], entry["learning_rate"]) == expected[step], step
-    assert (
-        "step 9: no update, because it is not finite (loss nan, gradient norm nan); 2 of at most 10 in a row, 3 in"
-        in (caplog.text)
-    )
+    assert "(loss nan, gradient norm nan); 2 of at most 10 in a row, 3 in this run" in caplog.text
     assert "NaN" not in (place / "poisoned" / "metrics.jsonl").read_text()
     ours = second._state
     assert int(ours.step) == STEPS and int(ours.counts.skipped) == len(POISONED)
