@@ -349,7 +349,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _new_checkpointer() -> ocp.AsyncCheckpointer:
     handlers = {_STATE: ocp.StandardCheckpointHandler(), _META: ocp.JsonCheckpointHandler()}
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(**handlers),
+        # Made in the background, directories that cannot be made leave threads that wait five minutes for them, and
+        # the process waits for the threads.
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+    )
 
 
 def _reason(place: Path, damage: list[str]) -> str:
