@@ -174,6 +174,10 @@ class DataConfig:
                 getattr(self, field) in FAULT_POLICIES, f"data.{field}", getattr(self, field),
                 f"one of {FAULT_POLICIES}",
             )  # fmt: skip
+        _require(
+            self.max_document_bytes <= 2**30, "data.max_document_bytes", self.max_document_bytes,
+            "at most 2**30 (a record holds less than 2 GiB)",
+        )  # fmt: skip
         _require(bool(self.source), "data.source", self.source, "a built-in name, a directory or tfds:...")
         _require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or the path of a tokenizer.json')
         _require(
