@@ -361,6 +361,7 @@ class Config:
 
 def _section_from_dict(name: str, section: type, values: Mapping[str, Any]) -> Any:
     """One section's dataclass from a mapping; an unknown key is an error that names the nearest known ones."""
+    _require(isinstance(values, Mapping), name, values, "a mapping of the section's keys to values")
     known = [field.name for field in dataclasses.fields(section)]
     for key in values:
         if key not in known:
