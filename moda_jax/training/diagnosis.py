@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -47,39 +47,36 @@ def non_finite_tensors(model: ModelFunction, params: Any, batch: Any, config: Tr
         found = True
         yield tensor
     divisor = jnp.maximum(jnp.sum(batch.target_mask), 1.0)
+    module = model.module(params)
+    if not isinstance(module, Transformer):
+        raise NotImplementedError(f"only a Transformer can be followed layer by layer, not a {type(module).__name__}")
+    run_layer, gradient = _layer_function(module), _gradient_function(model, config.z_loss)
     parts = config.accumulation_steps
     for number in range(parts):
         where = f" in micro-batch {number}" if parts > 1 else ""
         micro_batch = jax.tree.map(lambda x, n=number: x[n::parts], batch)
-        for tensor in _non_finite((name + where, value) for name, value in _forward(model, params, micro_batch)):
+        tensors = _forward(module, run_layer, micro_batch)
+        for tensor in _non_finite((name + where, value) for name, value in tensors):
             found = True
             yield tensor
     for number in range(0 if found else parts):
         where = f" in micro-batch {number}" if parts > 1 else ""
         micro_batch = jax.tree.map(lambda x, n=number: x[n::parts], batch)
-        gradients = _gradient(model, params, micro_batch, divisor, config.z_loss)
+        gradients = gradient(params, micro_batch, divisor)
         named = ((f"gradient of {_name(path)}{where}", leaf) for path, leaf in jax.tree.leaves_with_path(gradients))
         yield from _non_finite(named)
 
 
-def _forward(model: ModelFunction, params: Any, batch: Any) -> Iterator[tuple[str, Array]]:
+def _forward(module: Transformer, run_layer: Callable, batch: Any) -> Iterator[tuple[str, Array]]:
     """The residual stream after each part of the model, the logits, and the sums of the loss."""
-    module = model.module(params)
-    if not isinstance(module, Transformer):
-        raise NotImplementedError(f"only a Transformer can be followed layer by layer, not a {type(module).__name__}")
-    config, tokens, positions = module.config, jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
-    segment_ids = jnp.asarray(batch.segment_ids)
+    config = module.config
+    tokens, positions, segment_ids = (jnp.asarray(x) for x in (batch.tokens, batch.positions, batch.segment_ids))
     x = module.embedding(tokens)
     yield "embedding output", x
     stream = DepthStream.empty(*tokens.shape, config.depth_slots, config.num_kv_heads, config.head_dim, x.dtype)
-    if module.layers is not None:
-        graph, stacked = nnx.split(module.layers)
-        run = jax.jit(lambda layer, x, stream: nnx.merge(graph, layer)(x, stream, positions, segment_ids))
-        for number in range(config.num_layers - 1):
-            x, stream = run(jax.tree.map(lambda p, n=number: p[n], stacked), x, stream)
-            yield f"output of layer {number}", x
-    x, _ = module.last_layer(x, stream, positions, segment_ids)
-    yield f"output of layer {config.num_layers - 1}", x
+    for number in range(config.num_layers):
+        x, stream = run_layer(number, x, stream, positions, segment_ids)
+        yield f"output of layer {number}", x
     x = module.final_norm(x)
     yield "output of the final norm", x
     logits = module.logits(x)
@@ -89,17 +86,32 @@ def _forward(model: ModelFunction, params: Any, batch: Any) -> Iterator[tuple[st
     yield "z-loss", sums.z_loss
 
 
-def _gradient(model: ModelFunction, params: Any, batch: Any, divisor: Array, z_loss: float) -> Any:
-    @jax.jit
-    def gradient(params: Any, batch: Any) -> Any:
-        def objective(params: Any) -> Array:
-            logits = model(params, batch.tokens, batch.segment_ids, batch.positions)
-            sums = loss_sums(logits, batch.targets, batch.target_mask)
-            return (sums.loss + z_loss * sums.z_loss) / divisor
+def _layer_function(module: Transformer) -> Callable:
+    """(layer's number, x, stream, positions, segment_ids) -> (x, stream); compiled once for all layers but the last."""
+    last_graph, last = nnx.split(module.last_layer)
+    run_last = jax.jit(lambda params, *arguments: nnx.merge(last_graph, params)(*arguments))
+    if module.layers is None:
+        return lambda number, *arguments: run_last(last, *arguments)
+    graph, stacked = nnx.split(module.layers)
+    run = jax.jit(lambda params, *arguments: nnx.merge(graph, params)(*arguments))
 
-        return jax.grad(objective)(params)
+    def run_layer(number: int, *arguments: Any) -> tuple[Array, DepthStream]:
+        if number == module.config.num_layers - 1:
+            return run_last(last, *arguments)
+        return run(jax.tree.map(lambda p: p[number], stacked), *arguments)
 
-    return gradient(params, batch)
+    return run_layer
+
+
+def _gradient_function(model: ModelFunction, z_loss: float) -> Callable:
+    """(params, batch, divisor) -> the gradient of the batch's share of the objective."""
+
+    def objective(params: Any, batch: Any, divisor: Array) -> Array:
+        logits = model(params, batch.tokens, batch.segment_ids, batch.positions)
+        sums = loss_sums(logits, batch.targets, batch.target_mask)
+        return (sums.loss + z_loss * sums.z_loss) / divisor
+
+    return jax.jit(jax.grad(objective))
 
 
 def _non_finite(named: Any) -> Iterator[NonFiniteTensor]:

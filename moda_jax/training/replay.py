@@ -80,7 +80,7 @@ def fault_error(
     """
     found = next(non_finite_tensors(model, state.params, batch, config.train), None)
     message = (
-        f"{workdir}: step {step}: {values.counts.skipped_in_a_row} steps in a row had a loss or gradient that is not "
+        f"{workdir}: step {step}: {values.skipped_in_a_row} steps in a row had a loss or gradient that is not "
         f"finite (train.max_skipped_in_a_row={config.train.max_skipped_in_a_row}); the first such tensor is: "
         f"{found or 'none, when the step is done again layer by layer'}. "
     )

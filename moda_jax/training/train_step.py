@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from moda_jax.config import TrainConfig
-from moda_jax.training.faults import UpdateCounts, choose_update
+from moda_jax.training.faults import choose_update
 from moda_jax.training.loss import LossSums, loss_sums
 from moda_jax.training.state import ModelFunction, TrainState
 
@@ -18,21 +18,22 @@ Array = jax.Array
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, float32 scalars that stay on the device until somebody reads them.
+    """What a step reports, float32 scalars (but for the counts) that stay on the device until somebody reads them.
 
     Attributes:
         loss: mean cross-entropy over the step's targets, in nats, without z-loss.
         grad_norm: global norm of the gradient before clipping.
         learning_rate: that the update was done with.
         num_targets: targets that counted, over all micro-batches.
-        counts: updates and skipped steps after this one, int32 scalars.
+        skipped, skipped_in_a_row: steps without an update so far, see `UpdateCounts`; int32.
     """
 
     loss: Array
     grad_norm: Array
     learning_rate: Array
     num_targets: Array
-    counts: UpdateCounts
+    skipped: Array
+    skipped_in_a_row: Array
 
 
 def make_train_step(
@@ -70,7 +71,10 @@ def make_train_step(
             (optax.apply_updates(state.params, updates), optimizer_state), (state.params, state.optimizer_state),
             config.max_skipped_in_a_row,
         )  # fmt: skip
-        metrics = StepMetrics(loss, grad_norm, schedule(state.counts.updates), num_targets, counts)
+        learning_rate = schedule(state.counts.updates)
+        metrics = StepMetrics(
+            loss, grad_norm, learning_rate, num_targets, counts.skipped, counts.skipped_in_a_row
+        )  # fmt: skip
         return TrainState(state.step + 1, params, optimizer_state, state.key, counts), metrics
 
     return train_step

@@ -26,7 +26,6 @@ from moda_jax.model.precision import compute_dtype
 from moda_jax.training import workdir as workdir_lib
 from moda_jax.training.checkpoint import CheckpointError, Checkpoints, SkippedStep, newest_good_step, saved_steps
 from moda_jax.training.console import ProgressLine, duration, quantity
-from moda_jax.training.faults import UpdateCounts
 from moda_jax.training.lock import WorkdirLock
 from moda_jax.training.metrics import MetricsWriter, peak_flops, perplexity, plot_losses, read_metrics
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -343,7 +342,7 @@ class TrainingRun:
             "perplexity": _finite(perplexity(values.loss)),
             "grad_norm": _finite(values.grad_norm),
             "learning_rate": values.learning_rate,
-            "skipped_updates": values.counts.skipped,
+            "skipped_updates": values.skipped,
             "loss_spikes": self._spikes.count,
             "tokens_per_second": speed,
             "mfu": self._flops_utilisation(speed),
@@ -355,14 +354,13 @@ class TrainingRun:
 
     def _check_numbers(self, step: int, values: StepMetrics) -> None:
         """Speaks of a skipped update and of a loss spike; too many skipped ones end the run."""
-        counts: UpdateCounts = values.counts
-        if counts.skipped_in_a_row:
+        if values.skipped_in_a_row:
             most = self.config.train.max_skipped_in_a_row
             _logger.warning(
                 "step %d: no update, because it is not finite (loss %s, gradient norm %s); %d of at most %d in a row, "
-                "%d in this run", step, values.loss, values.grad_norm, counts.skipped_in_a_row, most, counts.skipped,
+                "%d in this run", step, values.loss, values.grad_norm, values.skipped_in_a_row, most, values.skipped,
             )  # fmt: skip
-            if counts.skipped_in_a_row > most:
+            if values.skipped_in_a_row > most:
                 self._watchdog.beat()
                 batch = dict(self._batches)[step]
                 raise fault_error(self.workdir, self.config, self._model, step, self._state, batch, values)

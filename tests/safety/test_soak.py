@@ -48,6 +48,7 @@ def test_memory_does_not_grow(tmp_path):
         config.data.sequence_length = 32
         config.train.batch_size = 2
     samples, log = [], tmp_path / "log"
+    log.touch()
     began = time.monotonic()
     with RunProcesses(tmp_path / "compiled") as processes:
         process = processes.start(config.to_dict(), tmp_path / "run", log)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -36,6 +37,7 @@ class RunProcesses:
     """
 
     def __init__(self, compilation_cache: Path):
+        self._child: int | None = None
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.run_process"], cwd=ROOT, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True,
@@ -46,16 +48,21 @@ class RunProcesses:
         """Starts a run of `values`, see `Config.from_dict`; its output is appended to `log`. Returns its process id."""
         line = json.dumps({"values": values, "workdir": str(workdir), "log": str(log)})
         print(line, file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
+        self._child = int(self._process.stdout.readline())
+        return self._child
 
     def wait(self) -> int:
         """The exit status of the run that was started last, once it has ended."""
-        return int(self._process.stdout.readline())
+        status = int(self._process.stdout.readline())
+        self._child = None
+        return status
 
     def __enter__(self) -> RunProcesses:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._child is not None:  # a test has failed in the middle
+            os.kill(self._child, signal.SIGKILL)
         self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait(60)

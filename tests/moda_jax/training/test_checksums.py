@@ -84,17 +84,17 @@ def test_a_newer_format_is_not_guessed_at(directory, monkeypatch):
     assert find_damage(directory) == ["CHECKSUMS: format 2, this version reads 1"]
 
 
-def test_a_gigabyte_takes_less_than_a_second_on_an_idle_machine(tmp_path):
-    """Measured on a quarter of that; half the speed passes, because tests share the machine."""
+def test_a_gigabyte_takes_less_than_a_second_of_one_core(tmp_path):
+    """In seconds of the processor, which other processes do not lengthen; the threads share them."""
     data = random.Random(0).randbytes(2**26)
     for number in range(4):
         (tmp_path / str(number)).write_bytes(data)
     write_manifest(tmp_path)
-    seconds = []
+    seconds, walls = [], []
     for _ in range(3):
-        began = time.monotonic()
+        began, wall = time.process_time(), time.monotonic()
         assert find_damage(tmp_path) == []
-        seconds.append(time.monotonic() - began)
-    speed = 2**28 / min(seconds) / 1e9
-    print(f"{speed:.2f} GB/s")
-    assert speed > 0.5
+        seconds.append(time.process_time() - began)
+        walls.append(time.monotonic() - wall)
+    print(f"{2**28 / min(seconds) / 1e9:.2f} GB per core and second, {2**28 / min(walls) / 1e9:.2f} GB/s")
+    assert 2**28 / min(seconds) > 1e9
