@@ -296,6 +296,8 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """Removes what failed saves left, which may be what fills the disk."""
+        if jax.process_index() != 0:
+            return
         for path in self._directory.glob(f"*{_SAVING}*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import faulthandler
 import itertools
 import logging
 import math
@@ -110,7 +111,8 @@ def quantity(number: float) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command-line program: parses the flags, sets up logging, calls main.
 
-    A mistake on the command line ends in one line on stderr and exit code 2; `--debug` shows the traceback too.
+    A mistake on the command line ends in one line on stderr and exit code 2, a run that cannot go on
+    (`RunStoppedError`) in one line and exit code 1; `--debug` shows the traceback too.
 
     Args:
         main: called without arguments once the flags are parsed; it puts what can fail by the user's fault in
@@ -118,6 +120,7 @@ def run_command(main: Callable[[], None]) -> None:
     """
 
     def run(_: Sequence[str]) -> None:
+        faulthandler.enable()  # a crash in native code says where
         _set_up_logging()
         try:
             main()

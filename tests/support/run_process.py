@@ -44,9 +44,12 @@ class RunProcesses:
             env=os.environ | CACHE | {"JAX_COMPILATION_CACHE_DIR": str(compilation_cache)},
         )  # fmt: skip
 
-    def start(self, values: Mapping[str, Any], workdir: Path, log: Path) -> int:
-        """Starts a run of `values`, see `Config.from_dict`; its output is appended to `log`. Returns its process id."""
-        line = json.dumps({"values": values, "workdir": str(workdir), "log": str(log)})
+    def start(self, values: Mapping[str, Any], workdir: Path, log: Path, **order: Any) -> int:
+        """Starts a run of `values`, see `Config.from_dict`; its output is appended to `log`. Returns its process id.
+
+        `coordinator="ADDRESS:PORT"`: under `jax.distributed`, as a group of one.
+        """
+        line = json.dumps({"values": values, "workdir": str(workdir), "log": str(log)} | order)
         print(line, file=self._process.stdin, flush=True)
         self._child = int(self._process.stdout.readline())
         return self._child
@@ -77,6 +80,10 @@ def _run(order: dict[str, Any]) -> None:
             os.dup2(log, descriptor)
         logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s", force=True)
         logging.getLogger("moda_jax").setLevel(logging.INFO)
+        if "coordinator" in order:
+            import jax
+
+            jax.distributed.initialize(order["coordinator"], num_processes=1, process_id=0)
         from moda_jax.config import Config
         from moda_jax.training.trainer import TrainingRun
 

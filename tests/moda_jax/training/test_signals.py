@@ -70,6 +70,12 @@ def test_afterwards_signals_do_what_they_did_before():
     assert process.returncode == -signal.SIGTERM
 
 
+def free_address():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
 def wait_for(log, text, start=0, seconds=120):
     deadline = time.monotonic() + seconds
     while text not in (log.read_text() if log.exists() else "")[start:]:
@@ -78,7 +84,7 @@ def wait_for(log, text, start=0, seconds=120):
 
 
 def test_a_run_saves_its_step_and_exits_with_0(tmp_path):
-    """SIGTERM, then SIGINT on the resumed run; a second process is refused meanwhile."""
+    """SIGTERM, SIGINT on the resumed run, a preemption notice on the next; a second process is refused meanwhile."""
     values = tiny_values(
         write_corpus(tmp_path / "corpus"), tmp_path / "cache", train={"num_steps": 10**6},
         model={"num_layers": 1, "width": 16, "depth": "none"}, eval={"interval_steps": 0},
@@ -86,11 +92,12 @@ def test_a_run_saves_its_step_and_exits_with_0(tmp_path):
     )  # fmt: skip
     workdir, log, last = tmp_path / "run", tmp_path / "log", 0
     with RunProcesses(tmp_path / "compiled") as processes, RunProcesses(tmp_path / "compiled") as others:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number, name in ((15, "SIGTERM"), (2, "SIGINT"), (15, "preemption notice")):
             start = log.stat().st_size if log.exists() else 0
-            child = processes.start(values, workdir, log)
+            order = {"coordinator": free_address()} if name == "preemption notice" else {}
+            child = processes.start(values, workdir, log, **order)
             wait_for(log, "first step done", start)
-            if number == signal.SIGTERM:
+            if name == "SIGTERM":
                 others.start(values, workdir, tmp_path / "other.log")
                 assert others.wait() == 1
                 assert f"is in use by process {child} on" in (tmp_path / "other.log").read_text()
@@ -98,9 +105,7 @@ def test_a_run_saves_its_step_and_exits_with_0(tmp_path):
             assert processes.wait() == 0, log.read_text()
             step, skipped = newest_good_step(workdir / "checkpoints")
             assert step > last and not skipped
-            assert (
-                f"stopped by {number.name} at step {step} of 1000000; the same command goes on there" in log.read_text()
-            )
+            assert f"stopped by {name} at step {step} of 1000000; the same command goes on there" in log.read_text()
             assert [entry["step"] for entry in read_metrics(workdir)] == list(range(1, step + 1))
             last = step
 
@@ -123,9 +128,7 @@ with StopRequest() as stop:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_notice_to_one_process_stops_all_at_the_same_step(number):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = free_address()
     group = [start_python(GROUP, address, index, 2) for index in range(2)]
     try:
         for process in group:
