@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -129,24 +130,19 @@ class TrainingRun:
         if self.is_finished:
             return self._result(resumed_finished=True)
         last = min(self.config.train.num_steps, stop_at_step or self.config.train.num_steps)
-        self._metrics = MetricsWriter(self.workdir, self.step)
-        self._progress = ProgressLine(_logger)
-        self._watchdog = Watchdog(self.config.train.watchdog_seconds)
-        batches = self._train_batches()
-        try:
-            with StopRequest() as self._stop:
-                self._compile()
-                self._loop(batches, last)
-                self._progress.close()
-                sample = self._finish() if self.step == self.config.train.num_steps else None
-                self._await_last_save()
-        finally:
+        with contextlib.ExitStack() as at_the_end:  # the last one first
+            at_the_end.callback(self._release)
+            at_the_end.callback(self._checkpoints.close)
+            self._metrics = at_the_end.enter_context(contextlib.closing(MetricsWriter(self.workdir, self.step)))
+            batches = at_the_end.enter_context(contextlib.closing(self._train_batches()))
+            self._watchdog = at_the_end.enter_context(contextlib.closing(Watchdog(self.config.train.watchdog_seconds)))
+            self._progress = at_the_end.enter_context(contextlib.closing(ProgressLine(_logger)))
+            self._stop = at_the_end.enter_context(StopRequest())
+            self._compile()
+            self._loop(batches, last)
             self._progress.close()
-            self._watchdog.close()
-            batches.close()
-            self._metrics.close()
-            self._checkpoints.close()
-            self._release()
+            sample = self._finish() if self.step == self.config.train.num_steps else None
+            self._await_last_save()
         return self._result(sample=sample, stopped_by=self._stop.reason if self.step < last else None)
 
     # Set-up.
@@ -160,14 +156,14 @@ class TrainingRun:
         is_new = workdir_lib.read_config(self.workdir) is None
         if not is_new:
             self._lock_directory()
-        found, skipped = newest_good_step(self._checkpoint_directory)
-        self.step = found or 0
         self._open_data()
         self._check_sample()
         self._trace_steps()
         if is_new:
             self._lock_directory()
             changes = workdir_lib.check_config(self.workdir, self.config)  # another may have been quicker
+        found, skipped = newest_good_step(self._checkpoint_directory)
+        self.step = found or 0
         if found is None:
             workdir_lib.write_config(self.workdir, self.config, changes)
         self._checkpoints = Checkpoints(self._checkpoint_directory, self.config.checkpoint)

@@ -42,7 +42,7 @@ def new_run(tmp_path, workdir, **checkpoint):
     if not (tmp_path / "corpus").exists():
         write_corpus(tmp_path / "corpus")
     config = tiny_config(
-        tmp_path / "corpus", tmp_path / "cache", model={"num_layers": 2},
+        tmp_path / "corpus", tmp_path / "cache", model={"num_layers": 1, "depth": "none"},
         train={"num_steps": STEPS}, eval={"interval_steps": 0},
         checkpoint={"interval_steps": 3, "retry_pause_seconds": 0.0} | checkpoint,
     )  # fmt: skip

@@ -27,7 +27,7 @@ def place(tmp_path_factory):
 
 def new_run(place, name, **train):
     config = tiny_config(
-        place / "corpus", place / "cache", model={"num_layers": 2, "width": 16, "ffn_width": 16},
+        place / "corpus", place / "cache", model={"num_layers": 1, "depth": "none", "width": 16, "ffn_width": 16},
         train={"num_steps": STEPS, "accumulation_steps": 2} | train, eval={"interval_steps": 0},
         checkpoint={"interval_steps": 9},
     )  # fmt: skip

@@ -42,8 +42,8 @@ def test_memory_does_not_grow(tmp_path):
     config.train.num_steps = STEPS
     config.train.log_interval_steps = 5
     config.train.sample_prompt = ""
-    config.eval.interval_steps = config.checkpoint.interval_steps = 50
-    config.eval.num_batches = 4
+    config.eval.interval_steps = config.checkpoint.interval_steps = 100
+    config.eval.num_batches = 2
     if not os.environ.get("MODA_JAX_FULL_SOAK"):
         config.data.sequence_length = 32
         config.train.batch_size = 2

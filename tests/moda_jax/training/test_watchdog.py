@@ -13,10 +13,10 @@ def waits_for_ever():
     threading.Event().wait()
 
 threading.Thread(target=waits_for_ever, daemon=True).start()
-watchdog = Watchdog(0.3)
+watchdog = Watchdog(1.0)
 
 def hangs():
-    time.sleep(1.0)
+    time.sleep(2.5)
 
 for _ in range(6):
     watchdog.beat()
@@ -25,7 +25,7 @@ print("steps are done", file=sys.stderr, flush=True)
 hangs()
 print("went on", file=sys.stderr, flush=True)
 watchdog.close()
-time.sleep(0.6)
+time.sleep(1.2)
 """
 
 
@@ -37,7 +37,7 @@ def test_every_threads_stack_is_printed_when_no_step_is_done():
     assert before == ""  # while steps are done it says nothing
     stuck, _, closed = after.partition("went on\n")
     assert closed == ""
-    assert stuck.count("Timeout (0:00:00.3") >= 2  # and again, as long as it lasts
+    assert stuck.count("Timeout (0:00:01") >= 2  # and again, as long as it lasts
     assert re.search(r"in hangs\n", stuck) and re.search(r"in waits_for_ever\n", stuck)
 
 
