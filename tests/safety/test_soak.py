@@ -59,15 +59,18 @@ def test_memory_does_not_grow(tmp_path):
                 break
             time.sleep(0.02)
         assert processes.wait() == 0, log.read_text()[-3000:]
-    windows = [(SETTLED, SETTLED + 500), (1500, 2000), (STEPS - 500, STEPS)]
-    middles, largest = [], []
-    for first, last in windows:
-        sizes = sorted(size / 2**20 for step, size in samples if first <= step < last)
-        middles.append(round(sizes[len(sizes) // 2], 1))
-        largest.append(round(sizes[-1], 1))
-    growth = max(middles[-1] / middles[0], middles[-1] / middles[1]) - 1  # what compiling took may go late
+    (
+        settled,
+        middle,
+        late,
+    ) = (  # the allocator keeps for a while what compiling took, and Orbax's cache fills and empties
+        [size / 2**20 for step, size in samples if first <= step < last]
+        for first, last in ((SETTLED, 1000), (1000, 2000), (2000, STEPS))
+    )
+    growth = max(max(late) / max(settled), min(late) / min(middle)) - 1
     print(
-        f"{len(samples)} samples, {time.monotonic() - began:.0f} s; MiB in steps {windows}: median {middles}, "
-        f"largest {largest}; growth {100 * growth:.2f} %"
+        f"{len(samples)} samples, {time.monotonic() - began:.0f} s; MiB, least to most: "
+        f"steps {SETTLED} to 1000: {min(settled):.1f} to {max(settled):.1f}, to 2000: {min(middle):.1f} to "
+        f"{max(middle):.1f}, to {STEPS}: {min(late):.1f} to {max(late):.1f}; growth {100 * growth:.2f} %"
     )
     assert growth < 0.02
