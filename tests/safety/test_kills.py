@@ -60,7 +60,7 @@ def wait_for_first_step(log, start, seconds=120):
 def test_fifty_kills(tmp_path):
     values = tiny_values(
         write_corpus(tmp_path / "corpus"), tmp_path / "cache",
-        model={"num_layers": 2, "width": 16, "num_heads": 1, "head_dim": 16, "ffn_width": 16},
+        model={"num_layers": 1, "depth": "none", "width": 16, "num_heads": 1, "head_dim": 16, "ffn_width": 16},
         train={"num_steps": STEPS, "batch_size": 2}, eval={"interval_steps": 24, "num_batches": 1},
         checkpoint={"interval_steps": 2},
     )  # fmt: skip

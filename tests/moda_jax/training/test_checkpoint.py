@@ -165,6 +165,7 @@ def test_every_file_in_turn_is_missed_when_it_is_spoiled(opened, spoil):
         step, ((skipped, reason),) = newest_good_step(opened.directory)
         assert (step, skipped) == (1, 2), name
         assert reason.startswith(name), reason
+        assert_equal(checkpoints.restore(step, expected)[0], new_state(seed=1, step=1))
         with pytest.raises(CheckpointError, match=rf"checkpoints/2: {re.escape(name)}"):
             checkpoints.restore(2, expected)
         (place / name).write_bytes(content)
