@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from moda_jax.config import CheckpointConfig
 from moda_jax.training.checksums import MANIFEST_FILE, find_damage, total_bytes, write_manifest
@@ -169,8 +171,8 @@ class Checkpoints:
         Raises:
             RunStoppedError: too many saves in a row have failed.
         """
-        if self._pending is not None and self._pending[1].done():
-            self._settle()
+        if self._pending is not None and self._pending[1].done() and jax.process_count() == 1:
+            self._settle()  # several processes settle together, in the next `save` or `wait`
 
     def wait(self) -> bool:
         """Returns when no save is going on: True if the last one is on disk, False if it failed.
@@ -232,7 +234,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and ends the background threads. A failed save is logged, not raised."""
         with contextlib.suppress(RunStoppedError):
-            self._settle()
+            self._settle(is_closing=True)  # others may be gone
         self._committer.shutdown()
         self._checkpointer.close()
 
@@ -258,12 +260,16 @@ class Checkpoints:
             except OSError as error:
                 _logger.warning("%s: cannot be deleted (%s)", place, error)
 
-    def _settle(self) -> None:
-        """Waits for the save that is going on, and counts what became of it."""
+    def _settle(self, *, is_closing: bool = False) -> None:
+        """Waits for the save that is going on, and counts what became of it: in all processes the same."""
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None
         error = future.exception()
+        if jax.process_count() > 1 and not is_closing:
+            failed = multihost_utils.process_allgather(np.array(error is not None))
+            if error is None and failed.any():
+                error = OSError(f"it failed in process {np.flatnonzero(failed)[0]}")
         if error is not None:
             self._failed(step, error)
         else:

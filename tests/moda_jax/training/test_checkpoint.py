@@ -2,6 +2,7 @@ import errno
 import logging
 import re
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.documents import start_python
 
 from moda_jax.config import CheckpointConfig, OptimizerConfig
 from moda_jax.training import checkpoint
@@ -313,3 +315,48 @@ def test_saving_a_step_twice_is_an_error(opened):
     save(checkpoints, 1)
     with pytest.raises(ValueError, match="step 1 already exists"):
         save(checkpoints, 1)
+
+
+GROUP = """
+import errno, sys
+from pathlib import Path
+import jax, numpy as np
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from moda_jax.config import CheckpointConfig
+from moda_jax.training import checkpoint
+from moda_jax.training.faults import RunStoppedError
+
+write, failing = checkpoint.write_manifest, {2, 4, 5}
+
+def write_or_fail(directory):
+    if int(directory.name.partition(".")[0]) in failing:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(directory)
+
+checkpoint.write_manifest = write_or_fail
+checkpoints = checkpoint.Checkpoints(Path(sys.argv[3]), CheckpointConfig(max_failed_saves=2))
+try:
+    for step in range(1, 7):
+        checkpoints.save(step, {"kernel": np.full((4,), step, np.float32)}, {"step": step})
+        checkpoints.poll()
+        print(step, checkpoints.wait(), flush=True)
+except RunStoppedError as error:
+    print("stopped after", step, flush=True)
+checkpoints.close()
+"""
+
+
+def test_all_processes_learn_of_a_save_that_failed_in_one(tmp_path):
+    """The first process writes the checksums; the other must not go on as if they were there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    group = [start_python(GROUP, address, index, tmp_path / "checkpoints") for index in range(2)]
+    try:
+        answers = [process.communicate(timeout=200) for process in group]
+    finally:
+        for process in group:
+            process.kill()
+    for out, errors in answers:
+        assert out.splitlines()[-5:] == ["1 True", "2 False", "3 True", "4 False", "stopped after 5"], errors
+    assert newest_good_step(tmp_path / "checkpoints") == (3, [])
