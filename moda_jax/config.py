@@ -21,6 +21,8 @@ REMATS = ("full", "attention", "ffn", "none")
 LAYER_LOOPS = ("scan", "unroll")
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
+FAULT_POLICIES = ("fail", "skip")
+LARGEST_INT = 2**31 - 1  # what a device counts with; also keeps sizes that no machine has away from JAX
 
 
 def _require(condition: bool, field: str, came: Any, expected: str) -> None:
@@ -141,6 +143,12 @@ class DataConfig:
         shuffle: rows come in a new seeded order every epoch.
         prefetch_batches: batches read ahead.
         cache_dir: prepared datasets and tokens; None: the user's cache directory.
+        on_damage: what becomes of a file or record that cannot be read whole, a .jsonl line without text, and a
+            document above `max_document_bytes`: "fail" refuses the source at start, "skip" leaves it out, counted and
+            named.
+        on_invalid_utf8: the same for a document that is not UTF-8 under a tokenizer.json. Under "bytes" every document
+            is valid and passes unchanged.
+        max_document_bytes: longest document, and longest line of a .jsonl file.
     """
 
     source: str = "python_stdlib"
@@ -154,10 +162,22 @@ class DataConfig:
     shuffle: bool = True
     prefetch_batches: int = 4
     cache_dir: str | None = None
+    on_damage: str = "fail"
+    on_invalid_utf8: str = "skip"
+    max_document_bytes: int = 2**26
 
     def __post_init__(self) -> None:
         _check_types("data", self)
-        _require_positive("data", self, "sequence_length", "prefetch_batches")
+        _require_positive("data", self, "sequence_length", "prefetch_batches", "max_document_bytes")
+        for field in ("on_damage", "on_invalid_utf8"):
+            _require(
+                getattr(self, field) in FAULT_POLICIES, f"data.{field}", getattr(self, field),
+                f"one of {FAULT_POLICIES}",
+            )  # fmt: skip
+        _require(
+            self.max_document_bytes <= 2**30, "data.max_document_bytes", self.max_document_bytes,
+            "at most 2**30 (a record holds less than 2 GiB)",
+        )  # fmt: skip
         _require(bool(self.source), "data.source", self.source, "a built-in name, a directory or tfds:...")
         _require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or the path of a tokenizer.json')
         _require(
@@ -210,6 +230,11 @@ class TrainConfig:
         log_interval_steps: a metrics line every so many steps.
         sample_prompt: text that the run continues when it ends; "" for no sample.
         sample_tokens: tokens of that sample.
+        max_skipped_in_a_row: a step with a non-finite loss or gradient leaves parameters and optimizer as they are; so
+            many of them in a row are passed over, one more stops the run.
+        loss_spike_deviations: a loss so many (robust) standard deviations above the median of the last steps counts as
+            a spike in the metrics; 0: none does.
+        watchdog_seconds: when no step was done for so long, every thread's stack goes to stderr; 0: never.
     """
 
     num_steps: int = 10000
@@ -220,11 +245,17 @@ class TrainConfig:
     log_interval_steps: int = 10
     sample_prompt: str = ""
     sample_tokens: int = 200
+    max_skipped_in_a_row: int = 10
+    loss_spike_deviations: float = 6.0
+    watchdog_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         _check_types("train", self)
         _require_positive("train", self, "num_steps", "batch_size", "accumulation_steps", "log_interval_steps")
-        _require_not_negative("train", self, "seed", "z_loss", "sample_tokens")
+        _require_not_negative(
+            "train", self, "seed", "z_loss", "sample_tokens", "max_skipped_in_a_row", "loss_spike_deviations",
+            "watchdog_seconds",
+        )  # fmt: skip
         _require(
             self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
             f"a divisor of train.batch_size={self.batch_size}",
@@ -256,16 +287,21 @@ class CheckpointConfig:
         interval_steps: save every so many steps, and at the end; 0: at the end only.
         keep_last: newest checkpoints kept.
         keep_every_steps: steps divisible by this are kept for ever; 0: none.
+        max_failed_saves: a save that fails (disk full, read-only) is tried again at the next interval; so many in a row
+            end the run.
+        retry_pause_seconds: pause before the run's last save is tried again.
     """
 
     interval_steps: int = 500
     keep_last: int = 2
     keep_every_steps: int = 0
+    max_failed_saves: int = 3
+    retry_pause_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         _check_types("checkpoint", self)
-        _require_positive("checkpoint", self, "keep_last")
-        _require_not_negative("checkpoint", self, "interval_steps", "keep_every_steps")
+        _require_positive("checkpoint", self, "keep_last", "max_failed_saves")
+        _require_not_negative("checkpoint", self, "interval_steps", "keep_every_steps", "retry_pause_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,6 +372,7 @@ class Config:
 
 def _section_from_dict(name: str, section: type, values: Mapping[str, Any]) -> Any:
     """One section's dataclass from a mapping; an unknown key is an error that names the nearest known ones."""
+    _require(isinstance(values, Mapping), name, values, "a mapping of the section's keys to values")
     known = [field.name for field in dataclasses.fields(section)]
     for key in values:
         if key not in known:
@@ -364,5 +401,9 @@ def _check_types(section: str, config: Any) -> None:
             continue
         names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
         _require(type(value) in allowed, f"{section}.{field.name}", value, f"a value of type {names}")
+        if type(value) is int:
+            _require(
+                abs(value) <= LARGEST_INT, f"{section}.{field.name}", value, f"a number of at most {LARGEST_INT}"
+            )  # fmt: skip
         if type(value) is float:
             _require(value == value and abs(value) != float("inf"), f"{section}.{field.name}", value, "a finite number")

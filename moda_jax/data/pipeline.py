@@ -15,6 +15,7 @@ import numpy as np
 
 from moda_jax.config import DataConfig
 from moda_jax.data.cache import cache_directory, cache_key
+from moda_jax.data.faults import SkippedDocuments
 from moda_jax.data.packing import Batch, pack_rows, pad_rows
 from moda_jax.data.sources import find_split
 from moda_jax.data.token_store import TOKENS_VERSION, TokenDataset, prepare_tokens
@@ -36,8 +37,12 @@ def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenD
             the config field.
     """
     source = find_split(config, split)
-    key = cache_key(documents=source.identity, tokenizer=tokenizer.fingerprint, version=TOKENS_VERSION)
-    dataset = prepare_tokens(cache_directory(config) / "tokens" / key, source.open, tokenizer, source.name)
+    key = cache_key(
+        documents=source.identity, tokenizer=tokenizer.fingerprint, version=TOKENS_VERSION,
+        on_damage=config.on_damage, on_invalid_utf8=config.on_invalid_utf8,
+    )  # fmt: skip
+    directory = cache_directory(config) / "tokens" / key
+    dataset = prepare_tokens(directory, source.open, tokenizer, source.name, SkippedDocuments(config))
     if dataset.num_rows(config.sequence_length) == 0:
         raise ValueError(
             f"data.source={config.source!r}: the {split} split has {dataset.num_tokens} tokens in "
@@ -100,7 +105,8 @@ def train_batches(
         process_index, process_count: this process's share is B / process_count rows.
 
     Returns:
-        An iterator of `Batch` (this process's rows) with `position` and `close()`.
+        An iterator of `Batch` (this process's rows) with `position` and `close()`. A prepared file that is changed
+        meanwhile ends it with a `DataLostError`.
 
     Raises:
         ValueError: an argument out of range, or a batch size that the processes cannot share.
@@ -116,7 +122,7 @@ def train_batches(
     batches = (
         rows.repeat()[position:]
         .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
-        .map(lambda ids: pack_rows(dataset.tokens, dataset.offsets, ids[rows_here], T))
+        .map(lambda ids: _pack(dataset, ids[rows_here], T))
     )
     return TrainBatches(batches, batch_size, position, config.prefetch_batches)
 
@@ -155,7 +161,7 @@ def validation_batches(
 
     def pack(places: np.ndarray) -> Batch:
         ids = places * all_rows // num_rows
-        return pad_rows(pack_rows(dataset.tokens, dataset.offsets, ids[rows_here], T), batch_size // process_count)
+        return pad_rows(_pack(dataset, ids[rows_here], T), batch_size // process_count)
 
     batches = grain.MapDataset.range(num_rows).batch(batch_size, drop_remainder=False, batch_fn=np.asarray).map(pack)
 
@@ -167,6 +173,13 @@ def validation_batches(
             iterator.close()
 
     return run()
+
+
+def _pack(dataset: TokenDataset, rows: np.ndarray, sequence_length: int) -> Batch:
+    """Rows of a dataset whose files are still those that were opened."""
+    if dataset.guard is not None:
+        dataset.guard.check()
+    return pack_rows(dataset.tokens, dataset.offsets, rows, sequence_length)
 
 
 def _iterate(batches: grain.MapDataset, prefetch_batches: int) -> grain.DatasetIterator:

@@ -75,6 +75,8 @@ def _find_files(config: DataConfig, split: str) -> tuple[str, Callable[[], Docum
         feature=None if built_in else config.feature,
         files=[(file.name.hex(), file.size, file.mtime_ns) for file in files],
         validation_fraction=config.validation_fraction,
+        on_damage=config.on_damage,
+        max_document_bytes=config.max_document_bytes,
         version=corpus.CORPUS_VERSION,
         tfds=importlib.metadata.version("tensorflow-datasets"),
     )
@@ -90,6 +92,6 @@ def _find_files(config: DataConfig, split: str) -> tuple[str, Callable[[], Docum
         builder = tfds_source.open_text_corpus(directory)
         if split not in builder.info.splits:
             raise ValueError(f"data.source={config.source!r}: holds a single document; two splits need at least two")
-        return tfds_source.TfdsSplit(builder, "text", split, "split")
+        return tfds_source.TfdsSplit(builder, "text", split, "split", prepared_in=directory)
 
     return cache_key(corpus=key, split=split), open_documents

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from moda_jax.config import DataConfig
 from moda_jax.data import corpus
+from moda_jax.data.faults import DamageError, SkippedDocuments, read_skipped
 
 ARRAY_RECORD = "array_record"
 
@@ -30,6 +31,7 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     Args:
         files: from `corpus.list_files`.
         config: the data section.
+        skipped: told what is left out.
         bar: the progress bar, in bytes of the files.
         **builder_arguments: of a TFDS builder.
     """
@@ -39,8 +41,8 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # imports importlib_resources, which TFDS 4.9.10 does not declare as a dependency.
     code_path = None
 
-    def __init__(self, *, files, config, bar, **builder_arguments):
-        self._files, self._config, self._bar = files, config, bar
+    def __init__(self, *, files, config, skipped, bar, **builder_arguments):
+        self._files, self._config, self._skipped, self._bar = files, config, skipped, bar
         super().__init__(**builder_arguments)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -53,7 +55,9 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, split_of, split) -> Iterator[tuple[bytes, dict[str, bytes]]]:
         self._bar.set_postfix_str(f"{split}: reading")
-        for document in corpus.read_documents(self._files, self._config, split_of, split, self._bar.update):
+        for document in corpus.read_documents(
+            self._files, self._config, split_of, split, self._bar.update, self._skipped
+        ):
             yield document.name, {"name": document.name, "text": document.text}
         self._bar.set_postfix_str(f"{split}: writing")
 
@@ -61,13 +65,18 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def write_text_corpus(directory: Path, files: list[corpus.SourceFile], config: DataConfig) -> None:
     """Writes files of documents as a TFDS dataset into `directory`, with a progress bar.
 
-    TFDS orders the documents by a hash of their names, so any beginning of a split is a fair sample of it.
+    TFDS orders the documents by a hash of their names, so any beginning of a split is a fair sample of it. Documents
+    that are left out are named in skipped.jsonl beside it.
     """
+    skipped = SkippedDocuments(config)
     total = 2 * sum(file.size for file in files)  # each split passes over all files
     with tqdm(total=total, unit="B", unit_scale=True, desc="Preparing the corpus") as bar, _quiet_tfds():
-        builder = TextCorpus(files=files, config=config, bar=bar, data_dir=directory, file_format=ARRAY_RECORD)
+        builder = TextCorpus(
+            files=files, config=config, skipped=skipped, bar=bar, data_dir=directory, file_format=ARRAY_RECORD
+        )  # fmt: skip
         builder.download_and_prepare()
     shutil.rmtree(directory / "downloads", ignore_errors=True)  # TFDS makes it, empty
+    skipped.write(directory)
 
 
 def open_text_corpus(directory: Path) -> tfds.core.DatasetBuilder:
@@ -83,16 +92,25 @@ class TfdsSplit:
         feature: name of the text or token feature.
         split: name of the split, in TFDS's notation ("train", "train[:90%]").
         split_field: the config field that named the split, for messages.
+        prepared_in: where `write_text_corpus` wrote the dataset; None: others made it.
 
     Attributes:
         holds_tokens: the feature holds token ids, not text.
+        skipped: documents of the source that were left out when the dataset was made, and why.
 
     Raises:
         ValueError: the dataset is not prepared as array_record, or has no such split or feature, or the feature holds
             neither text nor tokens.
     """
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, feature: str, split: str, split_field: str):
+    def __init__(
+        self,
+        builder: tfds.core.DatasetBuilder,
+        feature: str,
+        split: str,
+        split_field: str,
+        prepared_in: Path | None = None,
+    ):
         where = str(builder.data_dir)
         features = builder.info.features
         if feature not in features:
@@ -117,14 +135,35 @@ class TfdsSplit:
                 f"{split_field}={split!r}: the dataset {where} has the splits {known} ({error})"
             ) from error
         self._feature, self._dtype = feature, dtype
+        self._where, self._split, self._has_names = where, split, prepared_in is not None
+        self.skipped = read_skipped(prepared_in) if prepared_in else {}
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> bytes | np.ndarray:
-        """A document: text as bytes, or token ids as an integer array [n]."""
-        document = self._examples[index][self._feature]
+        """A document: text as bytes, or token ids as an integer array [n].
+
+        Raises:
+            DamageError: the record cannot be read.
+        """
+        try:
+            document = self._examples[index][self._feature]
+        except (RuntimeError, OSError) as error:  # RuntimeError: array_record's word for all that is wrong with a file
+            raise DamageError(
+                f"data.source: record {index} of the split {self._split!r} in {self._where} cannot be read ({error})"
+            ) from error
         return np.asarray(document, self._dtype) if self.holds_tokens else document  # a Sequence comes as a list
+
+    def name_of(self, index: int) -> str:
+        """The document's name: in its source, or its number in the split."""
+        number = f"record {index} of the split {self._split!r}"
+        if not self._has_names:
+            return number
+        try:
+            return os.fsdecode(self._examples[index]["name"])
+        except (RuntimeError, OSError):  # the record that cannot be read is the one that is asked about
+            return number
 
 
 def open_tfds(config: DataConfig) -> tfds.core.DatasetBuilder:

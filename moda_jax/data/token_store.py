@@ -3,6 +3,7 @@
 tokens.npy   [N] uint16 when the vocabulary fits, else uint32: every document's tokens, then its end-of-text
 offsets.npy  [documents + 1] int64: document d is tokens[offsets[d]:offsets[d + 1]]
 meta.json    counts and the fingerprint
+skipped.jsonl  documents that were left out, by name; no such file: none was
 """
 
 from __future__ import annotations
@@ -19,26 +20,35 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
+from moda_jax.config import DataConfig
 from moda_jax.data.cache import prepare_once
+from moda_jax.data.faults import DamageError, FileGuard, SkippedDocuments, log_skipped, read_skipped
 from moda_jax.data.packing import count_rows
 from moda_jax.data.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
 
-TOKENS_VERSION = 1  # of the files below; a change of it tokenises everything anew
+TOKENS_VERSION = 2  # of the files below; a change of it tokenises everything anew
 
 # Documents tokenised together: enough to keep all cores busy, few enough to hold in memory.
 _CHUNK_DOCUMENTS, _CHUNK_BYTES = 256, 2**22
 
 
 class DocumentSource(Protocol):
-    """Documents by position: text as bytes, or (holds_tokens) token ids as integer arrays [n]."""
+    """Documents by position: text as bytes, or (holds_tokens) token ids as integer arrays [n].
+
+    Reading one that is damaged raises DamageError.
+    """
 
     holds_tokens: bool
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> bytes | np.ndarray: ...
+
+    def name_of(self, index: int) -> str:
+        """For messages."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +61,14 @@ class TokenDataset:
         fingerprint: depends on the tokens, the documents' bounds and the tokenizer alone, so equal data has equal
             fingerprints on any machine.
         name: the split in words, for messages.
+        guard: notices changes of the mapped files.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     fingerprint: str
     name: str
+    guard: FileGuard | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +86,11 @@ class TokenDataset:
 
 
 def prepare_tokens(
-    directory: Path, open_documents: Callable[[], DocumentSource], tokenizer: Tokenizer, name: str
+    directory: Path,
+    open_documents: Callable[[], DocumentSource],
+    tokenizer: Tokenizer,
+    name: str,
+    skipped: SkippedDocuments | None = None,
 ) -> TokenDataset:
     """Opens the tokenised split in `directory`; makes it first if it is not there.
 
@@ -83,35 +99,40 @@ def prepare_tokens(
         open_documents: opens the documents; called only if they must be tokenised.
         tokenizer: encodes text, and ends every document.
         name: the split in words, for messages.
+        skipped: says what may be left out, and is told; None: as `DataConfig` has it by default.
 
     Raises:
+        DamageError: a document that cannot be used, and may not be left out.
         ValueError: token ids outside of the tokenizer's vocabulary; or the directory holds something else.
     """
-    prepare_once(directory, lambda new: _write(new, open_documents(), tokenizer, name), f"Tokens of {name}")
+    skipped = SkippedDocuments(DataConfig()) if skipped is None else skipped
+    prepare_once(directory, lambda new: _write(new, open_documents(), tokenizer, name, skipped), f"Tokens of {name}")
+    log_skipped(name, directory, read_skipped(directory))
     meta = json.loads((directory / "meta.json").read_text())
     # An empty file cannot be mapped; the array of an empty split can be read.
     tokens = np.load(directory / "tokens.npy", mmap_mode="r" if meta["num_tokens"] else None)
     offsets = np.load(directory / "offsets.npy", mmap_mode="r")
     if len(tokens) != meta["num_tokens"] or len(offsets) != meta["num_documents"] + 1:
         raise ValueError(f"{directory}: the arrays do not have the lengths in meta.json; delete the directory")
-    return TokenDataset(tokens=tokens, offsets=offsets, fingerprint=meta["fingerprint"], name=name)
+    guard = FileGuard(directory / "tokens.npy", directory / "offsets.npy")
+    return TokenDataset(tokens=tokens, offsets=offsets, fingerprint=meta["fingerprint"], name=name, guard=guard)
 
 
-def _write(directory: Path, documents: DocumentSource, tokenizer: Tokenizer, name: str) -> None:
+def _write(
+    directory: Path, documents: DocumentSource, tokenizer: Tokenizer, name: str, skipped: SkippedDocuments
+) -> None:
     """Tokenises all documents into the three files."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     end_of_text = np.array([tokenizer.end_of_text_id], dtype)
     digest = hashlib.blake2b(tokenizer.fingerprint.encode(), digest_size=16)
     offsets = array.array("q", [0])
-    num_empty = num_replaced = 0
+    skipped.reasons.update(getattr(documents, "skipped", {}))
     with (directory / "tokens.npy").open("wb") as file:
         _write_header(file, 0, dtype)
-        for encoded, replaced in _encode(documents, tokenizer, name):
-            num_replaced += replaced
+        for encoded in _encode(documents, tokenizer, name, skipped):
             pieces = [np.zeros(0, dtype)]
             for document in encoded:
-                if len(document) == 0:
-                    num_empty += 1
+                if len(document) == 0:  # a tokenizer that makes nothing of something
                     continue
                 pieces.append(document)
                 if document[-1] != tokenizer.end_of_text_id:  # a token feature may bring its own
@@ -128,36 +149,57 @@ def _write(directory: Path, documents: DocumentSource, tokenizer: Tokenizer, nam
         "name": name,
         "num_tokens": offsets[-1],
         "num_documents": len(offsets) - 1,
-        "num_empty_documents": num_empty,
-        "num_documents_with_invalid_utf8": num_replaced,
+        "num_skipped_documents": len(skipped.reasons),
         "tokenizer": tokenizer.fingerprint,
         "fingerprint": digest.hexdigest(),
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=1))
+    skipped.write(directory)
     _logger.info("%s: %d documents, %d tokens", name, len(offsets) - 1, offsets[-1])
-    if num_empty:
-        _logger.info("%s: %d empty documents skipped", name, num_empty)
-    if num_replaced:
-        _logger.warning("%s: %d documents are not valid UTF-8; what is not became U+FFFD", name, num_replaced)
 
 
-def _encode(documents: DocumentSource, tokenizer: Tokenizer, name: str) -> Iterator[tuple[list[np.ndarray], int]]:
-    """Chunks of tokenised documents, and how many of a chunk had invalid UTF-8, with a progress bar."""
+def _encode(
+    documents: DocumentSource, tokenizer: Tokenizer, name: str, skipped: SkippedDocuments
+) -> Iterator[list[np.ndarray]]:
+    """Chunks of tokenised documents, with a progress bar."""
     with tqdm(total=len(documents), unit=" documents", desc=f"Tokenizing {name}") as bar:
         chunk, size = [], 0
         for index in range(len(documents)):
-            document = documents[index]
-            chunk.append(document)
-            size += len(document)
+            document = _document(documents, index, tokenizer, name, skipped)
+            if document is not None:
+                chunk.append(document)
+                size += len(document)
             if len(chunk) == _CHUNK_DOCUMENTS or size >= _CHUNK_BYTES or index == len(documents) - 1:
                 if documents.holds_tokens:
                     for document in chunk:
                         _check_token_ids(document, tokenizer, name)
-                    yield chunk, 0
+                    yield chunk
                 else:
-                    yield tokenizer.encode_batch(chunk)
-                bar.update(len(chunk))
+                    encoded, _ = tokenizer.encode_batch(chunk)
+                    yield encoded
+                bar.update(index + 1 - bar.n)
                 chunk, size = [], 0
+
+
+def _document(
+    documents: DocumentSource, index: int, tokenizer: Tokenizer, name: str, skipped: SkippedDocuments
+) -> bytes | np.ndarray | None:
+    """A document, or None if it is left out."""
+    try:
+        document = documents[index]
+    except DamageError as error:
+        skipped.damaged(documents.name_of(index), error)
+        return None
+    if len(document) == 0:
+        skipped.empty(documents.name_of(index))
+        return None
+    if isinstance(document, bytes) and tokenizer.needs_utf8:
+        try:
+            document.decode("utf-8")
+        except UnicodeDecodeError as error:
+            skipped.not_utf8(documents.name_of(index), name, error)
+            return None
+    return document
 
 
 def _check_token_ids(document: np.ndarray, tokenizer: Tokenizer, name: str) -> None:

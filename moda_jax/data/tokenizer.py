@@ -26,11 +26,13 @@ class Tokenizer(Protocol):
         vocab_size: token ids are 0..vocab_size-1.
         end_of_text_id: the token that ends a document.
         fingerprint: equal for tokenizers that give the same tokens, on any machine.
+        needs_utf8: bytes that are not UTF-8 would come back as others.
     """
 
     vocab_size: int
     end_of_text_id: int
     fingerprint: str
+    needs_utf8: bool
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """The text's tokens, int32 [n]. No end-of-text is added, and none comes out of text that spells its name."""
@@ -51,6 +53,7 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_text_id = 256
     fingerprint = "bytes-257"
+    needs_utf8 = False
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """The text's bytes, int32 [n]; a str is encoded as UTF-8."""
@@ -86,6 +89,8 @@ class HuggingFaceTokenizer:
     Raises:
         ValueError: no such file, not a tokenizer.json, or no end-of-text token.
     """
+
+    needs_utf8 = True
 
     def __init__(self, path: str | Path, end_of_text: str | None = None):
         from tokenizers import Tokenizer as Backend

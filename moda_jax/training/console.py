@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import faulthandler
 import itertools
 import logging
 import math
@@ -22,8 +23,10 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from moda_jax.config import Config
+from moda_jax.training.faults import RunStoppedError
 
 EXIT_USER_ERROR = 2
+EXIT_RUN_STOPPED = 1
 _REDRAW_SECONDS = 0.1
 _LOGGERS = ("moda_jax", "pallas_kernels")
 
@@ -108,7 +111,8 @@ def quantity(number: float) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command-line program: parses the flags, sets up logging, calls main.
 
-    A mistake on the command line ends in one line on stderr and exit code 2; `--debug` shows the traceback too.
+    A mistake on the command line ends in one line on stderr and exit code 2, a run that cannot go on
+    (`RunStoppedError`) in one line and exit code 1; `--debug` shows the traceback too.
 
     Args:
         main: called without arguments once the flags are parsed; it puts what can fail by the user's fault in
@@ -116,9 +120,14 @@ def run_command(main: Callable[[], None]) -> None:
     """
 
     def run(_: Sequence[str]) -> None:
+        faulthandler.enable()  # a crash in native code says where
         _set_up_logging()
         try:
             main()
+        except RunStoppedError as error:
+            if _DEBUG.value:
+                traceback.print_exc()
+            sys.exit(_fail(str(error), exit_code=EXIT_RUN_STOPPED))
         except KeyboardInterrupt:
             sys.exit(_fail("interrupted; the same command resumes from the newest checkpoint", exit_code=130))
 

@@ -7,13 +7,17 @@ compares runs (see `moda_jax.training.compare`).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
 
 from moda_jax.training.workdir import METRICS_FILE, PLOT_FILE, TENSORBOARD_DIRECTORY
+
+_logger = logging.getLogger(__name__)
 
 # Dense bfloat16/float16 matrix throughput in FLOP/s, from the vendors' data sheets, by a part of JAX's device_kind. The
 # first match counts, so the special comes before the general.
@@ -80,6 +84,9 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends to metrics.jsonl and to TensorBoard's events.
 
+    Lines that a full disk does not take are held in memory and written before the next ones; the file never ends in
+    half a line.
+
     Args:
         workdir: the run's directory; must exist.
         step: the step that the run goes on from; lines of later steps are dropped, since those steps are done again.
@@ -89,30 +96,62 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, step: int):
-        from tensorboardX import SummaryWriter  # 0.3 s that a refused run does not need
+        from moda_jax.training.tensorboard import EventFile  # 0.3 s that a refused run does not need
 
-        path = workdir / METRICS_FILE
-        if path.exists():
-            kept = [entry for entry in read_metrics(workdir) if entry["step"] <= step]
-            temporary = path.with_suffix(".jsonl.new")
-            temporary.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
-            os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(workdir / TENSORBOARD_DIRECTORY), purge_step=step + 1 if step else None)
+        self._path = workdir / METRICS_FILE
+        self._held: list[str] = []
+        if self._path.exists():
+            _drop_lines_after(self._path, len([e for e in read_metrics(workdir) if e["step"] <= step]))
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._events = EventFile(workdir / TENSORBOARD_DIRECTORY, purge_step=step + 1 if step else None)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Writes one line; `entry` holds "step" and numbers (None: unknown). A kill after this loses nothing."""
-        self._file.write(_line(entry))
-        self._file.flush()
+        self._held.append(_line(entry))
+        self._write_held(entry["step"])
+        scalars = {}
         for name, value in entry.items():
             if name != "step" and value is not None:
                 group = "validation" if name.startswith("validation_") else "train"
-                self._events.add_scalar(f"{group}/{name.removeprefix('validation_')}", value, entry["step"])
+                scalars[f"{group}/{name.removeprefix('validation_')}"] = value
+        self._events.write(entry["step"], scalars)
+
+    def sync(self) -> None:
+        """Puts what was written on disk, so that a checkpoint never knows of steps that metrics.jsonl has lost."""
+        with contextlib.suppress(OSError):  # a disk that fails here fails in `write` too, which speaks
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Flushes and closes both."""
-        self._file.close()
+        """Writes what is held, and closes both."""
+        if self._held:
+            self._write_held(None)
+        if self._held:
+            _logger.error("%s: the last %d lines could not be written and are lost", self._path, len(self._held))
+        os.close(self._descriptor)
         self._events.close()
+
+    def _write_held(self, step: int | None) -> None:
+        """All lines or none."""
+        data = memoryview("".join(self._held).encode("utf-8"))
+        size = os.fstat(self._descriptor).st_size
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, size)
+            if len(self._held) == 1:
+                _logger.error("%s: cannot be written (%s); lines from step %s on are held", self._path, error, step)
+            return
+        if len(self._held) > 1:
+            _logger.warning("%s: %d lines that were held are written", self._path, len(self._held))
+        self._held.clear()
+
+
+def _drop_lines_after(path: Path, count: int) -> None:
+    """Cuts a file after its first `count` lines, which needs no space on the disk."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    os.truncate(path, sum(len(line) for line in lines[:count]))
 
 
 class NoMetrics:
@@ -120,6 +159,9 @@ class NoMetrics:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Drops the line."""
+
+    def sync(self) -> None:
+        """Does nothing."""
 
     def close(self) -> None:
         """Does nothing."""

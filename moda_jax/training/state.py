@@ -12,6 +12,7 @@ from flax import nnx
 
 from moda_jax.config import TransformerConfig
 from moda_jax.model.transformer import Transformer
+from moda_jax.training.faults import UpdateCounts
 
 Array = jax.Array
 
@@ -22,16 +23,18 @@ class TrainState:
     """All that a step changes, and all that a checkpoint must hold beside the data position.
 
     Attributes:
-        step: int32 scalar, updates done.
+        step: int32 scalar, steps done; a batch each.
         params: nested dicts of float32 arrays, named as the model names them.
         optimizer_state: optax's.
         key: a typed PRNG key, the same in every step; a random part of step n folds n into it.
+        counts: how many of the steps updated the parameters, and how many were skipped.
     """
 
     step: Array
     params: Any
     optimizer_state: optax.OptState
     key: Array
+    counts: UpdateCounts = dataclasses.field(default_factory=UpdateCounts.zero)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import optax
 from moda_jax.config import TrainConfig
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.mesh import current_mesh
+from moda_jax.training.faults import choose_update
 from moda_jax.training.loss import LossSums, projected_loss_sums
 from moda_jax.training.state import ModelFunction, TrainState
 
@@ -19,19 +20,22 @@ Array = jax.Array
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, float32 scalars that stay on the device until somebody reads them.
+    """What a step reports, float32 scalars (but for the counts) that stay on the device until somebody reads them.
 
     Attributes:
         loss: mean cross-entropy over the step's targets, in nats, without z-loss.
         grad_norm: global norm of the gradient before clipping.
         learning_rate: that the update was done with.
         num_targets: targets that counted, over all micro-batches.
+        skipped, skipped_in_a_row: steps without an update so far, see `UpdateCounts`; int32.
     """
 
     loss: Array
     grad_norm: Array
     learning_rate: Array
     num_targets: Array
+    skipped: Array
+    skipped_in_a_row: Array
 
 
 def make_train_step(
@@ -40,12 +44,13 @@ def make_train_step(
     """The function (state, batch) -> (state, metrics); jit it with the state donated.
 
     The objective is the mean over all targets of the step (over all micro-batches and devices) of
-    -log p(target) + z_loss * log(Z)^2. A batch without targets gives loss 0 and gradient 0.
+    -log p(target) + z_loss * log(Z)^2. A batch without targets gives loss 0 and gradient 0. A step whose loss or
+    gradient is not finite updates nothing but the counts, see `faults`.
 
     Args:
         model: see `state.model_function`.
         optimizer, schedule: see `optimizer`.
-        config: the training section, for `accumulation_steps` and `z_loss`.
+        config: the training section, for `accumulation_steps`, `z_loss` and `max_skipped_in_a_row`.
     """
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
@@ -63,9 +68,17 @@ def make_train_step(
         loss, grads = _sum_over_micro_batches(gradient, batch, config.accumulation_steps)
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
-            metrics = StepMetrics(loss, optax.tree.norm(grads), schedule(state.step), num_targets)
-            params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
+            grad_norm = optax.tree.norm(grads)
+            (params, optimizer_state), counts = choose_update(
+                jnp.isfinite(loss) & jnp.isfinite(grad_norm), state.counts,
+                (optax.apply_updates(state.params, updates), optimizer_state), (state.params, state.optimizer_state),
+                config.max_skipped_in_a_row,
+            )  # fmt: skip
+            learning_rate = schedule(state.counts.updates)
+        metrics = StepMetrics(
+            loss, grad_norm, learning_rate, num_targets, counts.skipped, counts.skipped_in_a_row
+        )  # fmt: skip
+        return TrainState(state.step + 1, params, optimizer_state, state.key, counts), metrics
 
     return train_step
 

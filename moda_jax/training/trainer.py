@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import io
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,19 +19,25 @@ import jax
 import numpy as np
 
 from moda_jax.config import Config
+from moda_jax.data.packing import Batch
 from moda_jax.data.pipeline import open_dataset, train_batches, validation_batches
 from moda_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from moda_jax.model.accounting import param_count, train_flops_per_token
 from moda_jax.model.precision import compute_dtype
 from moda_jax.parallel.distribution import Distribution, resolved_mesh
 from moda_jax.training import workdir as workdir_lib
-from moda_jax.training.checkpoint import CheckpointError, Checkpoints, check_step, saved_steps
+from moda_jax.training.checkpoint import CheckpointError, Checkpoints, SkippedStep, newest_good_step, saved_steps
 from moda_jax.training.console import ProgressLine, duration, quantity
+from moda_jax.training.lock import WorkdirLock
 from moda_jax.training.metrics import MetricsWriter, NoMetrics, peak_flops, perplexity, plot_losses, read_metrics
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from moda_jax.training.replay import fault_error
 from moda_jax.training.sample import sample_text
+from moda_jax.training.signals import StopRequest
+from moda_jax.training.spikes import LossSpikes
 from moda_jax.training.state import initial_state, model_function
 from moda_jax.training.train_step import StepMetrics, make_eval_step, make_train_step
+from moda_jax.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 
@@ -40,12 +49,13 @@ class RunResult(NamedTuple):
 
     Attributes:
         workdir: its directory.
-        step: updates done.
-        num_steps: updates of the whole run.
+        step: steps done.
+        num_steps: steps of the whole run.
         resumed_finished: there was nothing to do.
         validation_loss: the last one, in nats per token; None if there was no evaluation.
         unit: what a token is: "byte" or "token".
         sample: the text sample, or None.
+        stopped_by: the signal or notice that ended the run early, or None.
     """
 
     workdir: Path
@@ -55,12 +65,16 @@ class RunResult(NamedTuple):
     validation_loss: float | None
     unit: str
     sample: str | None
+    stopped_by: str | None = None
 
     def __str__(self) -> str:
         if self.resumed_finished:
             text = f"{self.workdir}: this run is finished, step {self.step} of {self.num_steps}; nothing to do"
         elif self.step < self.num_steps:
-            text = f"{self.workdir}: stopped at step {self.step} of {self.num_steps}; the same command goes on there"
+            by = f" by {self.stopped_by}" if self.stopped_by else ""
+            text = (
+                f"{self.workdir}: stopped{by} at step {self.step} of {self.num_steps}; the same command goes on there"
+            )
         else:
             text = f"{self.workdir}: finished, step {self.step} of {self.num_steps}"
         if self.validation_loss is not None:
@@ -75,15 +89,16 @@ class TrainingRun:
     """One run in one directory, good for one call of `train`.
 
     The constructor does all that can fail by the user's fault: it checks the directory's config, opens the data, traces
-    the step and restores the newest checkpoint. Until these checks have passed nothing but prepared data is written,
-    and the step is not compiled. `train` then trains.
+    the step and restores the newest good checkpoint. Until these checks have passed nothing but prepared data and the
+    lock of a directory that is there is written, and the step is not compiled. `train` then trains. From the
+    constructor to the end of `train` the run holds the directory's lock.
 
     Args:
         config: the run.
         workdir: its directory; created if it is not there.
 
     Raises:
-        ValueError: a mistake in config, data or directory; the message names the field.
+        ValueError: a mistake in config, data or directory; the message names the field. Or another process trains here.
         NotImplementedError: the config asks for what this device or version cannot do.
     """
 
@@ -93,25 +108,19 @@ class TrainingRun:
         self.config = _resolve(config)
         changes = workdir_lib.check_config(self.workdir, self.config)
         self._checkpoint_directory = self.workdir / workdir_lib.CHECKPOINT_DIRECTORY
-        steps = saved_steps(self._checkpoint_directory)
-        self.step = steps[0] if steps else 0
-        if steps:
-            check_step(self._checkpoint_directory, self.step)
-        self.is_finished = self.step >= self.config.train.num_steps
-        if self.is_finished:
-            return
-        self._distribution = Distribution(self.config)
-        self._open_data()
-        self._check_sample()
-        self._trace_steps()
-        if not steps:
-            self._write_config(changes)
-        self._distribution.agree("config written")  # and with it the directory
-        self._checkpoints = Checkpoints(self._checkpoint_directory, self.config.checkpoint)
-        self._restore_or_initialize(steps)
-        if steps:  # a restore can still be refused, so only now
-            self._write_config(changes)
-        self._describe()
+        self._lock: WorkdirLock | None = None
+        if self._looks_finished():
+            found, _ = newest_good_step(self._checkpoint_directory)
+            self.is_finished = found is not None and found >= self.config.train.num_steps
+            if self.is_finished:  # nothing will be written, so whoever holds the directory may go on holding it
+                self.step = found
+                return
+        self.is_finished = False
+        try:
+            self._set_up(changes)
+        except BaseException:
+            self._release()
+            raise
 
     def train(self, *, stop_at_step: int | None = None) -> RunResult:
         """Trains to the end, or to `stop_at_step`, and saves there.
@@ -123,21 +132,22 @@ class TrainingRun:
             return self._result(resumed_finished=True)
         last = min(self.config.train.num_steps, stop_at_step or self.config.train.num_steps)
         first = self._distribution.is_first
-        self._metrics = MetricsWriter(self.workdir, self.step) if first else NoMetrics()
-        self._progress = ProgressLine(_logger, None if first else io.StringIO())
-        batches = self._train_batches()
-        try:
+        with contextlib.ExitStack() as at_the_end:  # the last one first
+            at_the_end.callback(self._release)
+            at_the_end.callback(self._checkpoints.close)
+            metrics = MetricsWriter(self.workdir, self.step) if first else NoMetrics()
+            self._metrics = at_the_end.enter_context(contextlib.closing(metrics))
+            batches = at_the_end.enter_context(contextlib.closing(self._train_batches()))
+            self._watchdog = at_the_end.enter_context(contextlib.closing(Watchdog(self.config.train.watchdog_seconds)))
+            progress = ProgressLine(_logger, None if first else io.StringIO())
+            self._progress = at_the_end.enter_context(contextlib.closing(progress))
+            self._stop = at_the_end.enter_context(StopRequest())
             self._compile()
             self._loop(batches, last)
             self._progress.close()
             sample = self._finish() if self.step == self.config.train.num_steps else None
-            self._checkpoints.wait()
-        finally:
-            self._progress.close()
-            batches.close()
-            self._metrics.close()
-            self._checkpoints.close()
-        return self._result(sample=sample)
+            self._await_last_save()
+        return self._result(sample=sample, stopped_by=self._stop.reason if self.step < last else None)
 
     def start_from(self, params: Any) -> None:
         """Instead of training: gives a new run these parameters, and saves it at step 0. `train` goes on from there.
@@ -148,17 +158,57 @@ class TrainingRun:
         Raises:
             ValueError: the run has done steps, or the parameters are not this model's.
         """
-        if self.step:
-            raise ValueError(f"workdir={str(self.workdir)!r}: has done {self.step} steps; name a new directory")
-        expected, came = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (self._state.params, params))
-        if expected != came:
-            raise ValueError("params: names or shapes differ from those of the config's model")
-        self._state = dataclasses.replace(self._state, params=params)
-        self._save()
-        self._checkpoints.wait()
-        self._checkpoints.close()
+        try:
+            if self.step:
+                raise ValueError(f"workdir={str(self.workdir)!r}: has done {self.step} steps; name a new directory")
+            state = self._distribution.saved(self._state)
+            expected, came = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (state.params, params))
+            if expected != came:
+                raise ValueError("params: names or shapes differ from those of the config's model")
+            self._checkpoints.save(self.step, dataclasses.replace(state, params=params), self._record())
+            if not self._checkpoints.wait():
+                raise CheckpointError(f"{self._checkpoint_directory}: step 0 could not be saved; the log says why")
+        finally:
+            self._checkpoints.close()
+            self._release()
 
     # Set-up.
+
+    def _looks_finished(self) -> bool:
+        steps = saved_steps(self._checkpoint_directory)
+        return bool(steps) and steps[0] >= self.config.train.num_steps
+
+    def _set_up(self, changes: list[workdir_lib.Change]) -> None:
+        """All that precedes the first step, in an order in which a refused run leaves nothing behind."""
+        self._distribution = Distribution(self.config)
+        is_new = workdir_lib.read_config(self.workdir) is None
+        if not is_new:
+            self._lock_directory()
+        self._open_data()
+        self._check_sample()
+        self._trace_steps()
+        if is_new:
+            self._lock_directory()
+            changes = workdir_lib.check_config(self.workdir, self.config)  # another may have been quicker
+        found, skipped = newest_good_step(self._checkpoint_directory)
+        self.step = found or 0
+        if found is None:
+            self._write_config(changes)
+        self._distribution.agree("config written")  # and with it the directory
+        self._checkpoints = Checkpoints(self._checkpoint_directory, self.config.checkpoint)
+        self._restore_or_initialize(found, skipped)
+        if found is not None:  # a restore can still be refused, so only now
+            self._write_config(changes)
+        self._describe()
+
+    def _lock_directory(self) -> None:
+        """One run, one writer: the first process, which does the writing."""
+        if jax.process_index() == 0:
+            self._lock = WorkdirLock(self.workdir)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _open_data(self) -> None:
         config = self.config
@@ -206,13 +256,14 @@ class TrainingRun:
         if self._distribution.is_first:
             workdir_lib.write_config(self.workdir, self.config, changes)
 
-    def _restore_or_initialize(self, steps: list[int]) -> None:
+    def _restore_or_initialize(self, found: int | None, skipped: list[SkippedStep]) -> None:
         self._position = 0
-        if not steps:
+        if found is None:
             self._state = self._initialize()
+            self._spikes = LossSpikes(self.config.train.loss_spike_deviations)
             return
         wanted = self._distribution.abstract_saved(self._abstract_state)
-        saved, record = self._checkpoints.restore(self.step, wanted)
+        saved, record = self._checkpoints.restore(found, wanted, is_checked=True)
         self._state = self._distribution.restored(saved)
         for name, value in self._fingerprints().items():
             if record[name] != value:
@@ -223,8 +274,14 @@ class TrainingRun:
                     f"is {value!r}"
                 )
         self._position = record["data_position"]
-        found, num_steps = ", ".join(map(str, reversed(steps))), self.config.train.num_steps
-        _logger.info("resuming from step %d of %d (checkpoints found: %s)", self.step, num_steps, found)
+        self._spikes = LossSpikes(self.config.train.loss_spike_deviations, record["loss_spikes"])
+        for step, reason in skipped:
+            _logger.warning("the checkpoint of step %d is not good and was passed over: %s", step, reason)
+        self._checkpoints.set_aside(step for step, _ in skipped)
+        steps = ", ".join(map(str, reversed(saved_steps(self._checkpoint_directory))))
+        _logger.info(
+            "resuming from step %d of %d (checkpoints found: %s)", found, self.config.train.num_steps, steps
+        )  # fmt: skip
 
     def _describe(self) -> None:
         config, devices = self.config, jax.devices()
@@ -267,28 +324,36 @@ class TrainingRun:
         config, first = self.config, self.step + 1
         self._mark()
         self._loop_first, self._loop_began = first, time.monotonic()
+        self._batches: deque[tuple[int, Batch]] = deque(maxlen=2)  # the host learns of a fault one step late
         pending: StepMetrics | None = None
         for step in range(first, last + 1):
-            self._state, metrics = self._train_step(self._state, self._distribution.place(next(batches)))
+            self._watchdog.beat()
+            self._batches.append((step, next(batches)))
+            self._state, metrics = self._train_step(self._state, self._distribution.place(self._batches[-1][1]))
             if pending is not None:
                 self._report(step - 1, pending)
             pending, self.step, self._position = metrics, step, batches.position
             evaluate = _due(step, config.eval.interval_steps, config.train.num_steps)
-            save = _due(step, config.checkpoint.interval_steps, config.train.num_steps) or step == last
+            stop = self._stop.reached_at(step)
+            save = _due(step, config.checkpoint.interval_steps, config.train.num_steps) or step == last or stop
             if step == first or evaluate or save:
                 self._report(step, pending, evaluate=evaluate)
                 pending = None
             if step == first:
                 _logger.info("first step done %s after the start", duration(time.monotonic() - self._began))
+            self._checkpoints.poll()
             if save:
                 self._save()
             if evaluate or save:
                 self._mark()
+            if stop:
+                break
 
     def _report(self, step: int, metrics: StepMetrics, *, evaluate: bool = False) -> None:
         """Waits for a step's metrics; a line for the terminal, and one for the files if the step is a logged one."""
         config = self.config
-        values = jax.tree.map(float, metrics)
+        values = jax.tree.map(lambda x: x.item(), metrics)
+        self._check_numbers(step, values)
         tokens_per_step = config.train.batch_size * config.data.sequence_length
         speed = (step - self._marked_step) * tokens_per_step / (time.monotonic() - self._marked_time)
         seconds_per_step = (time.monotonic() - self._loop_began) / (step - self._loop_first + 1)  # with evaluations
@@ -303,10 +368,12 @@ class TrainingRun:
         entry = {
             "step": step,
             "tokens": step * tokens_per_step,
-            "loss": values.loss,
-            "perplexity": perplexity(values.loss),
-            "grad_norm": values.grad_norm,
+            "loss": _finite(values.loss),
+            "perplexity": _finite(perplexity(values.loss)),
+            "grad_norm": _finite(values.grad_norm),
             "learning_rate": values.learning_rate,
+            "skipped_updates": values.skipped,
+            "loss_spikes": self._spikes.count,
             "tokens_per_second": speed,
             "mfu": self._flops_utilisation(speed),
         }
@@ -314,6 +381,22 @@ class TrainingRun:
             entry |= self._evaluate(step)
         self._metrics.write(entry)
         self._mark_at(step)
+
+    def _check_numbers(self, step: int, values: StepMetrics) -> None:
+        """Speaks of a skipped update and of a loss spike; too many skipped ones end the run."""
+        if values.skipped_in_a_row:
+            most = self.config.train.max_skipped_in_a_row
+            _logger.warning(
+                "step %d: no update, because it is not finite (loss %s, gradient norm %s); %d of at most %d in a row, "
+                "%d in this run", step, values.loss, values.grad_norm, values.skipped_in_a_row, most, values.skipped,
+            )  # fmt: skip
+            if values.skipped_in_a_row > most:
+                self._watchdog.beat()
+                batch = dict(self._batches)[step]
+                state = self._distribution.saved(self._state)
+                raise fault_error(self.workdir, self.config, self._model, step, state, batch, values)
+        elif self._spikes.add(values.loss):
+            _logger.warning("step %d: loss spike, %.4f (number %d)", step, values.loss, self._spikes.count)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Token-weighted mean loss over the validation split, or over `eval.num_batches` batches spread over it."""
@@ -326,19 +409,35 @@ class TrainingRun:
         place = self._distribution.place
         loss_sum, num_targets = 0.0, 0.0
         for sums in _one_late(self._eval_step(self._state.params, place(batch)) for batch in batches):
+            self._watchdog.beat()
             loss_sum, num_targets = loss_sum + float(sums.loss), num_targets + float(sums.num_targets)
         loss = loss_sum / max(num_targets, 1.0)
         _logger.info("step %d: validation loss %.4f nats per %s", step, loss, self._unit)
         return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
 
     def _save(self) -> None:
+        self._metrics.sync()
+        self._checkpoints.save(self.step, self._distribution.saved(self._state), self._record())
+
+    def _record(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the state."""
         record = {
             "step": self.step,
             "data_position": self._position,
             "config": self.config.to_dict(),
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_VERSIONS},
+            "loss_spikes": self._spikes.save(),
         }
-        self._checkpoints.save(self.step, self._distribution.saved(self._state), record | self._fingerprints())
+        return record | self._fingerprints()
+
+    def _await_last_save(self) -> None:
+        """Returns when the last step is on disk; tries again as often as the config allows."""
+        while not self._checkpoints.wait():
+            pause = self.config.checkpoint.retry_pause_seconds
+            _logger.warning("trying again to save step %d in %s s", self.step, pause)
+            time.sleep(pause)
+            self._watchdog.beat()
+            self._save()
 
     def _mark(self) -> None:
         self._mark_at(self.step)
@@ -360,25 +459,33 @@ class TrainingRun:
     def _finish(self) -> str | None:
         """Draws the loss curves and samples a text, while the last checkpoint is being written."""
         first = self._distribution.is_first
-        if first:
-            _logger.info("loss curves in %s", plot_losses(self.workdir))
         train = self.config.train
+        try:
+            if first:
+                _logger.info("loss curves in %s", plot_losses(self.workdir))
+        except OSError as error:  # of a full disk; the checkpoint matters more
+            _logger.error("the loss curves could not be drawn (%s)", error)
         if not train.sample_prompt:
             return None
         text = sample_text(
             self._model, self._state.params, self._tokenizer, train.sample_prompt,
             num_tokens=train.sample_tokens, key=jax.random.fold_in(self._state.key, self.step),
         )  # fmt: skip
-        if first:
-            (self.workdir / workdir_lib.SAMPLE_FILE).write_text(text, encoding="utf-8")
+        try:
+            if first:
+                (self.workdir / workdir_lib.SAMPLE_FILE).write_text(text, encoding="utf-8")
+        except OSError as error:
+            _logger.error("the sample could not be written (%s)", error)
         return text
 
-    def _result(self, *, resumed_finished: bool = False, sample: str | None = None) -> RunResult:
+    def _result(
+        self, *, resumed_finished: bool = False, sample: str | None = None, stopped_by: str | None = None
+    ) -> RunResult:
         losses = [entry["validation_loss"] for entry in read_metrics(self.workdir) if "validation_loss" in entry]
         return RunResult(
             workdir=self.workdir, step=self.step, num_steps=self.config.train.num_steps,
             resumed_finished=resumed_finished, validation_loss=losses[-1] if losses else None, unit=self._unit,
-            sample=sample,
+            sample=sample, stopped_by=stopped_by,
         )  # fmt: skip
 
     @property
@@ -397,6 +504,11 @@ def _resolve(config: Config) -> Config:
     dtype = np.dtype(compute_dtype(config.model.dtype)).name
     config = resolved_mesh(config)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None for what JSON has no number for."""
+    return value if math.isfinite(value) else None
 
 
 def _one_late[Item](items: Iterable[Item]) -> Iterator[Item]:

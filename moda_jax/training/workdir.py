@@ -6,6 +6,8 @@ What lies in it:
     metrics.jsonl    a line per logged step
     tensorboard/     the same values as TensorBoard events
     checkpoints/     one directory per saved step
+    faults/          the step that stopped the run, to be replayed
+    lock             who trains here, see `lock`
     loss.png         the loss curves, drawn when the run ends
     sample.txt       the text sample, written when the run ends
 
@@ -28,8 +30,15 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 CHECKPOINT_DIRECTORY = "checkpoints"
+FAULT_DIRECTORY = "faults"
 PLOT_FILE = "loss.png"
 SAMPLE_FILE = "sample.txt"
+
+
+_MAY_CHANGE = (
+    "data.cache_dir", "train.num_steps", "train.max_skipped_in_a_row", "train.loss_spike_deviations",
+    "train.watchdog_seconds",
+)  # fmt: skip
 
 
 class Change(NamedTuple):
@@ -46,11 +55,7 @@ class Change(NamedTuple):
 def may_change(field: str) -> bool:
     """Whether a resumed run may differ in this field: nothing that a finished step depends on may."""
     section, key = field.split(".")
-    return (
-        section in ("mesh", "checkpoint")
-        or key.endswith("interval_steps")
-        or field in ("data.cache_dir", "train.num_steps")
-    )
+    return section in ("mesh", "checkpoint") or key.endswith("interval_steps") or field in _MAY_CHANGE
 
 
 def config_changes(old: Config, new: Config) -> list[Change]:

@@ -187,7 +187,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"data\.source=.*a\.txt cannot be read \(.*No such file"):
             list(corpus.read_documents(files, config, lambda name: "train", "train"))
 
-    def test_a_document_too_large(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 10)
+    def test_a_document_too_large(self, tmp_path):
         write_texts(tmp_path, {"a.txt": b"a" * 11})
-        self.check(tmp_path, r"data\.source=.*a\.txt is a document of 11 bytes; expected at most 10")
+        message = r"data\.source=.*a\.txt is a document of 11 bytes; expected at most data\.max_document_bytes=10"
+        self.check(tmp_path, message, max_document_bytes=10)

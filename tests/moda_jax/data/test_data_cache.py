@@ -54,8 +54,8 @@ from moda_jax.data.tokenizer import ByteTokenizer
 
 read_documents = corpus.read_documents
 
-def stop_in_validation(files, config, split_of, split, progress):
-    for document in read_documents(files, config, split_of, split, progress):
+def stop_in_validation(files, config, split_of, split, progress, skipped):
+    for document in read_documents(files, config, split_of, split, progress, skipped):
         if split == "validation":
             print("half", flush=True, file=sys.__stdout__)  # TFDS's own words on stdout are held back
             sys.stdin.readline()

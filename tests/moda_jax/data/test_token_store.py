@@ -6,7 +6,9 @@ import logging
 import numpy as np
 import pytest
 
+from moda_jax.config import DataConfig
 from moda_jax.data import token_store
+from moda_jax.data.faults import DamageError, SkippedDocuments
 from moda_jax.data.token_store import prepare_tokens
 from moda_jax.data.tokenizer import ByteTokenizer
 
@@ -14,8 +16,11 @@ from moda_jax.data.tokenizer import ByteTokenizer
 class Documents(list):
     holds_tokens = False
 
+    def name_of(self, index):
+        return f"document {index}"
 
-class TokenDocuments(list):
+
+class TokenDocuments(Documents):
     holds_tokens = True
 
 
@@ -31,10 +36,9 @@ class WideTokenizer(ByteTokenizer):
 
 
 class StrictTokenizer(ByteTokenizer):
-    """Says which documents it had to repair."""
+    """Would change what is not UTF-8."""
 
-    def encode_batch(self, documents):
-        return super().encode_batch(documents)[0], sum(b"\xff" in document for document in documents)
+    needs_utf8 = True
 
 
 def no_documents():
@@ -105,16 +109,31 @@ def test_fingerprint(tmp_path):
     assert len({base, *different}) == 5
 
 
-def test_what_was_skipped_and_repaired_is_counted(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, "moda_jax"):
-        prepare_tokens(tmp_path / "t", lambda: Documents([b"", b"a\xff", b"", b"b"]), StrictTokenizer(), "texts")
-    assert "texts: 2 documents, 5 tokens" in caplog.text
-    assert "texts: 2 empty documents skipped" in caplog.text
-    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
-        "texts: 1 documents are not valid UTF-8; what is not became U+FFFD"
-    ]
-    meta = json.loads((tmp_path / "t" / "meta.json").read_text())
-    assert (meta["num_empty_documents"], meta["num_documents_with_invalid_utf8"]) == (2, 1)
+def test_what_was_skipped_is_counted_and_named(tmp_path, caplog):
+    documents = Documents([b"", b"a\xff", b"", b"b"])
+    for _ in range(2):  # when it is made, and when it is found
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "moda_jax"):
+            dataset = prepare_tokens(tmp_path / "t", lambda: documents, StrictTokenizer(), "texts")
+        assert dataset.tokens.tolist() == [98, 256]
+        assert "texts: 2 empty documents skipped" in caplog.text
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        assert warning.startswith(
+            f"texts: 1 DOCUMENTS LEFT OUT (all named in {tmp_path}/t/skipped.jsonl): document 1: "
+        )
+        assert warning.endswith("document document 1: not valid UTF-8 (invalid start byte at byte 1)")
+    assert json.loads((tmp_path / "t" / "meta.json").read_text())["num_skipped_documents"] == 3
+    names = [json.loads(line)["name"] for line in (tmp_path / "t" / "skipped.jsonl").read_text().splitlines()]
+    assert names == ["document 0", "document 1", "document 2"]
+
+
+def test_invalid_utf8_is_refused_where_the_config_says_so(tmp_path):
+    skipped = SkippedDocuments(DataConfig(on_invalid_utf8="fail"))
+    with pytest.raises(DamageError, match=r"data\.on_invalid_utf8='fail': texts, document document 1: not valid UTF-8"):
+        prepare_tokens(tmp_path / "t", lambda: Documents([b"a", b"\xff"]), StrictTokenizer(), "texts", skipped)
+    assert not (tmp_path / "t").exists()
+    dataset = prepare_tokens(tmp_path / "t", lambda: Documents([b"a", b"\xff"]), ByteTokenizer(), "texts", skipped)
+    assert dataset.tokens.tolist() == [97, 256, 255, 256]  # bytes pass unchanged, so nothing is wrong
 
 
 def test_no_token_at_all(tmp_path):

@@ -4,6 +4,7 @@ import os
 import pty
 
 import pytest
+from support.documents import start_python
 
 from moda_jax.training.console import ProgressLine, check_config_arguments, duration, quantity, user_errors
 
@@ -72,3 +73,20 @@ def test_without_a_terminal_milestones_are_logged(caplog):
 def test_numbers_for_people():
     assert [duration(s) for s in (0.4, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
     assert [quantity(n) for n in (950, 12345, 4.56e6, 1.2e9)] == ["950", "12.3k", "4.56M", "1.20B"]
+
+
+STOPPED = """
+from moda_jax.training.console import run_command
+from moda_jax.training.faults import RunStoppedError
+
+def main():
+    raise RunStoppedError("runs/x: step 7: no further")
+
+run_command(main)
+"""
+
+
+def test_a_run_that_cannot_go_on_ends_in_one_line():
+    process = start_python(STOPPED)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, "error: runs/x: step 7: no further\n")

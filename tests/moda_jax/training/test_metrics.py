@@ -70,3 +70,41 @@ def test_the_plot_is_a_picture(tmp_path):
     assert plot_losses(tmp_path).read_bytes().startswith(b"\x89PNG")  # without a line yet
     write(tmp_path, 0, 1, 2, 3)
     assert plot_losses(tmp_path).stat().st_size > 5000
+
+
+def limited(size):
+    """Lets this process write files of `size` bytes at most: as a full disk does, but in one place."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY if size is None else size, hard))
+
+
+def test_lines_that_a_full_disk_does_not_take_come_later(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path, 0)
+    try:
+        writer.write({"step": 1, "loss": 0.5})
+        limited((tmp_path / "metrics.jsonl").stat().st_size + 10)  # ten bytes fit: half a line would
+        for step in (2, 3):
+            writer.write({"step": step, "loss": 0.5})
+            assert [entry["step"] for entry in read_metrics(tmp_path)] == [1]
+            assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+        limited(None)
+        writer.write({"step": 4, "loss": 0.5})
+    finally:
+        limited(None)
+        writer.close()
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert caplog.text.count("metrics.jsonl: cannot be written") == 1
+    assert "metrics.jsonl: 3 lines that were held are written" in caplog.text
+
+
+def test_lines_that_never_fit_are_counted(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path, 0)
+    try:
+        limited(10)
+        writer.write({"step": 1, "loss": 0.5})
+        writer.close()
+    finally:
+        limited(None)
+    assert "the last 1 lines could not be written and are lost" in caplog.text

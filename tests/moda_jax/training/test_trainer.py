@@ -83,7 +83,8 @@ def test_what_a_run_leaves_behind(straight, place):
 
 def test_metrics_have_a_line_per_step_with_every_key(straight, place):
     entries = read_metrics(place / "straight")
-    keys = ["step", "tokens", "loss", "perplexity", "grad_norm", "learning_rate", "tokens_per_second", "mfu"]
+    keys = ["step", "tokens", "loss", "perplexity", "grad_norm", "learning_rate"]
+    keys += ["skipped_updates", "loss_spikes", "tokens_per_second", "mfu"]
     assert [entry["step"] for entry in entries] == list(range(1, 61))
     for entry in entries:
         evaluated = entry["step"] in (25, 50, 60)
@@ -145,10 +146,14 @@ def test_more_steps_go_on_and_drop_lines_of_lost_steps(copy, make, caplog):
     assert saved_steps(copy / "checkpoints") == [44, 40]
 
 
-def test_a_newest_step_that_is_no_checkpoint_is_not_passed_over(copy, make):
+def test_a_newest_step_that_is_no_checkpoint_is_passed_over_aloud(copy, make, caplog):
     (copy / "checkpoints" / "61").mkdir()
-    with pytest.raises(CheckpointError, match=r"checkpoints/61: not a complete checkpoint"):
-        make(copy.name)
+    with caplog.at_level(logging.INFO, logger="moda_jax"):
+        run = make(copy.name, train={"num_steps": 70})
+    assert "step 61 is not good and was passed over: CHECKSUMS missing: not a complete checkpoint" in caplog.text
+    assert "resuming from step 60 of 70 (checkpoints found: 40, 60)" in caplog.text
+    assert (copy / "checkpoints" / "61.damaged").is_dir()
+    assert run.train(stop_at_step=61).step == 61
 
 
 def test_other_data_is_refused(copy, make, place):

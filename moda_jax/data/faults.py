@@ -1,0 +1,130 @@
+"""Data that cannot be used as it is: refused at start, or left out with its name and the reason, as the config says."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from moda_jax.config import DataConfig
+
+_logger = logging.getLogger(__name__)
+
+SKIPPED_FILE = "skipped.jsonl"
+_NAMES_IN_LOG = 5
+
+
+class DamageError(ValueError):
+    """A document, or the rest of a file, that cannot be used; the message names it, and the config field."""
+
+
+class SkippedDocuments:
+    """What is left out of a source, by name.
+
+    Args:
+        config: `on_damage` and `on_invalid_utf8` say whether anything may be.
+
+    Attributes:
+        reasons: why, by the document's name.
+    """
+
+    def __init__(self, config: DataConfig, reasons: Mapping[str, str] | None = None):
+        self._policies = {"damage": config.on_damage, "utf8": config.on_invalid_utf8}
+        self.reasons: dict[str, str] = dict(reasons or {})
+
+    def damaged(self, name: str, error: DamageError) -> None:
+        """Leaves a damaged document out.
+
+        Raises:
+            DamageError: the same, where `data.on_damage` does not allow that.
+        """
+        self._skip("damage", name, error)
+
+    def not_utf8(self, name: str, where: str, error: UnicodeDecodeError) -> None:
+        """Leaves a document out that is no text for a tokenizer that needs text.
+
+        Raises:
+            DamageError: where `data.on_invalid_utf8` does not allow that.
+        """
+        message = f"data.on_invalid_utf8='fail': {where}, document {name}: not valid UTF-8 ({error.reason} at byte "
+        self._skip("utf8", name, DamageError(f"{message}{error.start})"))
+
+    def empty(self, name: str) -> None:
+        """Notes an empty document; there is nothing in it to lose."""
+        self.reasons[name] = "empty"
+
+    def write(self, directory: Path) -> None:
+        """Writes skipped.jsonl, a line per document; none if nothing was left out."""
+        if self.reasons:
+            lines = (json.dumps({"name": name, "reason": reason}) for name, reason in self.reasons.items())
+            (directory / SKIPPED_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def _skip(self, kind: str, name: str, error: DamageError) -> None:
+        if self._policies[kind] == "fail":
+            raise error
+        self.reasons[name] = str(error)
+
+
+def read_skipped(directory: Path) -> dict[str, str]:
+    """What `SkippedDocuments.write` wrote there; nothing without such a file."""
+    try:
+        lines = (directory / SKIPPED_FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    return {entry["name"]: entry["reason"] for entry in map(json.loads, lines)}
+
+
+def log_skipped(name: str, directory: Path, reasons: Mapping[str, str]) -> None:
+    """Says how many documents of `name` were left out, names some, and where all of them are named."""
+    losses = {document: reason for document, reason in reasons.items() if reason != "empty"}
+    if len(reasons) > len(losses):
+        _logger.info("%s: %d empty documents skipped", name, len(reasons) - len(losses))
+    if losses:
+        some = "; ".join(f"{document}: {reason}" for document, reason in list(losses.items())[:_NAMES_IN_LOG])
+        more = f"; and {len(losses) - _NAMES_IN_LOG} more" if len(losses) > _NAMES_IN_LOG else ""
+        _logger.warning(
+            "%s: %d DOCUMENTS LEFT OUT (all named in %s): %s%s", name, len(losses), directory / SKIPPED_FILE, some, more
+        )
+
+
+class DataLostError(RuntimeError):
+    """A prepared file was changed while a run read it; the message names it."""
+
+
+class FileGuard:
+    """Notices that files changed under a reader who has mapped them into memory.
+
+    A mapped file that is cut off kills its reader (SIGBUS) at the next access, and one that is overwritten gives other
+    data. One that is merely deleted stays as it was for those who have it open.
+
+    Args:
+        paths: the files.
+    """
+
+    def __init__(self, *paths: Path):
+        self._files = [(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)) for path in paths]
+        self._states = [self._state(descriptor) for _, descriptor in self._files]
+
+    def check(self) -> None:
+        """Asks the system for each file's size and time of change; microseconds.
+
+        Raises:
+            DataLostError: one of them is not as it was.
+        """
+        for (path, descriptor), before in zip(self._files, self._states, strict=True):
+            if self._state(descriptor) != before:
+                raise DataLostError(
+                    f"{path}: was changed while the run read it, so its data is not what the run began with; delete "
+                    f"{path.parent} and start again from the last checkpoint"
+                )
+
+    def __del__(self) -> None:
+        for _, descriptor in getattr(self, "_files", ()):
+            os.close(descriptor)
+
+    @staticmethod
+    def _state(descriptor: int) -> tuple[int, int]:
+        status = os.fstat(descriptor)
+        return status.st_size, status.st_mtime_ns
