@@ -34,14 +34,15 @@ class RunProcesses:
 
     Args:
         compilation_cache: a directory that the runs share.
+        **environment: further variables.
     """
 
-    def __init__(self, compilation_cache: Path):
+    def __init__(self, compilation_cache: Path, **environment: str):
         self._child: int | None = None
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.run_process"], cwd=ROOT, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True,
-            env=os.environ | CACHE | {"JAX_COMPILATION_CACHE_DIR": str(compilation_cache)},
+            env=os.environ | CACHE | {"JAX_COMPILATION_CACHE_DIR": str(compilation_cache)} | environment,
         )  # fmt: skip
 
     def start(self, values: Mapping[str, Any], workdir: Path, log: Path, **order: Any) -> int:
