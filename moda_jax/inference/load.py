@@ -64,7 +64,10 @@ def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | N
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_implementation=None))
     directory = workdir / CHECKPOINT_DIRECTORY
     step = _chosen_step(workdir, directory, step)
-    check_step(directory, step)
+    try:
+        check_step(directory, step)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; name another checkpoint with --step") from error
     loaded = load_tokenizer(config.data)
     _check_tokenizer(loaded, config, directory / str(step))
     params = restore_params(directory / str(step), config)
@@ -114,7 +117,9 @@ def restore_params(directory: Path, config: Config) -> Any:
             return checkpointer.restore(path, args=arguments)["params"]
     except Exception as error:  # for damaged files Orbax raises anything, bare Exceptions included
         reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{directory}: cannot be restored ({reason}); try another --step") from error
+        raise CheckpointError(
+            f"{directory}: cannot be restored ({reason}); name another checkpoint with --step"
+        ) from error
     finally:
         checkpointer.close()
     raise CheckpointError(f"{directory}: its parameters are not those that {CONFIG_FILE} describes")
@@ -145,7 +150,9 @@ def _check_tokenizer(tokenizer: Tokenizer, config: Config, directory: Path) -> N
         record = json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))
         trained = record["tokenizer_fingerprint"]
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory}: its record cannot be read ({error!r}); try another --step") from error
+        raise CheckpointError(
+            f"{directory}: its record cannot be read ({error!r}); name another checkpoint with --step"
+        ) from error
     if trained != tokenizer.fingerprint:
         raise ValueError(
             f"data.tokenizer={config.data.tokenizer!r}: is not the tokenizer that the run was trained with "

@@ -11,6 +11,9 @@ from support.tiny_tokenizer import WORDS, write_bpe
 from moda_jax.inference.load import load_run
 from moda_jax.training.checkpoint import CheckpointError
 
+# After an error of its own, Orbax leaves a task behind that finds its event loop closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -59,9 +62,12 @@ def test_matrices_are_cast_once_to_the_compute_dtype(copy):
         (lambda run: (run / "config.json").unlink(), r"--workdir=.*run: holds no config\.json, .* train one first"),
         (lambda run: (run / "config.json").write_text("{"), r"config\.json: not a config of this version"),
         (lambda run: shutil.rmtree(run / "checkpoints"), r"--workdir=.*run: holds no checkpoint yet; train\.py saves"),
-        (lambda run: (run / "checkpoints" / "12").mkdir(), r"checkpoints/12: not a complete checkpoint"),
-        (lambda run: shutil.rmtree(run / "checkpoints" / "10" / "state" / "d"), r"cannot be restored .* try another"),
-        (lambda run: (run / "checkpoints" / "10" / "meta" / "metadata").write_text("{}"), r"record cannot be read"),
+        (lambda run: (run / "checkpoints" / "12").mkdir(), r"checkpoints/12: .* with --step$"),
+        (lambda run: shutil.rmtree(run / "checkpoints" / "10" / "state" / "d"), r"checkpoints/10: .* with --step$"),
+        (
+            lambda run: (run / "checkpoints" / "10" / "meta" / "metadata").write_text("{}"),
+            r"checkpoints/10: .* with --step$",
+        ),
     ],
     ids=["no directory", "no config", "broken config", "no checkpoint", "empty step", "damaged step", "no record"],
 )
