@@ -1,6 +1,6 @@
 """Times whole train steps of the paper's 700M models (Table 3) on one GPU, and says where the time goes.
 
-    python -m benchmarks.training [--cases=ROW:BATCH:REMAT,...] [--steps=20] [--output=DIRECTORY]
+    python -m benchmarks.training [--cases=ROW:BATCH:REMAT,...] [--steps=5] [--output=DIRECTORY]
     python -m benchmarks.training --data=DIRECTORY --tokenizer=tokenizer.json [--cases=...]   rows of a real corpus
 
 A case is a row of Table 3 (row1: OLMo 2; row3: MoDA; row4: + FFN KV), sequences of 4096 tokens per step, and the layer
@@ -8,8 +8,9 @@ loop's `remat`. Each runs in a process of its own: a peak of memory belongs to o
 nothing but itself. Synthetic rows are random tokens of one document, the most that attention can be asked to do.
 
 MFU counts 6 N + 6 L D T FLOPs a token (N parameters, causal attention once; for MoDA also its depth part:
-`moda_jax.model.accounting.train_flops_per_token`) against the GPU's dense bf16 peak. "extra memory" is the peak over
-row1's of the same batch and remat, less parameters, gradients and optimizer state.
+`moda_jax.model.accounting.train_flops_per_token`) against the GPU's dense bf16 peak. "extra" is the peak memory above
+row1's of the same batch and remat, less what the additional parameters take (parameter, gradient and two moments,
+float32); "depth" beside it is what the depth stream and its gradient take by themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moda_jax.config import Config
 
 RESULTS = Path(__file__).parent / "results"
 CASES = (
@@ -108,6 +112,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes": memory.get("peak_bytes_in_use"),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "parameters": param_count(config.model),
+        "depth_bytes": _depth_bytes(config),
         "compile_seconds": compile_seconds,
         "loss": float(metrics.loss),
         "environment": timing.environment(),
@@ -147,6 +152,7 @@ def _batches(config: Any, real: bool) -> Any:
             dataset, config.data, batch_size=config.train.batch_size, seed=0, position=0, process_index=0,
             process_count=1,
         )  # fmt: skip
+        return
     shape = config.train.batch_size, config.data.sequence_length
     tokens = np.random.default_rng(SYNTHETIC_SEED).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1))
     tokens = tokens.astype(np.int32)
@@ -157,9 +163,24 @@ def _batches(config: Any, real: bool) -> Any:
         yield batch
 
 
+def _depth_bytes(config: Config) -> int:
+    """Of the depth stream's keys and values, and of their gradient, in the 16-bit compute dtype."""
+    model = config.model
+    entries = config.train.batch_size * config.data.sequence_length * model.depth_slots
+    return 2 * 2 * entries * model.num_kv_heads * model.head_dim * 2
+
+
+def extra_bytes(result: dict[str, Any], row1: dict[str, Any]) -> int:
+    """Peak memory of a case above row1's, without what its additional parameters take: 16 bytes each."""
+    return result["peak_bytes"] - row1["peak_bytes"] - 16 * (result["parameters"] - row1["parameters"])
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """What a person reads."""
-    lines = [f"{'case':20} {'tokens/s':>9} {'ms/step':>8} {'MFU':>6} {'peak GiB':>9} {'compile s':>9} {'/ row1':>7}"]
+    lines = [
+        f"{'case':20} {'tokens/s':>9} {'ms/step':>8} {'MFU':>6} {'peak GiB':>9} {'extra':>6} {'depth':>6} "
+        f"{'compile s':>9} {'/ row1':>7}"
+    ]
     base = {r["case"]: r for r in results if r["case"].startswith("row1") and "error" not in r}
     for r in results:
         if "error" in r:
@@ -169,9 +190,10 @@ def table(results: list[dict[str, Any]]) -> str:
         ratio = f"{r['tokens_per_second'] / row1['tokens_per_second']:.3f}" if row1 else "-"
         mfu = f"{100 * r['mfu']:.1f}%" if r["mfu"] else "-"
         peak = f"{r['peak_bytes'] / 2**30:.1f}" if r["peak_bytes"] else "-"
+        extra = f"{extra_bytes(r, row1) / 2**30:.1f}" if row1 and r["peak_bytes"] else "-"
         lines.append(
             f"{r['case']:20} {r['tokens_per_second']:9.0f} {1e3 * statistics.median(r['seconds_per_step']):8.1f} "
-            f"{mfu:>6} {peak:>9} {r['compile_seconds']:9.1f} {ratio:>7}"
+            f"{mfu:>6} {peak:>9} {extra:>6} {r['depth_bytes'] / 2**30:6.1f} {r['compile_seconds']:9.1f} {ratio:>7}"
         )
     profiled = [r for r in results if "seconds_by_category" in r]
     if profiled:

@@ -1,0 +1,51 @@
+"""How a GPU kernel finds its category; the traces themselves need a GPU."""
+
+import jax
+import pytest
+
+from benchmarks import profile
+
+HLO = """
+  %fusion.3 = f32[8]{0} fusion(%a), kind=kLoop, calls=%f, metadata={op_name="jit(step)/optimizer/mul" stack_frame_id=1}
+  ROOT %custom-call.2 = bf16[8]{0} custom-call(%b), metadata={op_name="jit(step)/transpose(jvp(logits))/dot_general"}
+  %tuple.1 = () tuple()
+"""
+
+
+def test_instructions_are_named_by_their_scope():
+    assert profile.op_names(HLO) == {
+        "fusion.3": "jit(step)/optimizer/mul",
+        "custom-call.2": "jit(step)/transpose(jvp(logits))/dot_general",
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernel", "op_name", "expected"),
+    [
+        ("moda_sequence_forward_T4096", "", "attention forward"),
+        ("moda_sequence_dkv_T4096", "", "attention backward"),
+        ("moda_sequence_dq_T4096", "", "attention backward"),
+        ("moda_depth_forward_T1", "", "depth forward"),
+        ("moda_depth_backward_accumulate_T1", "", "depth backward"),
+        ("nvjet_sm90_tst", "jit(step)/jvp(btd,df->btf)/dot_general", "matmuls"),
+        ("nvjet_sm90_tst", "jit(step)/transpose(jvp(logits))/dot_general", "logits and loss"),
+        ("loop_add_fusion_1", "jit(step)/jvp(loss)/add", "logits and loss"),
+        ("loop_add_fusion_1", "jit(step)/optimizer/add", "optimizer"),
+        ("MemcpyD2D", "", "copies"),
+        ("loop_add_fusion_1", "jit(step)/jvp(glossary)/add", profile.OTHER),
+    ],
+)
+def test_category(kernel, op_name, expected):
+    assert profile.category(kernel, op_name) == expected
+
+
+def test_seconds_are_summed_by_category_largest_first():
+    kernels = {("gemm_1", ""): (1.0, 2), ("gemm_2", ""): (2.0, 1), ("loop_fusion", "fusion.3"): (4.0, 1)}
+    sums = profile.seconds_by_category(kernels, HLO)
+    assert list(sums.items()) == [("optimizer", 4.0), ("matmuls", 3.0)]
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there are GPU kernels")
+def test_a_trace_without_gpu_kernels_is_an_error():
+    with pytest.raises(RuntimeError, match="no GPU kernels"):
+        profile.kernel_seconds(lambda: jax.numpy.ones(3) + 1)
