@@ -18,7 +18,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import logging
-import os
 import shutil
 import sys
 import time
@@ -32,7 +31,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moda_jax.config import CheckpointConfig
-from moda_jax.training.checksums import MANIFEST_FILE, find_damage, total_bytes, write_manifest
+from moda_jax.training.checksums import MANIFEST_FILE, find_damage, flush, total_bytes, write_manifest
 from moda_jax.training.faults import RunStoppedError
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY
 
@@ -251,7 +250,7 @@ class Checkpoints:
             return
         write_manifest(self._staging(step))
         self._staging(step).rename(self._directory / str(step))
-        _flush_directory(self._directory)
+        flush(self._directory)
         committed = [s for s in saved_steps(self._directory) if (self._directory / str(s) / MANIFEST_FILE).is_file()]
         for old in steps_to_delete(committed, self._config):
             place = self._directory / str(old)
@@ -371,14 +370,6 @@ def _reason(place: Path, damage: list[str]) -> str:
             return f"{damage[0]}: removed, or written by a version before checkpoint format {FORMAT}, which had none"
         return f"{damage[0]}: not a complete checkpoint"
     return "; ".join(damage)
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _tensors(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

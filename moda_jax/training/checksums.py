@@ -35,7 +35,7 @@ def write_manifest(directory: Path) -> None:
     }
     pieces = [(name, number) for name in names for number in range(_piece_count(files[name]["bytes"], _PIECE_BYTES))]
     with _threads() as pool:
-        for _ in pool.map(lambda name: _flush(directory / name), names):
+        for _ in pool.map(lambda name: flush(directory / name), names):
             pass
         digests = pool.map(lambda piece: _piece_digest(directory / piece[0], piece[1], _PIECE_BYTES), pieces)
         for (name, _), digest in zip(pieces, digests, strict=True):
@@ -43,10 +43,10 @@ def write_manifest(directory: Path) -> None:
     content = json.dumps({"format": _FORMAT, "piece_bytes": _PIECE_BYTES, "files": files}, sort_keys=True)
     temporary = directory / f"{MANIFEST_FILE}.new"
     temporary.write_text(f"{content}\n{_text_digest(content)}\n", encoding="ascii")
-    _flush(temporary)
+    flush(temporary)
     temporary.replace(directory / MANIFEST_FILE)
     for folder, _, _ in os.walk(directory):
-        _flush(Path(folder))
+        flush(Path(folder))
 
 
 def find_damage(directory: Path) -> list[str]:
@@ -142,8 +142,8 @@ def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """Puts a file or a directory on disk."""
+def flush(path: Path) -> None:
+    """Puts a file, or the names in a directory, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
