@@ -13,7 +13,7 @@ import jax
 
 _logger = logging.getLogger(__name__)
 
-# Flags of XLA for NVIDIA GPUs; benchmarks/training.py says what each is worth.
+# Flags of XLA for NVIDIA GPUs. None yet: one enters when `python -m benchmarks.training` has shown what it is worth.
 XLA_GPU_FLAGS: tuple[str, ...] = ()
 # The share of a GPU's memory that is taken at the start; JAX's own 0.75 leaves 20 of 80 GB unused.
 MEMORY_FRACTION = "0.92"

@@ -1,0 +1,48 @@
+"""What is set before JAX meets a device, and that nothing that the user has set is changed."""
+
+import os
+
+import jax
+import pytest
+
+from moda_jax.training import runtime
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield monkeypatch
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def environment():
+    return os.environ.get("XLA_FLAGS"), os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+def test_a_gpu_gets_flags_and_memory(clean, tmp_path):
+    clean.setattr(runtime, "_may_have_gpu", lambda: True)
+    clean.setattr(runtime, "XLA_GPU_FLAGS", ("--xla_gpu_a=1", "--xla_gpu_b=2"))
+    clean.setenv("XLA_FLAGS", "--xla_gpu_b=3 --xla_c=4")
+    runtime.prepare(tmp_path)
+    assert environment() == ("--xla_gpu_b=3 --xla_c=4 --xla_gpu_a=1", runtime.MEMORY_FRACTION)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+
+
+def test_the_users_choices_stay(clean, tmp_path):
+    clean.setattr(runtime, "_may_have_gpu", lambda: True)
+    clean.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    runtime.prepare(tmp_path)
+    assert environment()[1] == "0.5"
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+
+
+def test_without_a_gpu_the_environment_is_left_alone(clean, tmp_path):
+    clean.setattr(runtime, "_may_have_gpu", lambda: False)
+    clean.setattr(runtime, "XLA_GPU_FLAGS", ("--xla_gpu_a=1",))
+    runtime.prepare(tmp_path)
+    assert environment() == (None, None)
