@@ -139,10 +139,9 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _batches(config: Any, real: bool) -> Any:
     """Endless batches: of the corpus through the training pipeline, or random tokens of one document per row."""
+    import jax
     import jax.numpy as jnp
-    import numpy as np
 
-    from moda_jax.data.packing import Batch
     from moda_jax.data.pipeline import open_dataset, train_batches
     from moda_jax.data.tokenizer import load_tokenizer
 
@@ -153,14 +152,22 @@ def _batches(config: Any, real: bool) -> Any:
             process_count=1,
         )  # fmt: skip
         return
+    batch = jax.tree.map(jnp.asarray, synthetic_batch(config))
+    while True:
+        yield batch
+
+
+def synthetic_batch(config: Config) -> Any:
+    """Random tokens, one document per row: a `Batch` of NumPy arrays."""
+    import numpy as np
+
+    from moda_jax.data.packing import Batch
+
     shape = config.train.batch_size, config.data.sequence_length
     tokens = np.random.default_rng(SYNTHETIC_SEED).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1))
     tokens = tokens.astype(np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.zeros(shape, np.int32), positions, np.ones(shape, np.float32))
-    batch = Batch(*(jnp.asarray(x) for x in batch))
-    while True:
-        yield batch
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.zeros(shape, np.int32), positions, np.ones(shape, np.float32))
 
 
 def _depth_bytes(config: Config) -> int:

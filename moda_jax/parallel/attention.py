@@ -202,7 +202,7 @@ def _local_backward(
         depth_key_gradient=depth_key_gradient, depth_value_gradient=depth_value_gradient,
     )  # fmt: skip
     if context > 1:
-        dkey, dvalue = _scatter(dkey, context), _scatter(dvalue, context)
+        dkey, dvalue = scatter_tokens(dkey, context), scatter_tokens(dvalue, context)
     return dquery, dkey, dvalue, *depth
 
 
@@ -212,8 +212,8 @@ def _sequence(context, query, key, value, segment_ids):
         return {"query_segment_ids": segment_ids, "key_segment_ids": segment_ids}, key, value
     masks = {"query_positions": _places(context, *query.shape[:2])}
     if segment_ids is not None:
-        masks |= {"query_segment_ids": segment_ids, "key_segment_ids": _gather(segment_ids, context)}
-    return masks, _gather(key, context), _gather(value, context)
+        masks |= {"query_segment_ids": segment_ids, "key_segment_ids": gather_tokens(segment_ids, context)}
+    return masks, gather_tokens(key, context), gather_tokens(value, context)
 
 
 def _places(context: int, batch: int, tokens: int) -> Array:
@@ -224,7 +224,7 @@ def _places(context: int, batch: int, tokens: int) -> Array:
     return jnp.broadcast_to(jnp.concatenate([early, late]), (batch, tokens))
 
 
-def _gather(x: Array, context: int) -> Array:
+def gather_tokens(x: Array, context: int) -> Array:
     """[B, T / c, ...] of every device to [B, T, ...], in the order of the sequence."""
     parts = jax.lax.all_gather(x, "context")  # [c, B, T / c, ...]
     piece = x.shape[1] // 2
@@ -232,8 +232,8 @@ def _gather(x: Array, context: int) -> Array:
     return jnp.moveaxis(ordered, 0, 1).reshape(x.shape[0], context * x.shape[1], *x.shape[2:])
 
 
-def _scatter(x: Array, context: int) -> Array:
-    """The transpose of `_gather`: [B, T, ...] on every device to the sums [B, T / c, ...]."""
+def scatter_tokens(x: Array, context: int) -> Array:
+    """The transpose of `gather_tokens`: [B, T, ...] on every device to the sums [B, T / c, ...]."""
     pieces = jnp.moveaxis(x.reshape(x.shape[0], 2 * context, -1, *x.shape[2:]), 1, 0)  # [2c, B, T / 2c, ...]
     parts = jnp.concatenate([pieces[:context], pieces[: context - 1 : -1]], axis=2)  # [c, B, T / c, ...]
     return jax.lax.psum_scatter(parts, "context")
