@@ -100,7 +100,9 @@ def depth_scan(
             else is recomputed; "attention": also attention's output and lse, so that attention's forward is not run
             again; "none": all that autodiff of the parts needs; "ffn": the same here, `Transformer`'s blocks then
             compute the FFN's hidden activations again. Other blocks are always recomputed from their input.
-        unroll: compile every layer by itself instead of one loop body.
+        unroll: compile every layer by itself instead of one loop body: on a GPU faster to run (nothing is copied into
+            stacks over layers and out of them), slower to compile. With remat="none" XLA may then keep more than autodiff
+            asks for, such as the FFN's product.
         gradient_dtype: dtype in which the stream's gradient accumulates over the layers; None: the stream's.
 
     Returns:
@@ -120,7 +122,7 @@ def depth_scan(
     ((num_layers,),) = leading
     if isinstance(block, PartedBlock):
         reread = block.writes_own_key_value and not is_traced(stream.length)
-        layer: _Layer = _PartedLayer(block, REMAT[remat], reread)
+        layer: _Layer = _PartedLayer(block, REMAT[remat], reread, recomputes=remat != "none")
     else:
         # Layers are compared by value, to compile once; a callable that has no hash is its own value.
         layer = _WholeLayer(block if isinstance(block, Hashable) else lambda *arguments: block(*arguments))
@@ -145,7 +147,12 @@ def _check_capacity(stream: DepthStream, entries: int) -> None:
 
 
 class _Layer:
-    """One layer of the loop: `run` it forward, or `reverse` it. Compared by value (static argument of `_loop`)."""
+    """One layer of the loop: `run` it forward, or `reverse` it. Compared by value (static argument of `_loop`).
+
+    `recomputes`: `reverse` computes again what `run` did, to save memory.
+    """
+
+    recomputes = True
 
     def entries(self, params: PyTree, x: PyTree, stream: DepthStream, shared: tuple) -> int:
         """Slots that each layer fills; the stream's length is concrete."""
@@ -197,6 +204,10 @@ def _loop_backward(layer, unroll, gradient_dtype, residuals, cotangents):
 
     def step(carry, layer_l):
         dx, dkey, dvalue, dshared = carry
+        if unroll and layer.recomputes:
+            # Forward and backward then stand in one computation, where XLA would take what is recomputed here for what
+            # it has already, and keep that: all the memory that `remat` is there to save.
+            layer_l = jax.lax.optimization_barrier(layer_l)
         params_l, stored_l, length_l = layer_l
         dparams, dx, dkey, dvalue, more = layer.reverse(
             params_l, stored_l, DepthStream(key, value, length_l), shared, dx, dkey, dvalue
@@ -280,6 +291,7 @@ class _PartedLayer(_Layer):
     block: PartedBlock
     stored: Stored
     reread: bool  # (key, value) stand in the layer's first slot, so they need not be kept
+    recomputes: bool
 
     def entries(self, params, x, stream, shared):
         return self.block.entries_per_layer

@@ -126,7 +126,8 @@ def _local_loss(
     def one(carry: tuple[LossSums, Array | None], inputs: tuple[Array, Array, Array]):
         total, dtable = carry
         hidden, targets, mask = inputs
-        logits = jnp.where(columns < vocab_size, contract("td,vd->tv", hidden, rows, jnp.float32), _MASKED)
+        logits = lax.optimization_barrier(contract("td,vd->tv", hidden, rows, jnp.float32))  # as in training.loss
+        logits = jnp.where(columns < vocab_size, logits, _MASKED)
         # Where the mask is 0 the target may lie outside of the vocabulary, so on no device; it does not count.
         is_target = columns == targets[:, None]
         largest = lax.pmax(jnp.max(logits, axis=-1), "tensor")  # [tokens]

@@ -123,7 +123,8 @@ def _blockwise(
     def one(carry: tuple[LossSums, Array | None], inputs: tuple[Array, Array, Array]):
         total, dtable = carry
         hidden, targets, mask = inputs
-        logits = contract("btd,vd->btv", hidden, narrow, jnp.float32)
+        # The barrier keeps XLA from making the mask a kernel of its own, which reads and writes all logits once more.
+        logits = jax.lax.optimization_barrier(contract("btd,vd->btv", hidden, narrow, jnp.float32))
         logits = jnp.where(in_vocabulary, logits, -jnp.inf)
         sums, log_z, safe_targets = _sums(logits, targets, mask)
         total = jax.tree.map(jnp.add, total, sums)
