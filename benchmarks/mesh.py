@@ -130,7 +130,10 @@ def table(result: dict[str, Any]) -> str:
             f"{name:12} {row['devices']:7d} {row['batch_size']:5d} {1e3 * statistics.median(row['seconds_per_step']):9.1f} "
             f"{speed:15.0f} {speed / base:10.1%}"
         )
-    lines += ["", f"{'batch x tokens':16} {'gather ms':>10} {'scatter ms':>10} {'attention ms':>12} {'exchange share':>14}"]
+    lines += [
+        "",
+        f"{'batch x tokens':16} {'gather ms':>10} {'scatter ms':>10} {'attention ms':>12} {'exchange share':>14}",
+    ]
     lines += [
         f"{row['batch']:3d} x {row['tokens']:<10d} {1e3 * row['gather']:10.3f} "
         f"{1e3 * (row['scatter'] - row['tile']):10.3f} {1e3 * row['attention']:12.3f} {row['exchange_share']:14.1%}"

@@ -81,3 +81,18 @@ def seconds_by_category(kernels: dict[tuple[str, str], tuple[float, int]], hlo_t
     for (kernel, instruction), (seconds, _) in kernels.items():
         sums[category(kernel, names.get(instruction, ""))] += seconds
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def kernel_table(kernels: dict[tuple[str, str], tuple[float, int]], hlo_text: str, lines: int = 150) -> str:
+    """The slowest kernels, launches of one computation (kernel and `op_name`, without numbers) on one line."""
+    names = op_names(hlo_text)
+    sums: dict[tuple[str, str], list[Any]] = collections.defaultdict(lambda: [0.0, 0, ""])
+    for (kernel, instruction), (seconds, launches) in kernels.items():
+        computation = re.sub(r"_\d+$", "", kernel), names.get(instruction, "")
+        entry = sums[computation]
+        sums[computation] = [entry[0] + seconds, entry[1] + launches, instruction]
+    top = sorted(sums.items(), key=lambda item: -item[1][0])[:lines]
+    return "".join(
+        f"{seconds * 1e3:9.3f} ms {launches:5d} x {kernel[:90]} | {instruction} | {name[-150:]}\n"
+        for (kernel, name), (seconds, launches, instruction) in top
+    )

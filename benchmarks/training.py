@@ -129,10 +129,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         text = compiled.as_text()
         result["seconds_by_category"] = profile.seconds_by_category(kernels, text)
         if arguments.kernels:
-            names = profile.op_names(text)
-            top = sorted(kernels.items(), key=lambda item: -item[1][0])[:150]
-            lines = [f"{s * 1e3:9.3f} ms {n:5d} x {k[:90]} | {i} | {names.get(i, '')[-150:]}" for (k, i), (s, n) in top]
-            Path(arguments.kernels).write_text("\n".join(lines) + "\n")
+            Path(arguments.kernels).write_text(profile.kernel_table(kernels, text))
             Path(arguments.kernels).with_suffix(".hlo").write_text(text)
     return result
 

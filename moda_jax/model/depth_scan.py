@@ -101,8 +101,7 @@ def depth_scan(
             again; "none": all that autodiff of the parts needs; "ffn": the same here, `Transformer`'s blocks then
             compute the FFN's hidden activations again. Other blocks are always recomputed from their input.
         unroll: compile every layer by itself instead of one loop body: on a GPU faster to run (nothing is copied into
-            stacks over layers and out of them), slower to compile. With remat="none" XLA may then keep more than autodiff
-            asks for, such as the FFN's product.
+            stacks over layers and out of them), slower to compile; the memory is the same.
         gradient_dtype: dtype in which the stream's gradient accumulates over the layers; None: the stream's.
 
     Returns:
@@ -122,7 +121,7 @@ def depth_scan(
     ((num_layers,),) = leading
     if isinstance(block, PartedBlock):
         reread = block.writes_own_key_value and not is_traced(stream.length)
-        layer: _Layer = _PartedLayer(block, REMAT[remat], reread, recomputes=remat != "none")
+        layer: _Layer = _PartedLayer(block, REMAT[remat], reread)
     else:
         # Layers are compared by value, to compile once; a callable that has no hash is its own value.
         layer = _WholeLayer(block if isinstance(block, Hashable) else lambda *arguments: block(*arguments))
@@ -147,12 +146,7 @@ def _check_capacity(stream: DepthStream, entries: int) -> None:
 
 
 class _Layer:
-    """One layer of the loop: `run` it forward, or `reverse` it. Compared by value (static argument of `_loop`).
-
-    `recomputes`: `reverse` computes again what `run` did, to save memory.
-    """
-
-    recomputes = True
+    """One layer of the loop: `run` it forward, or `reverse` it. Compared by value (static argument of `_loop`)."""
 
     def entries(self, params: PyTree, x: PyTree, stream: DepthStream, shared: tuple) -> int:
         """Slots that each layer fills; the stream's length is concrete."""
@@ -204,10 +198,11 @@ def _loop_backward(layer, unroll, gradient_dtype, residuals, cotangents):
 
     def step(carry, layer_l):
         dx, dkey, dvalue, dshared = carry
-        if unroll and layer.recomputes:
+        if unroll:
             # Forward and backward then stand in one computation, where XLA would take what is recomputed here for what
-            # it has already, and keep that: all the memory that `remat` is there to save.
-            layer_l = jax.lax.optimization_barrier(layer_l)
+            # it has already, and keep that: all the memory that `remat` is there to save. With dx in the barrier no
+            # layer is recomputed before its turn.
+            layer_l, dx = jax.lax.optimization_barrier((layer_l, dx))
         params_l, stored_l, length_l = layer_l
         dparams, dx, dkey, dvalue, more = layer.reverse(
             params_l, stored_l, DepthStream(key, value, length_l), shared, dx, dkey, dvalue
@@ -291,7 +286,6 @@ class _PartedLayer(_Layer):
     block: PartedBlock
     stored: Stored
     reread: bool  # (key, value) stand in the layer's first slot, so they need not be kept
-    recomputes: bool
 
     def entries(self, params, x, stream, shared):
         return self.block.entries_per_layer

@@ -28,8 +28,7 @@ from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
 def _statistics(lse: jax.Array, delta: jax.Array, multiple: int) -> jax.Array:
     """float32 [B, N, 2, padded T]: lse in base 2, and delta. lse = +inf (P = 0): padding, or nothing visible."""
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * wg_lib.LOG2E).swapaxes(1, 2)
-    # The barrier keeps XLA from computing delta inside the concatenation below, a serial sum per element (0.3 ms a layer
-    # of the 700M model, against 0.06).
+    # The barrier keeps XLA from computing delta inside the concatenation below, as one serial sum per element.
     delta = jax.lax.optimization_barrier(delta).swapaxes(1, 2)
     padding = ((0, 0), (0, 0), (0, -lse.shape[-1] % multiple))
     return jnp.stack([jnp.pad(lse, padding, constant_values=jnp.inf), jnp.pad(delta, padding)], axis=2)

@@ -45,6 +45,18 @@ def test_seconds_are_summed_by_category_largest_first():
     assert list(sums.items()) == [("optimizer", 4.0), ("matmuls", 3.0)]
 
 
+def test_the_kernel_table_joins_launches_of_one_computation():
+    kernels = {
+        ("gemm_fusion_dot_12", ""): (1e-3, 2),
+        ("gemm_fusion_dot_7", ""): (2e-3, 1),
+        ("f", "fusion.3"): (4e-3, 1),
+    }
+    first, second = profile.kernel_table(kernels, HLO).splitlines()
+    assert first.split() == ["4.000", "ms", "1", "x", "f", "|", "fusion.3", "|", "jit(step)/optimizer/mul"]
+    assert second.startswith("    3.000 ms     3 x gemm_fusion_dot |")
+    assert len(profile.kernel_table(kernels, HLO, lines=1).splitlines()) == 1
+
+
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there are GPU kernels")
 def test_a_trace_without_gpu_kernels_is_an_error():
     with pytest.raises(RuntimeError, match="no GPU kernels"):

@@ -303,6 +303,12 @@ def test_memory_grows_linearly_with_depth():
     assert plain[32] > 2.5 * plain[16], report
 
 
+@pytest.mark.parametrize("remat", ["attention", "none"])
+def test_the_unrolled_loop_needs_no_more_memory(remat):
+    loop, unrolled = (temporary_bytes(8, remat=remat, layer_loop=name) for name in ("scan", "unroll"))
+    assert unrolled <= 1.1 * loop, f"temporary bytes: loop {loop}, unrolled {unrolled}"
+
+
 def test_compile_time_does_not_follow_depth():
     def seconds(num_layers):
         step, shapes = train_step(model_config(num_layers))
