@@ -21,7 +21,14 @@ from moda_jax.data.packing import Batch
 from moda_jax.model.accounting import train_flops_per_token
 from moda_jax.parallel.distribution import Distribution
 from moda_jax.training import workdir as workdir_lib
-from moda_jax.training.checkpoint import CheckpointError, Checkpoints, SkippedStep, newest_good_step, saved_steps
+from moda_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    SkippedStep,
+    newest_good_step,
+    saved_steps,
+    warn_of_skipped,
+)
 from moda_jax.training.components import Components, resolve
 from moda_jax.training.console import ProgressLine, duration, quantity
 from moda_jax.training.lock import WorkdirLock
@@ -186,8 +193,7 @@ class TrainingRun:
                 )
         self._position = record["data_position"]
         self._spikes = LossSpikes(self.config.train.loss_spike_deviations, record["loss_spikes"])
-        for step, reason in skipped:
-            _logger.warning("the checkpoint of step %d is not good and was passed over: %s", step, reason)
+        warn_of_skipped(skipped)
         self._checkpoints.set_aside(step for step, _ in skipped)
         steps = ", ".join(map(str, reversed(saved_steps(self._checkpoint_directory))))
         _logger.info(
