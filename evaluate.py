@@ -18,7 +18,7 @@ from moda_jax.training import runtime
 from moda_jax.training.console import run_command, user_errors
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where the run's tokenizer.json is, if it was moved.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for JSON and pictures.")
 _CONTEXT = flags.DEFINE_integer("context", None, "Tokens that the model reads; by default data.sequence_length.")

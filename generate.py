@@ -16,7 +16,7 @@ from moda_jax.training import runtime
 from moda_jax.training.console import run_command, user_errors
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where the run's tokenizer.json is, if it was moved.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 _MAX_TOKENS = flags.DEFINE_integer("max-tokens", 200, "Tokens per continuation.")

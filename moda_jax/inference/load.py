@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from moda_jax.config import Config
 from moda_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from moda_jax.inference.decode import inference_params
-from moda_jax.training.checkpoint import CheckpointError, check_step, saved_steps
+from moda_jax.training.checkpoint import CheckpointError, check_step, find_good_step, saved_steps, warn_of_skipped
 from moda_jax.training.state import ModelFunction, model_function, split_model
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, read_config
 
@@ -50,12 +50,12 @@ def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | N
 
     Args:
         workdir: the run's directory.
-        step: of the checkpoint; None: the newest.
+        step: of the checkpoint; None: the newest good one, and newer ones are named in the log with what is wrong.
         tokenizer: where the run's tokenizer.json is now, if not at `data.tokenizer`.
 
     Raises:
-        ValueError: no run or no checkpoint there, a damaged one, or a tokenizer that is not the run's; the message says
-            what to do.
+        ValueError: no run or no checkpoint there, `step` is damaged or, with None, every one is; or a tokenizer that is
+            not the run's. The message says what is wrong, and what to do where something can be done.
     """
     config = read_run_config(workdir)
     workdir = Path(workdir)
@@ -64,10 +64,6 @@ def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | N
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_implementation=None))
     directory = workdir / CHECKPOINT_DIRECTORY
     step = _chosen_step(workdir, directory, step)
-    try:
-        check_step(directory, step)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; name another checkpoint with --step") from error
     loaded = load_tokenizer(config.data)
     _check_tokenizer(loaded, config, directory / str(step))
     params = restore_params(directory / str(step), config)
@@ -95,7 +91,7 @@ def restore_params(directory: Path, config: Config) -> Any:
     """The parameters of one checkpoint, float32, on the default device.
 
     Args:
-        directory: of the step; checked by `check_step`.
+        directory: of the step; its files were compared with their checksums.
         config: the run's.
 
     Raises:
@@ -134,14 +130,30 @@ def _shapes(tree: Any) -> dict[str, tuple]:
 
 
 def _chosen_step(workdir: Path, directory: Path, step: int | None) -> int:
+    """The step that was asked for, or the newest good one. Its files are as they were written."""
     steps = saved_steps(directory)
     if not steps:
         raise ValueError(
             f"--workdir={workdir}: holds no checkpoint yet; train.py saves one every checkpoint.interval_steps"
         )
-    if step is not None and step not in steps:
+    if step is None:
+        return _newest_good_step(workdir, directory)
+    if step not in steps:
         raise ValueError(f"--step={step}: no such checkpoint; {workdir} holds {', '.join(map(str, reversed(steps)))}")
-    return steps[0] if step is None else step
+    try:
+        check_step(directory, step)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; name another checkpoint with --step") from error
+    return step
+
+
+def _newest_good_step(workdir: Path, directory: Path) -> int:
+    step, skipped = find_good_step(directory)
+    if step is None:
+        reasons = "; ".join(f"step {number}: {reason}" for number, reason in skipped)
+        raise CheckpointError(f"--workdir={workdir}: holds no good checkpoint: {reasons}")
+    warn_of_skipped(skipped)
+    return step
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: Config, directory: Path) -> None:

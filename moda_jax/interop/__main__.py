@@ -34,7 +34,7 @@ from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "import: config of the run; by default configs/base.py's.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.")
-_STEP = flags.DEFINE_integer("step", None, "export: checkpoint; by default the newest.")
+_STEP = flags.DEFINE_integer("step", None, "export: checkpoint; by default the newest good one.")
 _OUTPUT = flags.DEFINE_string("output", None, "export: the directory to write.")
 _DTYPE = flags.DEFINE_enum("export-dtype", "float32", ["float32", "bfloat16", "float16"], "export: of the tensors.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "import: the directory to read.")

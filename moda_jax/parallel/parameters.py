@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from moda_jax.loss_blocks import VOCABULARY_MULTIPLE
 from moda_jax.parallel.mesh import FIELDS, RULES, current_mesh, partition_spec
-from moda_jax.training.loss import VOCABULARY_MULTIPLE
 
 Array = jax.Array
 

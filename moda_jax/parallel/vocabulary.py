@@ -10,15 +10,16 @@ goes back to the split layout.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from moda_jax.loss_blocks import LOGITS_BYTES, LossSums, num_blocks
 from moda_jax.model.precision import contract
 from moda_jax.parallel.mesh import RULES, partition_spec
-from moda_jax.training.loss import LOGITS_BYTES, LossSums
 
 Array = jax.Array
 
@@ -115,8 +116,8 @@ def _local_loss(
     rows = _whole_rows(table, hidden.dtype)  # [V / tensor, D]
     tokens = targets.size
     columns = lax.axis_index("tensor") * rows.shape[0] + jnp.arange(rows.shape[0])
-    count = min(tokens, -(-tokens * rows.shape[0] * 4 // LOGITS_BYTES))
-    chunk = -(-tokens // count)
+    count = num_blocks(tokens, math.ceil(tokens * rows.shape[0] * 4 / LOGITS_BYTES))
+    chunk = math.ceil(tokens / count)
 
     def chunks(x: Array) -> Array:
         """[B, T, ...] of this device to [count, chunk, ...]; the padding's mask is 0."""

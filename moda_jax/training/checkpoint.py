@@ -75,14 +75,11 @@ def check_step(directory: Path, step: int) -> None:
         raise CheckpointError(f"{directory / str(step)}: {_reason(directory / str(step), damage)}")
 
 
-def newest_good_step(directory: Path) -> tuple[int | None, list[SkippedStep]]:
+def find_good_step(directory: Path) -> tuple[int | None, list[SkippedStep]]:
     """The newest step whose files are as they were written, and the newer ones that were passed over.
 
     Returns:
-        The step, or None where nothing was ever saved; and what was skipped, newest first.
-
-    Raises:
-        CheckpointError: there are steps and none is good: to begin anew is for a person to decide.
+        The step, or None where no step is good; and what was skipped, newest first. Writes nothing.
     """
     skipped = []
     for step in saved_steps(directory):
@@ -90,12 +87,31 @@ def newest_good_step(directory: Path) -> tuple[int | None, list[SkippedStep]]:
         if not damage:
             return step, skipped
         skipped.append(SkippedStep(step, _reason(directory / str(step), damage)))
-    if skipped:
+    return None, skipped
+
+
+def warn_of_skipped(skipped: Iterable[SkippedStep]) -> None:
+    """A line in the log for each step that was passed over, and why."""
+    for step, reason in skipped:
+        _logger.warning("the checkpoint of step %d is not good and was passed over: %s", step, reason)
+
+
+def newest_good_step(directory: Path) -> tuple[int | None, list[SkippedStep]]:
+    """`find_good_step` for a run that goes on.
+
+    Returns:
+        The step, or None where nothing was ever saved; and what was skipped, newest first.
+
+    Raises:
+        CheckpointError: there are steps and none is good: to begin anew is for a person to decide.
+    """
+    step, skipped = find_good_step(directory)
+    if step is None and skipped:
         listing = "".join(f"\n  {step}: {reason}" for step, reason in skipped)
         raise CheckpointError(
             f"{directory}: no saved step is good. Nothing was changed; move the directory away to begin anew:{listing}"
         )
-    return None, []
+    return step, skipped
 
 
 def steps_to_delete(steps: Iterable[int], config: CheckpointConfig) -> list[int]:

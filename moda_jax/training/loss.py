@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from moda_jax.loss_blocks import LOGITS_BYTES, VOCABULARY_MULTIPLE, LossSums, num_blocks
 from moda_jax.model.precision import contract
 
 Array = jax.Array
-
-# Largest block of float32 logits that is held at once, in bytes: large enough for full-speed matrix products and few
-# passes over the table's gradient, small beside a GPU's memory.
-LOGITS_BYTES = 2**31
-# The products run over a vocabulary padded to a multiple of this. At 100278 the rows are not aligned as the tensor
-# cores' fast kernels want them: the three products were seen to take 70 ms on an H100 where 30 are expected.
-VOCABULARY_MULTIPLE = 128
-
-
-class LossSums(NamedTuple):
-    """Sums over the targets that count, float32 scalars. Sums, not means: they add up over micro-batches and processes.
-
-    Attributes:
-        loss: of -log p(target).
-        z_loss: of log(Z)^2, Z the softmax's normaliser.
-        num_targets: of the mask.
-    """
-
-    loss: Array
-    z_loss: Array
-    num_targets: Array
 
 
 def loss_sums(logits: Array, targets: Array, target_mask: Array) -> LossSums:
@@ -112,7 +92,7 @@ def _blockwise(
     vocabulary = table.shape[0]
     narrow = jnp.pad(table.astype(hidden.dtype), ((0, -vocabulary % VOCABULARY_MULTIPLE), (0, 0)))
     in_vocabulary = jnp.arange(narrow.shape[0]) < vocabulary
-    count = _num_blocks(tokens, math.ceil(batch * tokens * narrow.shape[0] * 4 / LOGITS_BYTES))
+    count = num_blocks(tokens, math.ceil(batch * tokens * narrow.shape[0] * 4 / LOGITS_BYTES))
     block = math.ceil(tokens / count)
 
     def split(x: Array) -> Array:
@@ -147,10 +127,3 @@ def _blockwise(
         if gradients:
             dhidden = dhidden.swapaxes(0, 1).reshape(batch, count * block, width)[:, :tokens]
     return total, (dhidden, dtable[:vocabulary]) if gradients else None
-
-
-def _num_blocks(tokens: int, least: int) -> int:
-    """How many blocks a row of `tokens` is cut into: at least `least`, if there are so many tokens, and a number that
-    divides them, if there is one below twice `least`; otherwise the last block is padded."""
-    least = min(least, tokens)
-    return next((count for count in range(least, min(2 * least, tokens + 1)) if tokens % count == 0), least)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from moda_jax.config import TrainConfig
+from moda_jax.loss_blocks import LossSums
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.mesh import current_mesh
 from moda_jax.training.faults import choose_update
-from moda_jax.training.loss import LossSums, projected_loss_sums
+from moda_jax.training.loss import projected_loss_sums
 from moda_jax.training.state import ModelFunction, TrainState
 
 Array = jax.Array

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import io
 import logging
@@ -13,76 +12,38 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 
 from moda_jax.config import Config
 from moda_jax.data.packing import Batch
-from moda_jax.data.pipeline import open_dataset, train_batches, validation_batches
-from moda_jax.data.tokenizer import check_vocabulary, load_tokenizer
-from moda_jax.model.accounting import param_count, train_flops_per_token
-from moda_jax.model.precision import compute_dtype
-from moda_jax.parallel.distribution import Distribution, resolved_mesh
+from moda_jax.model.accounting import train_flops_per_token
+from moda_jax.parallel.distribution import Distribution
 from moda_jax.training import workdir as workdir_lib
-from moda_jax.training.checkpoint import CheckpointError, Checkpoints, SkippedStep, newest_good_step, saved_steps
+from moda_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    SkippedStep,
+    newest_good_step,
+    saved_steps,
+    warn_of_skipped,
+)
+from moda_jax.training.components import Components, resolve
 from moda_jax.training.console import ProgressLine, duration, quantity
 from moda_jax.training.lock import WorkdirLock
 from moda_jax.training.metrics import MetricsWriter, NoMetrics, peak_flops, perplexity, plot_losses, read_metrics
-from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from moda_jax.training.replay import fault_error
+from moda_jax.training.result import RunResult
 from moda_jax.training.sample import sample_text
 from moda_jax.training.signals import StopRequest
 from moda_jax.training.spikes import LossSpikes
-from moda_jax.training.state import initial_state, model_function
-from moda_jax.training.train_step import StepMetrics, make_eval_step, make_train_step
+from moda_jax.training.train_step import StepMetrics
 from moda_jax.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 
 _RECORDED_VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint")
-
-
-class RunResult(NamedTuple):
-    """What a run came to.
-
-    Attributes:
-        workdir: its directory.
-        step: steps done.
-        num_steps: steps of the whole run.
-        resumed_finished: there was nothing to do.
-        validation_loss: the last one, in nats per token; None if there was no evaluation.
-        unit: what a token is: "byte" or "token".
-        sample: the text sample, or None.
-        stopped_by: the signal or notice that ended the run early, or None.
-    """
-
-    workdir: Path
-    step: int
-    num_steps: int
-    resumed_finished: bool
-    validation_loss: float | None
-    unit: str
-    sample: str | None
-    stopped_by: str | None = None
-
-    def __str__(self) -> str:
-        if self.resumed_finished:
-            text = f"{self.workdir}: this run is finished, step {self.step} of {self.num_steps}; nothing to do"
-        elif self.step < self.num_steps:
-            by = f" by {self.stopped_by}" if self.stopped_by else ""
-            text = (
-                f"{self.workdir}: stopped{by} at step {self.step} of {self.num_steps}; the same command goes on there"
-            )
-        else:
-            text = f"{self.workdir}: finished, step {self.step} of {self.num_steps}"
-        if self.validation_loss is not None:
-            value = perplexity(self.validation_loss)
-            text += f"\nvalidation loss {self.validation_loss:.4f} nats per {self.unit}, perplexity {value:.3f}"
-        if self.sample is not None:
-            text += f"\nsample:\n{self.sample}"
-        return text
 
 
 class TrainingRun:
@@ -105,7 +66,7 @@ class TrainingRun:
     def __init__(self, config: Config, workdir: str | Path):
         self._began = time.monotonic()
         self.workdir = Path(workdir)
-        self.config = _resolve(config)
+        self.config = resolve(config)
         changes = workdir_lib.check_config(self.workdir, self.config)
         self._checkpoint_directory = self.workdir / workdir_lib.CHECKPOINT_DIRECTORY
         self._lock: WorkdirLock | None = None
@@ -137,7 +98,7 @@ class TrainingRun:
             at_the_end.callback(self._checkpoints.close)
             metrics = MetricsWriter(self.workdir, self.step) if first else NoMetrics()
             self._metrics = at_the_end.enter_context(contextlib.closing(metrics))
-            batches = at_the_end.enter_context(contextlib.closing(self._train_batches()))
+            batches = at_the_end.enter_context(contextlib.closing(self._components.train_batches(self._position)))
             self._watchdog = at_the_end.enter_context(contextlib.closing(Watchdog(self.config.train.watchdog_seconds)))
             progress = ProgressLine(_logger, None if first else io.StringIO())
             self._progress = at_the_end.enter_context(contextlib.closing(progress))
@@ -184,9 +145,7 @@ class TrainingRun:
         is_new = workdir_lib.read_config(self.workdir) is None
         if not is_new:
             self._lock_directory()
-        self._open_data()
-        self._check_sample()
-        self._trace_steps()
+        self._components = Components(self.config, self._distribution)
         if is_new:
             self._lock_directory()
             changes = workdir_lib.check_config(self.workdir, self.config)  # another may have been quicker
@@ -199,7 +158,8 @@ class TrainingRun:
         self._restore_or_initialize(found, skipped)
         if found is not None:  # a restore can still be refused, so only now
             self._write_config(changes)
-        self._describe()
+        for name, text in (("directory", self.workdir), *self._components.description()):
+            _logger.info("%-9s %s", name, text)
 
     def _lock_directory(self) -> None:
         """One run, one writer: the first process, which does the writing."""
@@ -210,48 +170,6 @@ class TrainingRun:
         if self._lock is not None:
             self._lock.release()
 
-    def _open_data(self) -> None:
-        config = self.config
-        self._tokenizer = load_tokenizer(config.data)
-        check_vocabulary(self._tokenizer, config.model.vocab_size, config.data)
-        unused = config.model.vocab_size - self._tokenizer.vocab_size
-        if unused > 0.1 * config.model.vocab_size:  # more than anybody pads
-            _logger.warning(
-                "model.vocab_size=%d: data.tokenizer=%r uses only %d of it",
-                config.model.vocab_size, config.data.tokenizer, self._tokenizer.vocab_size,
-            )  # fmt: skip
-        self._train_data = open_dataset(config.data, "train", self._tokenizer)
-        if config.eval.interval_steps:
-            self._validation_data = open_dataset(config.data, "validation", self._tokenizer)
-
-    def _check_sample(self) -> None:
-        """The sample is the last thing that a run does: a prompt that does not fit must not wait until then."""
-        train, longest = self.config.train, self.config.model.max_sequence_length
-        if not train.sample_prompt:
-            return
-        prompt_tokens = len(self._tokenizer.encode(train.sample_prompt))
-        if prompt_tokens + train.sample_tokens > longest:
-            raise ValueError(
-                f"train.sample_tokens={train.sample_tokens}: expected at most {longest - prompt_tokens}, because the "
-                f"prompt has {prompt_tokens} tokens and model.max_sequence_length={longest}"
-            )
-
-    def _trace_steps(self) -> None:
-        """Builds and traces the two jitted functions; shapes only, nothing is compiled or allocated."""
-        config = self.config
-        self._optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-        self._model = model_function(config.model)
-        schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-        train_step = make_train_step(self._model, self._optimizer, schedule, config.train)
-        distribution = self._distribution
-        self._initialize = distribution.initializer(
-            functools.partial(initial_state, config.model, self._optimizer, config.train.seed)
-        )  # jitted, so that parameters are made on the device and not one operation at a time
-        self._abstract_state = distribution.abstract_state(self._initialize)
-        step = distribution.jit_train_step(train_step, self._abstract_state)
-        self._traced_train_step = step.trace(self._abstract_state, distribution.abstract_batch())
-        self._eval_step = distribution.jit_eval_step(make_eval_step(self._model, config.train))
-
     def _write_config(self, changes: list[workdir_lib.Change]) -> None:
         if self._distribution.is_first:
             workdir_lib.write_config(self.workdir, self.config, changes)
@@ -259,13 +177,13 @@ class TrainingRun:
     def _restore_or_initialize(self, found: int | None, skipped: list[SkippedStep]) -> None:
         self._position = 0
         if found is None:
-            self._state = self._initialize()
+            self._state = self._components.initialize()
             self._spikes = LossSpikes(self.config.train.loss_spike_deviations)
             return
-        wanted = self._distribution.abstract_saved(self._abstract_state)
+        wanted = self._distribution.abstract_saved(self._components.abstract_state)
         saved, record = self._checkpoints.restore(found, wanted, is_checked=True)
         self._state = self._distribution.restored(saved)
-        for name, value in self._fingerprints().items():
+        for name, value in self._components.fingerprints().items():
             if record[name] != value:
                 data = self.config.data
                 raise CheckpointError(
@@ -275,48 +193,19 @@ class TrainingRun:
                 )
         self._position = record["data_position"]
         self._spikes = LossSpikes(self.config.train.loss_spike_deviations, record["loss_spikes"])
-        for step, reason in skipped:
-            _logger.warning("the checkpoint of step %d is not good and was passed over: %s", step, reason)
+        warn_of_skipped(skipped)
         self._checkpoints.set_aside(step for step, _ in skipped)
         steps = ", ".join(map(str, reversed(saved_steps(self._checkpoint_directory))))
         _logger.info(
             "resuming from step %d of %d (checkpoints found: %s)", found, self.config.train.num_steps, steps
         )  # fmt: skip
 
-    def _describe(self) -> None:
-        config, devices = self.config, jax.devices()
-        tokens_per_step = config.train.batch_size * config.data.sequence_length
-        epochs = config.train.num_steps * tokens_per_step / self._train_data.num_tokens
-        parameters = param_count(config.model)
-        axes = " x ".join(f"{axis} {size}" for axis, size in self._distribution.sizes.items() if size > 1)
-        mesh = f", mesh {axes}" if axes else ""
-        lines = (
-            ("directory", self.workdir),
-            ("device", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){mesh}"),
-            ("model", f"{quantity(parameters)} parameters ({parameters}), {config.model.num_layers} layers, "
-                      f"depth={config.model.depth}, compute dtype {config.model.dtype}"),
-            ("attention", config.model.attention_implementation or "the best implementation for this device"),
-            ("data", f"{config.data.source}: {quantity(self._train_data.num_tokens)} training tokens in "
-                     f"{self._train_data.num_documents} documents"),
-            ("plan", f"{config.train.num_steps} steps of {tokens_per_step} tokens ({config.train.batch_size} x "
-                     f"{config.data.sequence_length} in {config.train.accumulation_steps} parts), {epochs:.2f} epochs"),
-        )  # fmt: skip
-        for name, text in lines:
-            _logger.info("%-9s %s", name, text)
-
     # The loop.
-
-    def _train_batches(self):
-        return train_batches(
-            self._train_data, self.config.data, batch_size=self.config.train.batch_size, seed=self.config.train.seed,
-            position=self._position, process_index=self._distribution.rows.index,
-            process_count=self._distribution.rows.count,
-        )  # fmt: skip
 
     def _compile(self) -> None:
         self._progress.show("compiling the train step", milestone=False)
         began = time.monotonic()
-        self._train_step = self._traced_train_step.lower().compile()
+        self._train_step = self._components.traced_train_step.lower().compile()
         _logger.info("compiled the train step in %s", duration(time.monotonic() - began))
 
     def _loop(self, batches: Any, last: int) -> None:
@@ -394,7 +283,7 @@ class TrainingRun:
                 self._watchdog.beat()
                 batch = dict(self._batches)[step]
                 state = self._distribution.saved(self._state)
-                raise fault_error(self.workdir, self.config, self._model, step, state, batch, values)
+                raise fault_error(self.workdir, self.config, self._components.model, step, state, batch, values)
         elif self._spikes.add(values.loss):
             _logger.warning("step %d: loss spike, %.4f (number %d)", step, values.loss, self._spikes.count)
 
@@ -402,13 +291,10 @@ class TrainingRun:
         """Token-weighted mean loss over the validation split, or over `eval.num_batches` batches spread over it."""
         config = self.config
         self._progress.show(f"step {step}/{config.train.num_steps} | evaluating", milestone=False)
-        batches = validation_batches(
-            self._validation_data, config.data, batch_size=config.train.batch_size, num_batches=config.eval.num_batches,
-            process_index=self._distribution.rows.index, process_count=self._distribution.rows.count,
-        )  # fmt: skip
+        batches = self._components.validation_batches()
         place = self._distribution.place
         loss_sum, num_targets = 0.0, 0.0
-        for sums in _one_late(self._eval_step(self._state.params, place(batch)) for batch in batches):
+        for sums in _one_late(self._components.eval_step(self._state.params, place(batch)) for batch in batches):
             self._watchdog.beat()
             loss_sum, num_targets = loss_sum + float(sums.loss), num_targets + float(sums.num_targets)
         loss = loss_sum / max(num_targets, 1.0)
@@ -428,7 +314,7 @@ class TrainingRun:
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_VERSIONS},
             "loss_spikes": self._spikes.save(),
         }
-        return record | self._fingerprints()
+        return record | self._components.fingerprints()
 
     def _await_last_save(self) -> None:
         """Returns when the last step is on disk; tries again as often as the config allows."""
@@ -468,7 +354,7 @@ class TrainingRun:
         if not train.sample_prompt:
             return None
         text = sample_text(
-            self._model, self._state.params, self._tokenizer, train.sample_prompt,
+            self._components.model, self._state.params, self._components.tokenizer, train.sample_prompt,
             num_tokens=train.sample_tokens, key=jax.random.fold_in(self._state.key, self.step),
         )  # fmt: skip
         try:
@@ -491,19 +377,6 @@ class TrainingRun:
     @property
     def _unit(self) -> str:
         return "byte" if self.config.data.tokenizer == "bytes" else "token"
-
-    def _fingerprints(self) -> dict[str, str]:
-        return {
-            "dataset_fingerprint": self._train_data.fingerprint,
-            "tokenizer_fingerprint": self._tokenizer.fingerprint,
-        }
-
-
-def _resolve(config: Config) -> Config:
-    """The config with what depends on the device filled in, so that config.json says what the run computes."""
-    dtype = np.dtype(compute_dtype(config.model.dtype)).name
-    config = resolved_mesh(config)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
 def _finite(value: float) -> float | None:

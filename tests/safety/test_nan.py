@@ -54,13 +54,17 @@ class Poisoned:
 
 
 def poison(run, monkeypatch, steps):
-    batches = run._train_batches
-    monkeypatch.setattr(run, "_train_batches", lambda: Poisoned(batches(), run.step + 1, steps))
+    batches = run._components.train_batches
+    monkeypatch.setattr(
+        run._components, "train_batches", lambda position: Poisoned(batches(position), run.step + 1, steps)
+    )
 
 
 def test_later_losses_are_those_of_a_run_without_that_update(place, monkeypatch, caplog):
     run = new_run(place, "poisoned")
-    state, batches, compiled = run._initialize(), run._train_batches(), run._traced_train_step.lower().compile()
+    components = run._components
+    state, batches = components.initialize(), components.train_batches(position=0)
+    compiled = components.traced_train_step.lower().compile()
     expected = {}
     for step in range(1, STEPS + 1):  # the run that never saw these batches
         batch = next(batches)

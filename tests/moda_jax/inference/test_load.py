@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 
 import jax
@@ -62,19 +63,52 @@ def test_matrices_are_cast_once_to_the_compute_dtype(copy):
         (lambda run: (run / "config.json").unlink(), r"--workdir=.*run: holds no config\.json, .* train one first"),
         (lambda run: (run / "config.json").write_text("{"), r"config\.json: not a config of this version"),
         (lambda run: shutil.rmtree(run / "checkpoints"), r"--workdir=.*run: holds no checkpoint yet; train\.py saves"),
-        (lambda run: (run / "checkpoints" / "12").mkdir(), r"checkpoints/12: .* with --step$"),
-        (lambda run: shutil.rmtree(run / "checkpoints" / "10" / "state" / "d"), r"checkpoints/10: .* with --step$"),
-        (
-            lambda run: (run / "checkpoints" / "10" / "meta" / "metadata").write_text("{}"),
-            r"checkpoints/10: .* with --step$",
-        ),
     ],
-    ids=["no directory", "no config", "broken config", "no checkpoint", "empty step", "damaged step", "no record"],
+    ids=["no directory", "no config", "broken config", "no checkpoint"],
 )
 def test_a_directory_that_cannot_be_used_says_what_to_do(copy, break_it, message):
     break_it(copy)
     with pytest.raises(ValueError, match=message):
         load_run(copy)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "step", "reason"),
+    [
+        (lambda steps: (steps / "12").mkdir(), 12, "CHECKSUMS missing: not a complete checkpoint"),
+        (lambda steps: shutil.rmtree(steps / "10" / "state" / "d"), 10, "state/d/"),
+        (lambda steps: (steps / "10" / "meta" / "metadata").write_text("{}"), 10, "meta/metadata: "),
+    ],
+    ids=["empty step", "damaged step", "no record"],
+)
+def test_a_step_that_is_not_good_is_passed_over_aloud(copy, saved, caplog, break_it, step, reason):
+    """As in a resume, but nothing is moved. The step asked for by its number is an error."""
+    checkpoints = copy / "checkpoints"
+    break_it(checkpoints)
+    before = sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*"))
+    with caplog.at_level(logging.WARNING, logger="moda_jax"):
+        run = load_run(copy)
+    assert run.step == (10 if step == 12 else 5)
+    jax.tree.map(np.testing.assert_array_equal, run.params, saved[1])
+    (line,) = (record.getMessage() for record in caplog.records if record.name.startswith("moda_jax"))
+    assert "\n" not in line and line.startswith(
+        f"the checkpoint of step {step} is not good and was passed over: {reason}"
+    )
+    with pytest.raises(CheckpointError, match=rf"checkpoints/{step}: {reason}.*; name another checkpoint with --step$"):
+        load_run(copy, step=step)
+    assert load_run(copy, step=5).step == 5
+    assert sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*")) == before
+
+
+def test_without_a_good_step_there_is_nothing_to_load(copy, caplog):
+    (copy / "checkpoints" / "10" / "meta" / "metadata").write_text("{}")
+    (copy / "checkpoints" / "5" / "CHECKSUMS").unlink()
+    with pytest.raises(CheckpointError) as error:
+        load_run(copy)
+    message = str(error.value)
+    assert message.startswith(f"--workdir={copy}: holds no good checkpoint: step 10: meta/metadata: ")
+    assert "; step 5: CHECKSUMS missing: removed, or" in message
+    assert "\n" not in message and not caplog.records
 
 
 def test_a_step_that_is_not_there(saved):

@@ -18,6 +18,7 @@ from moda_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
     check_step,
+    find_good_step,
     main,
     newest_good_step,
     saved_steps,
@@ -210,7 +211,8 @@ def test_without_a_good_step_nothing_is_begun_anew(opened):
     assert lines[1] == (
         "  1: CHECKSUMS missing: removed, or written by a version before checkpoint format 2, which had none"
     )
-    assert newest_good_step(opened.directory / "none") == (None, [])
+    assert find_good_step(opened.directory) == (None, [(int(line[2]), line[5:]) for line in lines])
+    assert newest_good_step(opened.directory / "none") == find_good_step(opened.directory / "none") == (None, [])
 
 
 def test_steps_set_aside_can_be_saved_again(opened):
