@@ -30,7 +30,7 @@ def main() -> None:
         else:
             config, name = config_from_flag(_CONFIG)
         start_processes()
-        runtime.prepare(cache_directory(config.data))
+        runtime.prepare(cache_directory(config.data), deterministic=config.train.deterministic)
         run = TrainingRun(config, _WORKDIR.value or Path("runs") / name)
     result = run.train()
     if jax.process_index() == 0:

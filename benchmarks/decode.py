@@ -1,6 +1,6 @@
 """Times decoding: tokens per second of MoDA and of the same model without depth, beside the memory-bandwidth floor.
 
-    python -m benchmarks.decode [--size=700m|toy] [--rounds=5] [--output=DIRECTORY]
+    python -m benchmarks.decode [--size=700m|toy] [--layouts=scan,unroll] [--products=reduce,...] [--rounds=5]
 
 A decode step reads every weight once, and every filled place of the cache. The floor is the time in which these bytes
 move at the bandwidth of a measured copy (a copy's bytes count as read and written); the depth stream, which MoDA writes
@@ -8,9 +8,9 @@ and reads anew in every step, is not in it, nor is anything that is computed. `o
 
 Every form in which a step can be compiled is timed (see `moda_jax.inference.decode`): `scan` cuts a layer's weights
 and cache out of a stack, `unroll` compiles each layer; `dot` multiplies with the cache by matrix products, `reduce` by
-fused sums. Parameters are random: the time does not depend on them. A timed call is one compiled loop over `steps`
-tokens of every row, after a prompt of `prompt` tokens; within a layout models and products take turns, and the median
-of the rounds counts.
+fused sums, `kernel` by the sequence kernel. Parameters are random: the time does not depend on them. A timed call is
+one compiled loop over `steps` tokens of every row, after a prompt of `prompt` tokens; within a layout models and
+products take turns, and the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -110,13 +110,15 @@ class Decoder:
         return weights, round(self.state.cache.nbytes * filled / self.state.cache.capacity)
 
 
-def measure(size: Size, batch: int, layout: str, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
-    """A row per model and product, at one batch and layout ("scan" or "unroll")."""
+def measure(
+    size: Size, batch: int, layout: str, only: tuple[str, ...], rounds: int, bandwidth: float
+) -> list[dict[str, Any]]:
+    """A row per model and product, at one batch and layout ("scan" or "unroll"); `only`: these products."""
     decoders, contestants = {}, {}
     for name, config in size.models.items():
         decoder, prefill = Decoder.start(config, batch, size, unroll=layout == "unroll")
         decoders[name] = decoder
-        for products in decode.PRODUCTS:
+        for products in only or decode.available_products(config):
             began = time.perf_counter()
             decoder.run(size.steps, products)
             contestants[name, products] = {
@@ -155,16 +157,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(name: str, rounds: int) -> dict[str, Any]:
-    """All batches of a size, printed as they come."""
+def run(name: str, rounds: int, layouts: tuple[str, ...] = LAYOUTS, products: tuple[str, ...] = ()) -> dict[str, Any]:
+    """All batches of a size, printed as they come; no `products`: all that the device runs."""
     on_gpu = jax.default_backend() == "gpu"
     bandwidth = timing.copy_bytes_per_second(2**31 if on_gpu else 2**24)
     size = sizes()[name]
     print(f"{timing.environment()}\ncopy bandwidth {bandwidth / 1e12:.3f} TB/s; {size.prompt} + {size.steps} tokens\n")
     rows = []
     for batch in size.batches:
-        for layout in LAYOUTS:  # one after the other: their caches need not stand in memory together
-            new = measure(size, batch, layout, rounds, bandwidth)
+        for layout in layouts:  # one after the other: their caches need not stand in memory together
+            new = measure(size, batch, layout, products, rounds, bandwidth)
             print(table(new), flush=True)
             rows += new
     return {
@@ -178,9 +180,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times decoding beside the memory-bandwidth floor.")
     parser.add_argument("--size", choices=sizes(), default="700m")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--products", default="", help="comma-separated; by default all that the device runs")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    result = run(arguments.size, arguments.rounds)
+    layouts, products = (tuple(filter(None, text.split(","))) for text in (arguments.layouts, arguments.products))
+    result = run(arguments.size, arguments.rounds, layouts, products)
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"decode_{arguments.size}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -37,7 +37,7 @@ from moda_jax.training.state import initial_state, model_function
 from moda_jax.training.train_step import make_train_step
 
 RESULTS = Path(__file__).parent / "results"
-EXCHANGES = ((8, 4096), (1, 32768), (1, 131072))  # sequences per device times devices, tokens
+EXCHANGES = ((8, 4096), (1, 65536))  # sequences, tokens
 
 
 def time_step(config: Config, devices: list[jax.Device], rounds: int, steps: int) -> dict[str, Any]:
@@ -123,17 +123,15 @@ def time_exchange(config: Config, batch: int, tokens: int, rounds: int) -> dict[
 def table(result: dict[str, Any]) -> str:
     """What a person reads."""
     lines = [f"{'mesh':12} {'devices':>7} {'batch':>5} {'ms/step':>9} {'tokens/s/device':>15} {'efficiency':>10}"]
-    base = result["steps"]["one device"]["tokens_per_second_and_device"]
     for name, row in result["steps"].items():
-        speed = row["tokens_per_second_and_device"]
+        base = result["steps"]["one device"]["tokens_per_second_and_device"]
+        speed, seconds = row["tokens_per_second_and_device"], statistics.median(row["seconds_per_step"])
         lines.append(
-            f"{name:12} {row['devices']:7d} {row['batch_size']:5d} {1e3 * statistics.median(row['seconds_per_step']):9.1f} "
+            f"{name:12} {row['devices']:7d} {row['batch_size']:5d} {1e3 * seconds:9.1f} "
             f"{speed:15.0f} {speed / base:10.1%}"
         )
-    lines += [
-        "",
-        f"{'batch x tokens':16} {'gather ms':>10} {'scatter ms':>10} {'attention ms':>12} {'exchange share':>14}",
-    ]
+    columns = f"{'batch x tokens':16} {'gather ms':>10} {'scatter ms':>10} {'attention ms':>12} {'exchange share':>14}"
+    lines += ["", columns]
     lines += [
         f"{row['batch']:3d} x {row['tokens']:<10d} {1e3 * row['gather']:10.3f} "
         f"{1e3 * (row['scatter'] - row['tile']):10.3f} {1e3 * row['attention']:12.3f} {row['exchange_share']:14.1%}"
@@ -147,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times train steps on the GPUs of one machine, by mesh axis.")
     parser.add_argument("--config", default="configs/moda_700m.py:row4")
     parser.add_argument("--sequences_per_device", type=int, default=8)
-    parser.add_argument("--axes", default="data,fsdp,tensor,context")
+    parser.add_argument("--axes", default="data,fsdp,tensor,context", help="whose steps are timed; empty: none")
     parser.add_argument("--model", default="{}", help="JSON of model fields to change, for trials")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
@@ -158,10 +156,12 @@ def main() -> None:
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, **json.loads(arguments.model)), mesh=MeshConfig(data=1)
     )
-    meshes = {"one device": {}} | {f"{axis} {len(devices)}": {axis: len(devices)} for axis in arguments.axes.split(",")}
+    axes = [axis for axis in arguments.axes.split(",") if axis]
+    meshes = {"one device": {}} | {f"{axis} {len(devices)}": {axis: len(devices)} for axis in axes} if axes else {}
     result: dict[str, Any] = {"environment": timing.environment(), "config": arguments.config, "steps": {}}
     result["model"] = json.loads(arguments.model)
     result["exchanges"] = [time_exchange(config, *shape, rounds=9) for shape in EXCHANGES]
+    _write(result, arguments.output)
     for name, sizes in meshes.items():
         used = devices if sizes else devices[:1]
         one = dataclasses.replace(
@@ -172,11 +172,19 @@ def main() -> None:
         )  # fmt: skip
         result["steps"][name] = time_step(one, used, arguments.rounds, arguments.steps)
         print(table(result).splitlines()[len(result["steps"])], flush=True)
-    text = f"{result['environment']}\n{arguments.config} {arguments.model}\n\n{table(result)}"
-    print(f"\n{text}")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "mesh.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.output / "mesh.txt").write_text(text + "\n")
+        _write(result, arguments.output)
+    print("\n" + _text(result))
+
+
+def _text(result: dict[str, Any]) -> str:
+    return f"{result['environment']}\n{result['config']} {json.dumps(result['model'])}\n\n{table(result)}"
+
+
+def _write(result: dict[str, Any], directory: Path) -> None:
+    """What there is so far: a mesh that does not fit into memory then costs its own row alone."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "mesh.json").write_text(json.dumps(result, indent=1) + "\n")
+    (directory / "mesh.txt").write_text(_text(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,9 @@ def analyse(config: Any, mesh: dict[str, int], arguments: argparse.Namespace, de
     batch = arguments.sequences_per_device * count
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, dtype="float16", attention_implementation="xla"),
+        model=dataclasses.replace(
+            config.model, dtype="float16", attention_implementation="xla", remat=arguments.remat, layer_loop="scan"
+        ),
         train=dataclasses.replace(config.train, batch_size=batch, accumulation_steps=1),
         mesh=MeshConfig(**mesh),
     )
@@ -195,6 +197,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", default="configs/moda_700m.py:row4")
     parser.add_argument("--mesh", type=parse_mesh, action="append", help="AXIS=SIZE,...; may be repeated")
     parser.add_argument("--sequences_per_device", type=int, default=4)
+    parser.add_argument(
+        "--remat", default="attention", help="model.remat; the layers stay one loop, to compile quickly"
+    )
     parser.add_argument("--nvlink", type=float, default=450e9, help="bytes/s of a GPU, one way (H100: 450e9)")
     parser.add_argument("--infiniband", type=float, default=50e9, help="bytes/s of a GPU's adapter (400 Gbit/s: 50e9)")
     parser.add_argument("--nvlink_latency", type=float, default=3e-6, help="seconds per stage")

@@ -263,6 +263,7 @@ def main() -> None:
     parser.add_argument("--model", default="{}", help="JSON of model fields to change, for trials")
     parser.add_argument("--data", default=None, help="data.source of a real corpus; by default random tokens")
     parser.add_argument("--tokenizer", default="bytes", help="with --data: data.tokenizer")
+    parser.add_argument("--deterministic", action="store_true", help="as train.deterministic")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     parser.add_argument("--kernels", default=None, help="write the slowest kernels to this file, the HLO beside it")
     parser.add_argument("--name", default="training", help="name of the result files")
@@ -276,7 +277,7 @@ def main() -> None:
 
         if arguments.profile:  # a kernel in a command buffer does not say which instruction launched it
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
-        runtime.prepare(cache_directory(DataConfig()))
+        runtime.prepare(cache_directory(DataConfig()), deterministic=arguments.deterministic)
         print(json.dumps(run_case(cases[0], arguments)))
         return
     argv = [argument for argument in sys.argv[1:] if not argument.startswith("--cases")]

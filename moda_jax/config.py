@@ -235,6 +235,8 @@ class TrainConfig:
         loss_spike_deviations: a loss so many (robust) standard deviations above the median of the last steps counts as
             a spike in the metrics; 0: none does.
         watchdog_seconds: when no step was done for so long, every thread's stack goes to stderr; 0: never.
+        deterministic: on a GPU, take only operations of XLA that give the same bits every time (the kernels always do).
+            False is faster: 7 % in the 700M models on an H100.
     """
 
     num_steps: int = 10000
@@ -248,6 +250,7 @@ class TrainConfig:
     max_skipped_in_a_row: int = 10
     loss_spike_deviations: float = 6.0
     watchdog_seconds: float = 600.0
+    deterministic: bool = True
 
     def __post_init__(self) -> None:
         _check_types("train", self)

@@ -33,18 +33,25 @@ from moda_jax.model.depth_stream import DepthStream
 from moda_jax.model.precision import compute_dtype, dot_precision
 from moda_jax.model.transformer import Block, Transformer
 from moda_jax.training.state import ModelFunction
+from pallas_kernels import dispatch
+from pallas_kernels.block import attention_forward
 
 Array = jax.Array
 PyTree = Any
 
 MASKED = -1e30  # a masked logit: exp(MASKED - any real logit) is exactly 0
 PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt pass together: bounds its depth stream
-# How a step multiplies with the cache. "dot": matrix products; "reduce": products and sums that XLA fuses into one
-# kernel. `python -m benchmarks.decode` times both.
-PRODUCTS = ("dot", "reduce")
-DEFAULT_PRODUCTS = {"cpu": "dot", "gpu": "dot"}
+# How a step multiplies with the cache. "dot": matrix products; "reduce": products and sums that XLA fuses; "kernel":
+# the sequence kernel of `pallas_kernels`, 16-bit dtypes on Hopper. `python -m benchmarks.decode` times them.
+PRODUCTS = ("dot", "reduce", "kernel")
 # Whether the layers of a step are compiled one by one: no layer's weights or cache are then cut out of a stack.
 DEFAULT_UNROLL = {"cpu": False, "gpu": False}
+
+
+# "kernel" cuts each row's cache into parts, one for each CTA: enough of them to fill the GPU twice over, of no fewer
+# places than a block of the kernel has.
+KERNEL_CTAS = 2 * 132
+KERNEL_PLACES = 128
 
 
 @jax.tree_util.register_dataclass
@@ -133,6 +140,19 @@ def _unstacked(layers: PyTree) -> tuple[PyTree, ...]:
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))
 
 
+def available_products(config: TransformerConfig) -> tuple[str, ...]:
+    """Those of `PRODUCTS` that the default device runs, the best one last; on a CPU the best is "dot"."""
+    if _platform() == "cpu":
+        return ("reduce", "dot")
+    group = config.num_heads // config.num_kv_heads
+    implementation = dispatch.resolve(
+        None, operation="attention", dtype=compute_dtype(config.dtype), batch=1, query_tokens=group,
+        key_tokens=KERNEL_PLACES, slots=0, num_heads=1, num_kv_heads=1, head_dim=config.head_dim, causal=False,
+        scale=config.head_dim**-0.5, segments=True, positions=False, key_length=False,
+    )  # fmt: skip
+    return ("dot", "reduce", "kernel") if implementation == "mosaic_gpu" else ("dot", "reduce")
+
+
 def model_config(model: ModelFunction, params: PyTree) -> TransformerConfig:
     """The config of the model that `params` belong to."""
     return _module(model, params).config
@@ -200,7 +220,7 @@ def step(
         model, params: as in `prefill`.
         cache: of the tokens before; donated. It must have a free place.
         tokens: [B] int32.
-        products: one of `PRODUCTS`; None: the device's default.
+        products: one of `PRODUCTS`; None: the best of `available_products`.
 
     Returns:
         Logits [B, V] float32 of the next token, and the cache with this one.
@@ -314,7 +334,7 @@ def _step(
     module: Transformer, params: PyTree, cache: KVCache, tokens: Array, products: str | None
 ) -> tuple[Array, KVCache]:
     config = module.config
-    products = products or DEFAULT_PRODUCTS[_platform()]
+    products = products or available_products(config)[-1]
     positions = (cache.length - cache.start)[:, None]  # [B, 1]
     place = jnp.arange(cache.capacity)
     visible = (place >= cache.start[:, None]) & (place < cache.length)  # [B, C]
@@ -401,16 +421,60 @@ def _attend(
     beside_key = jnp.concatenate([key, stream.key[:, 0]], axis=1).swapaxes(1, 2)  # [B, K, 1 + S, H]
     beside_value = jnp.concatenate([value, stream.value[:, 0]], axis=1).swapaxes(1, 2)
     filled = jnp.arange(1 + stream.slots) < 1 + stream.length
-    over_key, over_place = (_reduce_key, _reduce_place) if products == "reduce" else (_dot_key, _dot_place)
     scale = head_dim**-0.5
-    over_cache = jnp.where(visible[:, None, None], over_key(query, cached_key) * scale, MASKED)  # [B, K, G, C]
     beside = jnp.where(filled, _dot_key(query, beside_key) * scale, MASKED)  # [B, K, G, 1 + S]
-    logits = jnp.concatenate([over_cache, beside], axis=-1)
+    if products == "kernel":
+        parts, lse = _attend_in_parts(query, cached_key, cached_value, visible, scale)  # [B, K, P, G, H], [B, K, P, G]
+        logits = jnp.concatenate([lse.swapaxes(2, 3), beside], axis=-1)  # a part counts as one entry with logit lse
+        split, over = lse.shape[2], lambda weights: jnp.einsum("bkgp,bkpgh->bkgh", weights, parts.astype(jnp.float32))
+    else:
+        over_key, over_place = (_reduce_key, _reduce_place) if products == "reduce" else (_dot_key, _dot_place)
+        over_cache = jnp.where(visible[:, None, None], over_key(query, cached_key) * scale, MASKED)  # [B, K, G, C]
+        logits = jnp.concatenate([over_cache, beside], axis=-1)
+        split, over = cached_key.shape[2], lambda weights: over_place(weights.astype(value.dtype), cached_value)
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    over_cache, beside = jnp.split(weights.astype(value.dtype), [cached_key.shape[2]], axis=-1)
-    out = over_place(over_cache, cached_value) + _dot_place(beside, beside_value)
+    over_cache, beside = jnp.split(weights, [split], axis=-1)
+    out = over(over_cache) + _dot_place(beside.astype(value.dtype), beside_value)
     return (out / total).reshape(batch, 1, heads, head_dim).astype(value.dtype)
+
+
+def _attend_in_parts(
+    query: Array, cached_key: Array, cached_value: Array, visible: Array, scale: float
+) -> tuple[Array, Array]:
+    """Attention over the cache by the sequence kernel, in P parts of the places: (out, lse), each normalised by itself.
+
+    A KV head's G queries stand as G tokens of one head; rows, KV heads and parts are the kernel's batch. All of it is
+    reshapes: the cache is not copied.
+
+    Args:
+        query: [B, K, G, H].
+        cached_key, cached_value: [B, K, C, H].
+        visible: [B, C] bool.
+        scale: of the logits.
+
+    Returns:
+        out [B, K, P, G, H] in the query's dtype, lse [B, K, P, G] float32, -inf where nothing is visible.
+    """
+    batch, kv_heads, group, head_dim = query.shape
+    capacity = cached_key.shape[2]
+    parts = _num_parts(batch * kv_heads, capacity)
+    rows, places = batch * kv_heads * parts, capacity // parts
+    queries = jnp.broadcast_to(query[:, :, None], (batch, kv_heads, parts, group, head_dim))
+    visible = jnp.broadcast_to(visible.reshape(batch, 1, parts, places), (batch, kv_heads, parts, places))
+    key, value = (x.reshape(rows, places, 1, head_dim) for x in (cached_key, cached_value))
+    out, lse = attention_forward(
+        queries.reshape(rows, group, 1, head_dim), key, value, scale=scale, causal=False,
+        query_segment_ids=jnp.ones((rows, group), jnp.int32),
+        key_segment_ids=visible.reshape(rows, places).astype(jnp.int32), implementation="mosaic_gpu",
+    )  # fmt: skip
+    return out.reshape(batch, kv_heads, parts, group, head_dim), lse.reshape(batch, kv_heads, parts, group)
+
+
+def _num_parts(rows: int, capacity: int) -> int:
+    """P, a divisor of the capacity: of those with parts not too small the first that fills the GPU, or the last."""
+    fitting = [p for p in range(1, capacity + 1) if capacity % p == 0 and (p == 1 or capacity // p >= KERNEL_PLACES)]
+    return next((p for p in fitting if rows * p >= KERNEL_CTAS), fitting[-1])
 
 
 def _dot_key(query: Array, key: Array) -> Array:

@@ -15,20 +15,25 @@ _logger = logging.getLogger(__name__)
 
 # Flags of XLA for NVIDIA GPUs. None yet: one enters when `python -m benchmarks.training` has shown what it is worth.
 XLA_GPU_FLAGS: tuple[str, ...] = ()
+# No atomic sums and no algorithms of cuBLAS that differ from run to run. Which algorithm is taken is still measured
+# when a program is compiled: two runs are bit-equal if they share the compiled program, through the cache below.
+DETERMINISTIC_FLAGS = ("--xla_gpu_exclude_nondeterministic_ops=true",)
 # The share of a GPU's memory that is taken at the start; JAX's own 0.75 leaves 20 of 80 GB unused.
 MEMORY_FRACTION = "0.92"
 
 
-def prepare(cache_directory: Path) -> None:
+def prepare(cache_directory: Path, *, deterministic: bool = False) -> None:
     """Sets the flags, the memory share and the compilation cache; call it before anything touches a device.
 
     Args:
         cache_directory: compiled programs go to `compiled/` in it, so that the next start of the same run compiles
             nothing.
+        deterministic: `train.deterministic`.
     """
     given = os.environ.get("XLA_FLAGS", "").split()
     names = {flag.split("=")[0] for flag in given}
-    added = [flag for flag in XLA_GPU_FLAGS if flag.split("=")[0] not in names]
+    wanted = XLA_GPU_FLAGS + (DETERMINISTIC_FLAGS if deterministic else ())
+    added = [flag for flag in wanted if flag.split("=")[0] not in names]
     if _may_have_gpu():
         os.environ["XLA_FLAGS"] = " ".join([*given, *added])
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)

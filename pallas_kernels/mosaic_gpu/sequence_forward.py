@@ -372,7 +372,7 @@ def sequence_forward(
     key_tokens, kv_heads = key.shape[1:3]
     interpret = wg_lib.default_interpret() if interpret is None else interpret
     query, scale = wg_lib.positive_scale(query, scale)
-    tiles = tiles or tiles_lib.choose_tiles(head_dim, interpret=interpret).forward
+    tiles = tiles or tiles_lib.choose_tiles(head_dim, query_tokens=query_tokens, interpret=interpret).forward
     tiles.check(head_dim, query.dtype.itemsize, masks.spec.channels, other_out is not None or with_rest)
     spec, merge = masks.spec, other_out is not None
     if with_rest and merge and other_rest is None:

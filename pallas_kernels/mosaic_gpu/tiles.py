@@ -109,19 +109,30 @@ class SequenceTiles:
 
 
 def choose_tiles(
-    head_dim: int, compute_capability: tuple[int, int] = (9, 0), *, interpret: bool = False
+    head_dim: int,
+    compute_capability: tuple[int, int] = (9, 0),
+    *,
+    query_tokens: int | None = None,
+    interpret: bool = False,
 ) -> SequenceTiles:
     """Tiles for a padded head_dim of 64 or 128; `interpret`: for the interpreter, which runs every warp in Python.
+
+    With up to 64 `query_tokens`, as in decoding, the forward has one consumer warpgroup and a ring as deep as shared
+    memory allows: it waits for memory, not for the tensor cores. Not tuned.
 
     Raises:
         NotImplementedError: another head_dim or compute capability.
     """
     if compute_capability != (9, 0):
         raise NotImplementedError(f"compute capability {compute_capability}: the kernels are for (9, 0), Hopper")
+    few_queries = query_tokens is not None and query_tokens <= 64
     if interpret and head_dim in (64, 128):  # three consumers starve each other of two cores until it hangs
-        return SequenceTiles(ForwardTiles(2, 64, 2), BackwardTiles(2, 64, 2), BackwardTiles(2, 64, 2))
+        forward = ForwardTiles(1 if few_queries else 2, 64, 2)
+        return SequenceTiles(forward, BackwardTiles(2, 64, 2), BackwardTiles(2, 64, 2))
     if head_dim == 64:
-        return SequenceTiles(ForwardTiles(3, 128, 4), BackwardTiles(3, 64, 4), BackwardTiles(2, 64, 4, True))
+        forward = ForwardTiles(1, 128, 6) if few_queries else ForwardTiles(3, 128, 4)
+        return SequenceTiles(forward, BackwardTiles(3, 64, 4), BackwardTiles(2, 64, 4, True))
     if head_dim == 128:
-        return SequenceTiles(ForwardTiles(2, 128, 2), BackwardTiles(2, 64, 3), BackwardTiles(2, 64, 3))
+        forward = ForwardTiles(1, 64, 5) if few_queries else ForwardTiles(2, 128, 2)
+        return SequenceTiles(forward, BackwardTiles(2, 64, 3), BackwardTiles(2, 64, 3))
     raise NotImplementedError(f"head_dim={head_dim}: the sequence kernels run 64 or 128 (others are padded to these)")

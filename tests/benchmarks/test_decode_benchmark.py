@@ -7,7 +7,6 @@ import pytest
 from support.quick_inference import quick_inference
 
 from benchmarks import decode as benchmark
-from moda_jax.inference import decode
 from moda_jax.model.accounting import param_count
 
 
@@ -16,9 +15,8 @@ def test_a_result_holds_every_form_and_the_floor(tmp_path, monkeypatch, capsys):
     models = {name: dataclasses.replace(config, num_layers=2) for name, config in toy.models.items()}
     toy = dataclasses.replace(toy, models=models, batches=(2,))
     monkeypatch.setattr(benchmark, "sizes", lambda: {"toy": toy})
-    monkeypatch.setattr(decode, "PRODUCTS", ("reduce",))
     monkeypatch.setattr(benchmark, "LAYOUTS", ("unroll",))
-    monkeypatch.setattr("sys.argv", ["decode", "--size=toy", "--rounds=1", f"--output={tmp_path}"])
+    monkeypatch.setattr("sys.argv", ["decode", "--size=toy", "--rounds=1", "--products=reduce", f"--output={tmp_path}"])
     with quick_inference():
         benchmark.main()
     result = json.loads((tmp_path / "decode_toy.json").read_text())

@@ -29,6 +29,8 @@ def test_a_gpu_gets_flags_and_memory(clean, tmp_path):
     clean.setenv("XLA_FLAGS", "--xla_gpu_b=3 --xla_c=4")
     runtime.prepare(tmp_path)
     assert environment() == ("--xla_gpu_b=3 --xla_c=4 --xla_gpu_a=1", runtime.MEMORY_FRACTION)
+    runtime.prepare(tmp_path, deterministic=True)
+    assert environment()[0].split()[3:] == ["--xla_gpu_exclude_nondeterministic_ops=true"]
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
 
 

@@ -1,0 +1,85 @@
+"""Decoding's attention by the sequence kernel, beside matrix products: interpreted on a CPU, and on the chip."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moda_jax.config import TransformerConfig
+from moda_jax.inference import decode
+from moda_jax.model.depth_stream import DepthStream
+
+ON_GPU = jax.default_backend() == "gpu"
+
+
+def operands(batch, kv_heads, group, capacity, slots, head_dim, seed=0):
+    random = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(random.normal(size=shape), jnp.bfloat16)
+
+    query = draw(batch, 1, kv_heads * group, head_dim)
+    own, depth = (
+        tuple(draw(batch, 1, *shape) for _ in "kv") for shape in ((kv_heads, head_dim), (slots, kv_heads, head_dim))
+    )
+    cached = tuple(draw(batch, kv_heads, capacity, head_dim) for _ in "kv")
+    return query, own, cached, DepthStream(*depth, jnp.int32(slots - 1))
+
+
+def check(batch, kv_heads, group, capacity, slots, head_dim, length):
+    """A prompt that begins at place 0 in row 0, at place 37 in the others; `length` places are filled."""
+    query, own, cached, stream = operands(batch, kv_heads, group, capacity, slots, head_dim)
+    place = jnp.arange(capacity)
+    visible = (place >= jnp.where(jnp.arange(batch) == 0, 0, 37)[:, None]) & (place < length)
+
+    def attend(products, dtype=jnp.bfloat16):
+        cast = jax.tree.map(lambda x: x.astype(dtype), (query, *own, *cached, stream.key, stream.value))
+        query_, key, value, cached_key, cached_value, depth_key, depth_value = cast
+        stream_ = DepthStream(depth_key, depth_value, stream.length)
+        return np.asarray(
+            decode._attend(query_, key, value, cached_key, cached_value, visible, stream_, products), np.float64
+        )
+
+    exact = attend("dot", jnp.float32)
+    error = {name: np.linalg.norm(attend(name) - exact) / np.linalg.norm(exact) for name in ("dot", "kernel")}
+    assert error["kernel"] < 2 * error["dot"], error
+    assert 0 < error["dot"] < 2e-2
+
+
+def test_the_kernel_form_computes_what_products_do(monkeypatch):
+    monkeypatch.setattr(decode, "KERNEL_CTAS", 8)
+    monkeypatch.setattr(decode, "KERNEL_PLACES", 64)
+    assert decode._num_parts(4, 192) == 2
+    if ON_GPU:
+        pytest.skip("on the chip the next test does it")
+    check(2, 2, 2, 192, 3, 64, length=150)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 8, 2, 2176, 70, 64), (1, 2, 1, 640, 1, 128), (2, 4, 8, 1001, 5, 64)],
+    ids=lambda shape: "-".join(map(str, shape)),
+)
+def test_the_kernel_form_on_the_chip(shape):
+    check(*shape, length=shape[3] - 129)
+    check(*shape, length=38)  # of the last parts nothing is visible
+
+
+def test_parts_fill_the_gpu_and_are_no_smaller_than_a_block():
+    assert decode._num_parts(512, 2176) == 1
+    assert decode._num_parts(64, 2176) == 8
+    assert decode._num_parts(8, 2176) == 17  # 128 places each
+    assert decode._num_parts(8, 2179) == 1  # a prime
+
+
+def test_float32_has_no_kernel_form():
+    config = TransformerConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32")
+    assert "kernel" not in decode.available_products(config)
+    query, own, cached, stream = (
+        jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+        for tree in operands(1, 1, 1, 16, 2, 8)
+    )
+    with pytest.raises(NotImplementedError, match="dtype=float32"):
+        decode._attend(query, *own, *cached, jnp.ones((1, 16), bool), stream, "kernel")

@@ -1,0 +1,102 @@
+"""On the chip: in the compiled train step the depth stream and its gradient are written in place, in every layer."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moda_jax.config import OptimizerConfig, TrainConfig, TransformerConfig
+from moda_jax.data.packing import Batch
+from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from moda_jax.training.state import initial_state, model_function
+from moda_jax.training.train_step import make_train_step
+
+BATCH, TOKENS, LAYERS, KV_HEADS, HEAD_DIM = 2, 256, 5, 2, 64
+SHAPE = f"bf16[{BATCH},{TOKENS},{2 * (LAYERS - 1)},{KV_HEADS},{HEAD_DIM}]"
+# A step of five layers has at most so many fills of a buffer with zeros: key, value and the gradients of both.
+FILLS = 4
+
+
+def buffer_writers(text, shape=SHAPE):
+    """(opcode, root opcode of a fusion, line) of every instruction outside of fusions that makes an array of `shape`.
+
+    Views, the kernels (which alias their buffers) and control flow make none of their own.
+    """
+    computations = re.split(r"^}\n", text, flags=re.MULTILINE)
+    roots = {}
+    for computation in computations:
+        name = re.search(r"^(?:ENTRY )?%([\w.\-]+) \(", computation, re.MULTILINE)
+        root = re.search(r"^\s*ROOT %[\w.\-]+ = .*? ([\w\-]+)\(", computation, re.MULTILINE)
+        if name and root:
+            roots[name[1]] = root[1]
+    fused = set(re.findall(r" fusion\(.*?calls=%([\w.\-]+)", text))
+    found = []
+    for computation in computations:
+        name = re.search(r"^(?:ENTRY )?%([\w.\-]+) \(", computation, re.MULTILINE)
+        if name is None or name[1] in fused:
+            continue
+        for line in computation.splitlines():
+            made = re.match(r"\s*(?:ROOT )?%[\w.\-]+ = (.*?) ([\w\-]+)\(", line)
+            if made is None or shape not in made[1]:
+                continue
+            if made[2] in {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "custom-call", "call"}:
+                continue
+            called = re.search(r"calls=%([\w.\-]+)", line)
+            found.append((made[2], roots.get(called[1]) if called else None, line.strip()[:200]))
+    return found
+
+
+@functools.cache
+def compiled_step(layer_loop):
+    model = TransformerConfig(
+        vocab_size=512, num_layers=LAYERS, width=256, num_heads=4, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM,
+        ffn_width=256, max_sequence_length=TOKENS, dtype="bfloat16", depth="moda", depth_ffn_kv=True, remat="none",
+        layer_loop=layer_loop,
+    )  # fmt: skip
+    options = OptimizerConfig()
+    optimizer, schedule = make_optimizer(options, 1000), learning_rate_schedule(options, 1000)
+    step = make_train_step(model_function(model), optimizer, schedule, TrainConfig(batch_size=BATCH))
+    state = jax.eval_shape(functools.partial(initial_state, model, optimizer, 0))
+    integers = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32)
+    batch = Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.float32))
+    return jax.jit(step, donate_argnums=0).lower(state, batch).compile().as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
+def test_no_layer_copies_the_depth_buffer(layer_loop):
+    text = compiled_step(layer_loop)
+    assert "moda_depth_backward_accumulate" in text and SHAPE in text
+    writers = buffer_writers(text)
+    others = [w for w in writers if "dynamic-update-slice" not in (w[0], w[1])]
+    assert len(writers) > len(others), "no slot is written"
+    fills = [w for w in others if w[0] == "broadcast" or w[1] in {"broadcast", "tuple"} or "copy(%broadcast" in w[2]]
+    listing = "\n".join(w[2] for w in others)
+    assert len(others) == len(fills) <= FILLS, f"copies of {SHAPE}:\n{listing}"
+
+
+HLO = """
+%fused_dus (p: bf16[4]) -> bf16[4] {
+  %p = bf16[4]{0} parameter(0)
+  ROOT %dynamic-update-slice.1 = bf16[4]{0} dynamic-update-slice(%p, %u, %i)
+}
+
+%fused_add (p: bf16[4]) -> bf16[4] {
+  ROOT %add.1 = bf16[4]{0} add(%p, %p)
+}
+
+ENTRY %main (a: bf16[4]) -> bf16[4] {
+  %a = bf16[4]{0} parameter(0)
+  %f.1 = bf16[4]{0} fusion(%a), kind=kLoop, calls=%fused_dus
+  %f.2 = bf16[4]{0} fusion(%f.1), kind=kLoop, calls=%fused_add
+  ROOT %copy.1 = bf16[4]{0} copy(%f.2)
+}
+"""
+
+
+def test_the_reader_of_the_compiled_program_finds_what_makes_an_array():
+    found = [(opcode, root) for opcode, root, _ in buffer_writers(HLO, "bf16[4]")]
+    assert found == [("fusion", "dynamic-update-slice"), ("fusion", "add"), ("copy", None)]
