@@ -439,6 +439,7 @@ def _attend(
     return (out / total).reshape(batch, 1, heads, head_dim).astype(value.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="scale")  # unrolled layers then share one kernel, compiled once
 def _attend_in_parts(
     query: Array, cached_key: Array, cached_value: Array, visible: Array, scale: float
 ) -> tuple[Array, Array]:

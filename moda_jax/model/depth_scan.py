@@ -294,6 +294,9 @@ class _PartedLayer(_Layer):
         params = self.block.prepare(params)
         query, key, value, before = self._before(params, x, shared)
         attended, lse = self._attend(query, key, value, stream, shared)
+        # The op reads the buffer before this layer writes to it. XLA does not see that by itself where the entry is the
+        # layer's own KV, which exists before the op has run: in an unrolled loop it would copy the buffer per layer.
+        attended, stream = jax.lax.optimization_barrier((attended, stream))
         x_out, entries, after = self._after(params, x, key, value, attended, shared)
         stored = {"x": x}
         if self.stored.attention:
@@ -333,6 +336,8 @@ class _PartedLayer(_Layer):
             tuple(read_slot(d, stream.length_after(i)).astype(stream.key.dtype) for d in (dkey, dvalue))
             for i in range(self.block.entries_per_layer)
         )
+        # As in `run`, the other way round: this layer's slots are read before the op's backward adds to the others.
+        dentries, dkey, dvalue = jax.lax.optimization_barrier((dentries, dkey, dvalue))
         dparams_after, dx_after, dkey_after, dvalue_after, dattended, dshared_after = after((dx, dentries))
         delta = jnp.sum(dattended.astype(jnp.float32) * attended.astype(jnp.float32), axis=-1)  # [B, T, N]
         dquery, dkey_op, dvalue_op, dkey_sum, dvalue_sum = attention_backward(

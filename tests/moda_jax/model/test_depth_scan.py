@@ -305,9 +305,11 @@ def test_memory_grows_linearly_with_depth():
 
 @pytest.mark.parametrize("remat", ["attention", "none"])
 def test_the_unrolled_loop_keeps_what_the_loop_keeps(remat):
-    """Were the backward's recomputation shared with the forward, it would be three times as much and more."""
+    """Up to what a CPU's scheduler spends to run layers side by side. Were the backward's recomputation shared with the
+    forward, it would be three times as much and grow with the layers' whole insides.
+    """
     loop, unrolled = (temporary_bytes(8, remat=remat, layer_loop=name) for name in ("scan", "unroll"))
-    assert unrolled <= 1.3 * loop, f"temporary bytes: loop {loop}, unrolled {unrolled}"
+    assert unrolled <= 1.5 * loop, f"temporary bytes: loop {loop}, unrolled {unrolled}"
 
 
 def test_compile_time_does_not_follow_depth():

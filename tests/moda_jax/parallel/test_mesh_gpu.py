@@ -33,7 +33,9 @@ def config(dtype):
 def train(config, mesh=None):
     devices = jax.devices()[:2]
     placed = on_mesh(config, mesh) if mesh else config
-    initialize, step, place = build(placed, one_device=mesh is None, devices=devices, options=None)
+    # Trying out algorithms for every matrix product takes most of a minute per program, and the values do not need it.
+    options = {"xla_gpu_autotune_level": 0}
+    initialize, step, place = build(placed, one_device=mesh is None, devices=devices, options=options)
     state, losses = initialize(), []
     for number in range(STEPS):
         state, metrics = step(state, place(packed_batch(config, number)))
