@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,13 @@ def measure(
         for products in only or decode.available_products(config):
             began = time.perf_counter()
             decoder.run(size.steps, products)
+            seconds = time.perf_counter() - began
+            print(
+                f"{name}, batch {batch}, {layout} {products}: first call {seconds:.1f} s", file=sys.stderr, flush=True
+            )
             contestants[name, products] = {
                 "model": name, "batch": batch, "form": f"{layout} {products}", "prefill_seconds": prefill,
-                "compile_seconds": time.perf_counter() - began, "seconds": [],
+                "compile_seconds": seconds, "seconds": [],
             }  # fmt: skip
     caches = {decoder.state.cache.nbytes for decoder in decoders.values()}
     if len(caches) != 1:

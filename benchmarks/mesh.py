@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import timing
+from benchmarks import profile, timing
 from benchmarks.scaling import load_config
 from benchmarks.training import synthetic_batch
 from moda_jax.config import Config, MeshConfig
@@ -40,8 +40,13 @@ RESULTS = Path(__file__).parent / "results"
 EXCHANGES = ((8, 4096), (1, 65536))  # sequences, tokens
 
 
-def time_step(config: Config, devices: list[jax.Device], rounds: int, steps: int) -> dict[str, Any]:
-    """Median seconds of a step, and the peak memory of a device."""
+def time_step(
+    config: Config, devices: list[jax.Device], rounds: int, steps: int, kernels: Path | None = None
+) -> dict[str, Any]:
+    """Seconds of a step, memory; where the first GPU's time goes, if `kernels` names a file for its slowest kernels.
+
+    Profile with XLA_FLAGS=--xla_gpu_enable_command_buffer= (empty), see `benchmarks.profile`.
+    """
     distribution = Distribution(config, devices)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
@@ -64,7 +69,12 @@ def time_step(config: Config, devices: list[jax.Device], rounds: int, steps: int
     seconds = statistics.median(times)
     tokens = config.train.batch_size * config.data.sequence_length
     memory = devices[0].memory_stats() or {}
-    return {
+    categories = {}
+    if kernels is not None:
+        traced, text = profile.kernel_seconds(lambda: compiled(state, batch)), compiled.as_text()
+        categories = {"seconds_by_category": profile.seconds_by_category(traced, text)}
+        kernels.write_text(profile.kernel_table(traced, text))
+    return categories | {
         "devices": len(devices), "batch_size": config.train.batch_size, "seconds_per_step": times,
         "tokens_per_second_and_device": tokens / seconds / len(devices), "compile_seconds": compile_seconds,
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes, "loss": float(metrics.loss),
@@ -149,6 +159,7 @@ def main() -> None:
     parser.add_argument("--model", default="{}", help="JSON of model fields to change, for trials")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--kernels", default=None, help="profile each step; its slowest kernels go to KERNELS_MESH.txt")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     devices = jax.devices()
@@ -170,7 +181,8 @@ def main() -> None:
                 config.train, batch_size=arguments.sequences_per_device * len(used), accumulation_steps=1
             ),
         )  # fmt: skip
-        result["steps"][name] = time_step(one, used, arguments.rounds, arguments.steps)
+        kernels = arguments.kernels and Path(f"{arguments.kernels}_{name.replace(' ', '')}.txt")
+        result["steps"][name] = time_step(one, used, arguments.rounds, arguments.steps, kernels)
         print(table(result).splitlines()[len(result["steps"])], flush=True)
         _write(result, arguments.output)
     print("\n" + _text(result))

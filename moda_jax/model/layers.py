@@ -18,6 +18,7 @@ from flax import nnx
 from moda_jax.model.precision import contract
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.mesh import constrain, current_mesh
+from moda_jax.row_sums import sum_rows
 
 Array = jax.Array
 
@@ -123,11 +124,37 @@ class Embedding(nnx.Module):
         """tokens [B, T] int32 to [B, T, D] in the compute dtype."""
         if current_mesh() is not None:
             return vocabulary.lookup(self.table[...], tokens, self.dtype)
-        return jnp.take(self.table[...], tokens, axis=0).astype(self.dtype)  # [B, T, D]
+        return take_rows(self.table[...], tokens, self.dtype)  # [B, T, D]
 
     def logits(self, x: Array) -> Array:
         """x [B, T, D] times the transposed table: [B, T, V] float32."""
         return contract("btd,vd->btv", x.astype(self.dtype), self.table[...].astype(self.dtype), jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def take_rows(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
+    """`table[tokens]` in `dtype`; the table's gradient is summed in a fixed order, see `moda_jax.row_sums`.
+
+    Args:
+        table: [V, D] float32.
+        tokens: [B, T] int32 in 0..V-1.
+        dtype: of the result [B, T, D].
+    """
+    return jnp.take(table, tokens, axis=0).astype(dtype)
+
+
+def _take_rows_forward(table: Array, tokens: Array, dtype: jnp.dtype) -> tuple[Array, tuple]:
+    return take_rows(table, tokens, dtype), (table, tokens)  # of the table only the shape is needed
+
+
+def _take_rows_backward(dtype: jnp.dtype, residuals: tuple, dy: Array) -> tuple[Array, np.ndarray]:
+    del dtype
+    table, tokens = residuals
+    gradient = sum_rows(tokens.reshape(-1), dy.reshape(-1, dy.shape[-1]), table.shape[0])
+    return gradient.astype(table.dtype), np.zeros(tokens.shape, jax.dtypes.float0)
+
+
+take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

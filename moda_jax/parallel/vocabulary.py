@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from moda_jax.loss_blocks import LOGITS_BYTES, LossSums, num_blocks
 from moda_jax.model.precision import contract
 from moda_jax.parallel.mesh import RULES, partition_spec
+from moda_jax.row_sums import sum_rows
 
 Array = jax.Array
 
@@ -61,8 +62,8 @@ def _lookup_fwd(table: Array, tokens: Array, dtype: jnp.dtype) -> tuple[Array, t
 def _lookup_bwd(dtype: jnp.dtype, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
     def local(table: Array, tokens: Array, gradient: Array) -> Array:
         own, here = _own_rows(tokens, table.shape[0])
-        gradient = jnp.where(here[..., None], gradient.astype(jnp.float32), 0)
-        return _split_sum(jnp.zeros((table.shape[0], gradient.shape[-1]), jnp.float32).at[own].add(gradient))
+        indices = jnp.where(here, own, -1).reshape(-1)  # of others' rows the sum takes no notice
+        return _split_sum(sum_rows(indices, gradient.reshape(-1, gradient.shape[-1]), table.shape[0]))
 
     return _on_devices(local, (_TABLE, _TOKENS, _HIDDEN), _TABLE)(*residuals, gradient), None
 
