@@ -67,7 +67,7 @@ class TransformerConfig:
         dtype: compute dtype, "float32", "bfloat16" or "float16" (dtype objects become their names); None: bfloat16 on a
             GPU, float32 elsewhere.
         remat: what the layer loop stores for the backward pass, see `moda_jax.model.depth_scan`.
-        layer_loop: "scan" compiles one layer; "unroll" compiles each (slow to compile, for study).
+        layer_loop: "scan" compiles one layer; "unroll" each by itself, which is faster on a GPU and slower to compile.
         depth_gradient_dtype: dtype in which the depth stream's gradient accumulates; None: the compute dtype.
     """
 
@@ -236,7 +236,7 @@ class TrainConfig:
             a spike in the metrics; 0: none does.
         watchdog_seconds: when no step was done for so long, every thread's stack goes to stderr; 0: never.
         deterministic: on a GPU, take only operations of XLA that give the same bits every time (the kernels always do).
-            False is faster: 7 % in the 700M models on an H100.
+            False lets XLA choose among all of them.
     """
 
     num_steps: int = 10000
