@@ -181,6 +181,9 @@ def _forward(layer: _Layer, unroll: bool, params, x, key, value, length, shared)
         return (x, after), (stored, stream.length)
 
     (x, stream), stored = jax.lax.scan(step, (x, DepthStream(key, value, length)), params, unroll=unroll)
+    # Unrolled, XLA would compute the slots that the backward reads again from the buffer before the last write, which
+    # then has to be kept beside the final one.
+    stream = jax.lax.optimization_barrier(stream)
     return (x, stream.key, stream.value, stream.length), stored
 
 
