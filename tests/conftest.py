@@ -1,4 +1,16 @@
-"""Tests marked `gpu` are skipped, with a reason, where JAX sees no NVIDIA GPU."""
+"""Tests marked `gpu` are skipped, with a reason, where JAX sees no NVIDIA GPU.
+
+On a CPU every program is compiled as `support.quick_compile` says, also those of processes that tests start: most of
+the suite's time is compilation. The flags have to stand in the environment before JAX meets a device.
+"""
+
+import os
+from pathlib import Path
+
+from support.quick_compile import QUICK_XLA_FLAGS
+
+if not Path("/dev/nvidiactl").exists():
+    os.environ["XLA_FLAGS"] = f"{QUICK_XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()  # the last of a name holds
 
 import jax
 import pytest
