@@ -44,8 +44,9 @@ PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt 
 # How a step multiplies with the cache. "dot": matrix products; "reduce": products and sums that XLA fuses; "kernel":
 # the sequence kernel of `pallas_kernels`, 16-bit dtypes on Hopper. `python -m benchmarks.decode` times them.
 PRODUCTS = ("dot", "reduce", "kernel")
-# Whether the layers of a step are compiled one by one: no layer's weights or cache are then cut out of a stack.
-DEFAULT_UNROLL = {"cpu": False, "gpu": False}
+# Whether the layers of a step are compiled one by one: no layer's weights or cache are then cut out of a stack. On an
+# H100, 700M model with depth, one row: 3.6 ms a step, against 4.4 in a loop ("reduce").
+DEFAULT_UNROLL = {"cpu": False, "gpu": True}
 
 
 # "kernel" cuts each row's cache into parts, one for each CTA: enough of them to fill the GPU twice over, of no fewer
