@@ -26,7 +26,7 @@ def check(indices, num_rows, dtype=np.float32, width=3):
     np.testing.assert_allclose(came, oracle(indices, rows, num_rows), rtol=1e-5, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(1, 3 * BLOCK), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**31))
 def test_any_indices(count, num_rows, share_of_one, seed):
     """`share_of_one`: how many rows have one and the same index, as a line break has in a text."""
