@@ -63,13 +63,17 @@ class Attention(nnx.Module):
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """x [B, T, D] to query [B, T, N, H], key and value [B, T, K, H]; normalised, rotated to `positions` [B, T]."""
-        query = self.query(x)
-        query = rotate(query if self.query_norm is None else self.query_norm(query), positions, self.rope_theta)
+        query = self._placed(self.query(x), self.query_norm, positions)
         return query, self.place_key(self.key(x), positions), self.value(x)
 
     def place_key(self, key: Array, positions: Array) -> Array:
         """A raw key projection [B, T, K, H] after this layer's key norm and rotation."""
-        return rotate(key if self.key_norm is None else self.key_norm(key), positions, self.rope_theta)
+        return self._placed(key, self.key_norm, positions)
+
+    def _placed(self, x: Array, norm: HeadsNorm | None, positions: Array) -> Array:
+        if norm is None:
+            return rotate(x, positions, self.rope_theta)
+        return norm(x, positions, self.rope_theta)
 
 
 class MoDAAttention(Attention):

@@ -69,14 +69,15 @@ class RMSNorm(nnx.Module):
 
 
 class HeadsNorm(RMSNorm):
-    """OLMo 2's QK-norm: one RMSNorm over a projection's full width, all heads together. x: [B, T, heads, H]."""
+    """OLMo 2's QK-norm and what follows it: one RMSNorm over a projection's full width, all heads together, then the
+    rotary embedding head by head."""
 
     def __init__(self, heads: int, head_dim: int, *, epsilon: float) -> None:
         super().__init__(heads * head_dim, epsilon=epsilon)
 
-    def __call__(self, x: Array) -> Array:
-        """x and the result: [B, T, heads, H]."""
-        return super().__call__(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+    def __call__(self, x: Array, positions: Array, theta: float) -> Array:
+        """x and the result [B, T, heads, H]; positions, theta: as in `rotate`."""
+        return norm_rotate(x, self.scale[...].reshape(x.shape[-2:]), positions, self.epsilon, theta)
 
 
 class SwiGLU(nnx.Module):
@@ -84,7 +85,8 @@ class SwiGLU(nnx.Module):
 
     Args:
         width, hidden: D, F.
-        keep_hidden: the backward pass finds gate(x) and up(x) [B, T, F] stored, instead of computing them again.
+        keep_hidden: the backward pass finds gate(x), up(x) and their product [B, T, F] stored, instead of computing
+            them again.
         initializer_range, dtype, rngs: as in `Projection`.
     """
 
@@ -169,24 +171,31 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     Returns:
         [..., D] in x's dtype.
     """
-    return _rms_norm_forward(x, scale, epsilon)[0]
+    wide = x.astype(jnp.float32)
+    return (scale * (wide * _inverse_rms(wide, epsilon))).astype(x.dtype)
+
+
+def _inverse_rms(wide: Array, epsilon: float, axis: int | tuple[int, ...] = -1) -> Array:
+    return jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axis, keepdims=True) + epsilon)
 
 
 def _rms_norm_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple]:
-    wide = x.astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)  # [..., 1]
-    return (scale * (wide * inverse_rms)).astype(x.dtype), (x, scale, inverse_rms)
+    # The rms is not kept: with y as its only result the forward is one kernel, and the backward's sum over the same
+    # values as another sum costs nothing.
+    return rms_norm(x, scale, epsilon), (x, scale)
 
 
 def _rms_norm_backward(epsilon: float, residuals: tuple, dy: Array) -> tuple[Array, Array]:
-    """With n = x / rms: dx = (g - n mean(g n)) / rms, g = scale dy."""
-    del epsilon
-    x, scale, inverse_rms = residuals
-    normed = x.astype(jnp.float32) * inverse_rms
-    wide = dy.astype(jnp.float32)
-    g = scale * wide
-    dx = inverse_rms * (g - normed * jnp.mean(g * normed, axis=-1, keepdims=True))
-    return dx.astype(x.dtype), jnp.sum(wide * normed, axis=tuple(range(x.ndim - 1)))
+    """With n = x / rms: dx = (g - n mean(g n)) / rms, g = scale dy. The mean is taken of g x, which need not wait for
+    the rms."""
+    x, scale = residuals
+    wide, dwide = x.astype(jnp.float32), dy.astype(jnp.float32)
+    inverse_rms = _inverse_rms(wide, epsilon)
+    g = scale * dwide
+    mean = inverse_rms * jnp.mean(g * wide, axis=-1, keepdims=True)
+    normed = wide * inverse_rms
+    dx = inverse_rms * (g - normed * mean)
+    return dx.astype(x.dtype), jnp.sum(dwide * normed, axis=tuple(range(x.ndim - 1)))
 
 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
@@ -197,7 +206,8 @@ def swiglu(keep_hidden: bool, x: Array, gate: Array, up: Array, down: Array) -> 
     """`(silu(x gate) * (x up)) down`.
 
     Args:
-        keep_hidden: keep `x gate` and `x up` for the backward pass, 2 F numbers a token; else they are computed again.
+        keep_hidden: keep what stands between the matrix products for the backward pass, 3 F numbers a token; else it
+            is computed again from x.
         x: [B, T, D].
         gate, up: [D, F], x's dtype.
         down: [F, D], x's dtype.
@@ -218,21 +228,22 @@ def _hidden(x: Array, gate: Array, up: Array) -> tuple[Array, Array]:
 
 def _swiglu_forward(keep_hidden: bool, x: Array, gate: Array, up: Array, down: Array) -> tuple[Array, tuple]:
     hidden = _hidden(x, gate, up)
-    y = contract("btf,fd->btd", jax.nn.silu(hidden[0]) * hidden[1], down)
-    return y, (x, gate, up, down, hidden if keep_hidden else None)
+    product = jax.nn.silu(hidden[0]) * hidden[1]
+    return contract("btf,fd->btd", product, down), (x, gate, up, down, (*hidden, product) if keep_hidden else None)
 
 
 def _swiglu_backward(keep_hidden: bool, residuals: tuple, dy: Array) -> tuple[Array, Array, Array, Array]:
     """With s = sigmoid(a), a = x gate, b = x up: d silu(a) / da = s (1 + a (1 - s))."""
     del keep_hidden
     x, gate, up, down, hidden = residuals
-    a, b = (h.astype(jnp.float32) for h in (_hidden(x, gate, up) if hidden is None else hidden))
+    a, b, *product = _hidden(x, gate, up) if hidden is None else hidden
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     dproduct = contract("btd,fd->btf", dy, down).astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(a)
     silu = a * sigmoid
     da = (dproduct * b * sigmoid * (1.0 + a * (1.0 - sigmoid))).astype(x.dtype)
     db = (dproduct * silu).astype(x.dtype)
-    product = (silu * b).astype(x.dtype)
+    product = product[0] if product else (silu * b).astype(x.dtype)
     dx = contract("btf,df->btd", da, gate) + contract("btf,df->btd", db, up)
     return (
         dx,
@@ -257,25 +268,78 @@ def rotate(x: Array, positions: Array, theta: float) -> Array:
     Returns:
         [B, T, heads, H] in x's dtype; computed in float32.
     """
-    return _rotated(x, positions, theta, 1.0)
+    return _rotated(x.astype(jnp.float32), positions, theta).astype(x.dtype)
 
 
-def _rotated(x: Array, positions: Array, theta: float, direction: float) -> Array:
+def _rotated(x: Array, positions: Array, theta: float, direction: float = 1.0) -> Array:
+    """x [B, T, heads, H] float32, rotated (direction 1) or rotated back (-1)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [H/2]
-    angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, T, 1, H/2]
+    angle = positions[..., None, None, None].astype(jnp.float32) * frequency  # [B, T, 1, 1, H/2]
     cos, sin = jnp.cos(angle), direction * jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    # The pairs as an axis that is flipped, and not as two halves that are put together again: so XLA can read x where
+    # the result is used.
+    pairs = x.reshape(*x.shape[:-1], 2, half)
+    sign = jnp.array([-1.0, 1.0])[:, None]
+    return (pairs * cos + jnp.flip(pairs, axis=-2) * (sign * sin)).reshape(x.shape)
 
 
 def _rotate_forward(x: Array, positions: Array, theta: float) -> tuple[Array, Array]:
-    return _rotated(x, positions, theta, 1.0), positions
+    return rotate(x, positions, theta), positions
 
 
 def _rotate_backward(theta: float, positions: Array, dy: Array) -> tuple[Array, np.ndarray]:
     """A rotation's transpose is the rotation back."""
-    return _rotated(dy, positions, theta, -1.0), np.zeros(positions.shape, jax.dtypes.float0)
+    dx = _rotated(dy.astype(jnp.float32), positions, theta, -1.0).astype(dy.dtype)
+    return dx, np.zeros(positions.shape, jax.dtypes.float0)
 
 
 rotate.defvjp(_rotate_forward, _rotate_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def norm_rotate(x: Array, scale: Array, positions: Array, epsilon: float, theta: float) -> Array:
+    """`rotate` of `rms_norm` over all heads together, without rounding in between.
+
+    One function for the backward's sake: the mean that RMSNorm's gradient needs is a sum of products, which the
+    rotation of both factors does not change. It can be read off before anything is rotated back, and the gradient is
+    then computed in two passes over memory instead of four.
+
+    Args:
+        x: [B, T, heads, H], any float dtype.
+        scale: [heads, H] float32.
+        positions: [B, T] int32.
+        epsilon: added to the mean square.
+        theta: base of the wavelengths.
+
+    Returns:
+        [B, T, heads, H] in x's dtype; computed in float32.
+    """
+    return _norm_rotate_forward(x, scale, positions, epsilon, theta)[0]
+
+
+def _norm_rotate_forward(
+    x: Array, scale: Array, positions: Array, epsilon: float, theta: float
+) -> tuple[Array, tuple[Array, ...]]:
+    wide = x.astype(jnp.float32)
+    inverse_rms = _inverse_rms(wide, epsilon, (-2, -1))  # [B, T, 1, 1]
+    y = _rotated(scale * (wide * inverse_rms), positions, theta).astype(x.dtype)
+    return y, (x, scale, positions, inverse_rms)
+
+
+def _norm_rotate_backward(
+    epsilon: float, theta: float, residuals: tuple[Array, ...], dy: Array
+) -> tuple[Array, Array, np.ndarray]:
+    """As `rms_norm`'s, with the rotated dy; mean(g n) = mean(dy y)."""
+    del epsilon
+    x, scale, positions, inverse_rms = residuals
+    dwide = dy.astype(jnp.float32)
+    normed = x.astype(jnp.float32) * inverse_rms
+    y = _rotated(scale * normed, positions, theta)
+    mean = jnp.mean(dwide * y, axis=(-2, -1), keepdims=True)
+    dnormed = _rotated(dwide, positions, theta, -1.0)
+    dx = inverse_rms * (scale * dnormed - normed * mean)
+    return dx.astype(x.dtype), jnp.sum(dnormed * normed, axis=(0, 1)), np.zeros(positions.shape, jax.dtypes.float0)
+
+
+norm_rotate.defvjp(_norm_rotate_forward, _norm_rotate_backward)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moda_jax.model.layers import rms_norm, rotate, swiglu
+from moda_jax.model.layers import norm_rotate, rms_norm, rotate, swiglu
 
 
 def draw(*shape, seed=0):
@@ -57,16 +57,32 @@ def test_rotate():
     assert_gradients_equal(lambda x: rotate(x, positions, theta), plain, (draw(2, 3, 2, 8),), argnums=(0,))
 
 
-@pytest.mark.parametrize("function", ["rms_norm", "swiglu", "swiglu again", "rotate"])
+def test_norm_rotate_is_the_norm_of_all_heads_and_then_the_rotation():
+    positions = jnp.int32([[0, 5, 100], [7, 1, 3]])
+    scale = draw(2, 8, seed=1)
+
+    def plain(x, scale):
+        flat = x.reshape(2, 3, 16)
+        flat = scale.reshape(16) * flat / jnp.sqrt(jnp.mean(flat**2, axis=-1, keepdims=True) + 0.1)
+        return rotate(flat.reshape(x.shape), positions, 50.0)
+
+    assert_gradients_equal(
+        lambda x, scale: norm_rotate(x, scale, positions, 0.1, 50.0), plain, (draw(2, 3, 2, 8), scale), argnums=(0, 1)
+    )
+
+
+@pytest.mark.parametrize("function", ["rms_norm", "swiglu", "swiglu again", "rotate", "norm_rotate"])
 def test_what_is_kept_for_the_backward(function):
     """Nothing of an activation's size is kept in float32 when the activations are bfloat16."""
     x = jnp.zeros((2, 16, 4, 32), jnp.bfloat16)
+    positions = jnp.zeros((2, 16), jnp.int32)
     matrix, down = jnp.zeros((32, 64), jnp.bfloat16), jnp.zeros((64, 32), jnp.bfloat16)
     run, numbers = {
         "rms_norm": (lambda: jax.vjp(lambda x: rms_norm(x, jnp.ones(32), 1e-6), x), x.size),
-        "swiglu": (lambda: jax.vjp(lambda x: swiglu(True, x, matrix, matrix, down), x[:, :, 0]), 5 * x[:, :, 0].size),
+        "swiglu": (lambda: jax.vjp(lambda x: swiglu(True, x, matrix, matrix, down), x[:, :, 0]), 7 * x[:, :, 0].size),
         "swiglu again": (lambda: jax.vjp(lambda x: swiglu(False, x, matrix, matrix, down), x[:, :, 0]), 0),
-        "rotate": (lambda: jax.vjp(lambda x: rotate(x, jnp.zeros((2, 16), jnp.int32), 10.0), x), 0),
+        "rotate": (lambda: jax.vjp(lambda x: rotate(x, positions, 10.0), x), 0),
+        "norm_rotate": (lambda: jax.vjp(lambda x: norm_rotate(x, jnp.ones((4, 32)), positions, 1e-6, 10.0), x), x.size),
     }[function]
     kept = [leaf for leaf in jax.tree.leaves(run()[1]) if leaf.ndim >= 3]
     assert all(leaf.dtype == jnp.bfloat16 or leaf.shape[-1] == 1 for leaf in kept)
