@@ -75,7 +75,7 @@ def resolve(implementation: str | None, **facts: object) -> str:
         return implementation
     platform, capability = _device()
     chosen, reason = "xla", f"platform {platform}"
-    if platform == "gpu" and capability in MOSAIC_GPU_DEFAULT_CAPABILITIES:
+    if prefers_mosaic_gpu():
         try:
             load("mosaic_gpu").check_supported(**facts)
             chosen, reason = "mosaic_gpu", f"compute capability {capability}"
@@ -83,6 +83,12 @@ def resolve(implementation: str | None, **facts: object) -> str:
             reason = f"mosaic_gpu does not support the call: {error}"
     _log_choice(chosen, reason)
     return chosen
+
+
+def prefers_mosaic_gpu() -> bool:
+    """Whether the default device is one for which the kernels of `pallas_kernels.mosaic_gpu` are the best."""
+    platform, capability = _device()
+    return platform == "gpu" and capability in MOSAIC_GPU_DEFAULT_CAPABILITIES
 
 
 @functools.cache

@@ -18,7 +18,9 @@ from flax import nnx
 from moda_jax.model.precision import contract
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.mesh import constrain, current_mesh
+from moda_jax.parallel.norm import rms_norm_backward
 from moda_jax.row_sums import sum_rows
+from pallas_kernels import norm
 
 Array = jax.Array
 
@@ -172,30 +174,18 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
         [..., D] in x's dtype.
     """
     wide = x.astype(jnp.float32)
-    return (scale * (wide * _inverse_rms(wide, epsilon))).astype(x.dtype)
-
-
-def _inverse_rms(wide: Array, epsilon: float, axis: int | tuple[int, ...] = -1) -> Array:
-    return jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axis, keepdims=True) + epsilon)
+    return (scale * (wide * norm.inverse_rms(wide, -1, epsilon))).astype(x.dtype)
 
 
 def _rms_norm_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple]:
-    # The rms is not kept: with y as its only result the forward is one kernel, and the backward's sum over the same
-    # values as another sum costs nothing.
+    # The rms is not kept: with y as its only result the forward is one kernel on a GPU, and for the backward another
+    # sum over what it reads anyway costs nothing.
     return rms_norm(x, scale, epsilon), (x, scale)
 
 
 def _rms_norm_backward(epsilon: float, residuals: tuple, dy: Array) -> tuple[Array, Array]:
-    """With n = x / rms: dx = (g - n mean(g n)) / rms, g = scale dy. The mean is taken of g x, which need not wait for
-    the rms."""
     x, scale = residuals
-    wide, dwide = x.astype(jnp.float32), dy.astype(jnp.float32)
-    inverse_rms = _inverse_rms(wide, epsilon)
-    g = scale * dwide
-    mean = inverse_rms * jnp.mean(g * wide, axis=-1, keepdims=True)
-    normed = wide * inverse_rms
-    dx = inverse_rms * (g - normed * mean)
-    return dx.astype(x.dtype), jnp.sum(dwide * normed, axis=tuple(range(x.ndim - 1)))
+    return rms_norm_backward(x, dy, scale, epsilon=epsilon)
 
 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
@@ -268,20 +258,15 @@ def rotate(x: Array, positions: Array, theta: float) -> Array:
     Returns:
         [B, T, heads, H] in x's dtype; computed in float32.
     """
-    return _rotated(x.astype(jnp.float32), positions, theta).astype(x.dtype)
+    return norm.rotate(x.astype(jnp.float32), *_angles(positions, x.shape[-1], theta)).astype(x.dtype)
 
 
-def _rotated(x: Array, positions: Array, theta: float, direction: float = 1.0) -> Array:
-    """x [B, T, heads, H] float32, rotated (direction 1) or rotated back (-1)."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [H/2]
-    angle = positions[..., None, None, None].astype(jnp.float32) * frequency  # [B, T, 1, 1, H/2]
-    cos, sin = jnp.cos(angle), direction * jnp.sin(angle)
-    # The pairs as an axis that is flipped, and not as two halves that are put together again: so XLA can read x where
-    # the result is used.
-    pairs = x.reshape(*x.shape[:-1], 2, half)
-    sign = jnp.array([-1.0, 1.0])[:, None]
-    return (pairs * cos + jnp.flip(pairs, axis=-2) * (sign * sin)).reshape(x.shape)
+def _angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin of the pairs' angles: positions [B, T] to [B, T, H/2] float32 each."""
+    half = head_dim // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def _rotate_forward(x: Array, positions: Array, theta: float) -> tuple[Array, Array]:
@@ -290,7 +275,8 @@ def _rotate_forward(x: Array, positions: Array, theta: float) -> tuple[Array, Ar
 
 def _rotate_backward(theta: float, positions: Array, dy: Array) -> tuple[Array, np.ndarray]:
     """A rotation's transpose is the rotation back."""
-    dx = _rotated(dy.astype(jnp.float32), positions, theta, -1.0).astype(dy.dtype)
+    cos, sin = _angles(positions, dy.shape[-1], theta)
+    dx = norm.rotate(dy.astype(jnp.float32), cos, -sin).astype(dy.dtype)
     return dx, np.zeros(positions.shape, jax.dtypes.float0)
 
 
@@ -301,9 +287,7 @@ rotate.defvjp(_rotate_forward, _rotate_backward)
 def norm_rotate(x: Array, scale: Array, positions: Array, epsilon: float, theta: float) -> Array:
     """`rotate` of `rms_norm` over all heads together, without rounding in between.
 
-    One function for the backward's sake: the mean that RMSNorm's gradient needs is a sum of products, which the
-    rotation of both factors does not change. It can be read off before anything is rotated back, and the gradient is
-    then computed in two passes over memory instead of four.
+    One function for the backward's sake, see `pallas_kernels.norm`: apart they would go over memory once more.
 
     Args:
         x: [B, T, heads, H], any float dtype.
@@ -315,31 +299,24 @@ def norm_rotate(x: Array, scale: Array, positions: Array, epsilon: float, theta:
     Returns:
         [B, T, heads, H] in x's dtype; computed in float32.
     """
-    return _norm_rotate_forward(x, scale, positions, epsilon, theta)[0]
+    wide = x.astype(jnp.float32)
+    normed = scale * (wide * norm.inverse_rms(wide, (-2, -1), epsilon))
+    return norm.rotate(normed, *_angles(positions, x.shape[-1], theta)).astype(x.dtype)
 
 
 def _norm_rotate_forward(
     x: Array, scale: Array, positions: Array, epsilon: float, theta: float
 ) -> tuple[Array, tuple[Array, ...]]:
-    wide = x.astype(jnp.float32)
-    inverse_rms = _inverse_rms(wide, epsilon, (-2, -1))  # [B, T, 1, 1]
-    y = _rotated(scale * (wide * inverse_rms), positions, theta).astype(x.dtype)
-    return y, (x, scale, positions, inverse_rms)
+    return norm_rotate(x, scale, positions, epsilon, theta), (x, scale, positions)
 
 
 def _norm_rotate_backward(
     epsilon: float, theta: float, residuals: tuple[Array, ...], dy: Array
 ) -> tuple[Array, Array, np.ndarray]:
-    """As `rms_norm`'s, with the rotated dy; mean(g n) = mean(dy y)."""
-    del epsilon
-    x, scale, positions, inverse_rms = residuals
-    dwide = dy.astype(jnp.float32)
-    normed = x.astype(jnp.float32) * inverse_rms
-    y = _rotated(scale * normed, positions, theta)
-    mean = jnp.mean(dwide * y, axis=(-2, -1), keepdims=True)
-    dnormed = _rotated(dwide, positions, theta, -1.0)
-    dx = inverse_rms * (scale * dnormed - normed * mean)
-    return dx.astype(x.dtype), jnp.sum(dnormed * normed, axis=(0, 1)), np.zeros(positions.shape, jax.dtypes.float0)
+    x, scale, positions = residuals
+    rotation = _angles(positions, x.shape[-1], theta)
+    dx, dscale = rms_norm_backward(x, dy, scale, rotation, epsilon=epsilon)
+    return dx, dscale, np.zeros(positions.shape, jax.dtypes.float0)
 
 
 norm_rotate.defvjp(_norm_rotate_forward, _norm_rotate_backward)

@@ -17,17 +17,22 @@ from moda_jax.data.packing import Batch
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from moda_jax.training.state import initial_state, model_function
 from moda_jax.training.train_step import make_train_step
-from pallas_kernels import moda_attention, mosaic_gpu
+from pallas_kernels import dispatch, moda_attention, mosaic_gpu, norm
 from pallas_kernels.mosaic_gpu import warpgroup
 
 FORWARD = ("moda_depth_forward", "moda_sequence_forward")
 BACKWARD = ("moda_sequence_dq", "moda_sequence_dkv", "moda_depth_backward")
+NORMS = ("moda_rms_norm_backward_R144_D256", "moda_rms_norm_backward_R144_D1024_H32")
 TOKENS, SLOTS, HEADS, KV_HEADS, HEAD_DIM = 152, 11, 6, 2, 64
 
 
 @pytest.fixture(autouse=True)
 def for_the_chip(monkeypatch):
     monkeypatch.setattr(warpgroup, "default_interpret", lambda: False)
+    monkeypatch.setattr(dispatch, "prefers_mosaic_gpu", lambda: True)
+    norm._best.cache_clear()
+    yield
+    norm._best.cache_clear()
 
 
 def lower(function, *specs):
@@ -96,7 +101,7 @@ def test_gradients_under_shard_map():
 
 
 MODEL = TransformerConfig(
-    vocab_size=128, num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, ffn_width=128,
+    vocab_size=128, num_layers=4, width=256, num_heads=32, num_kv_heads=16, head_dim=32, ffn_width=128,
     dtype="bfloat16", depth="moda", depth_ffn_kv=True, attention_implementation="mosaic_gpu",
 )  # fmt: skip
 
@@ -104,10 +109,10 @@ MODEL = TransformerConfig(
 @pytest.mark.parametrize(
     ("model", "present", "absent"),
     [
-        (MODEL, (*FORWARD, *BACKWARD, "moda_depth_backward_accumulate"), ()),
+        (MODEL, (*FORWARD, *BACKWARD, *NORMS, "moda_depth_backward_accumulate"), ()),
         (
             dataclasses.replace(MODEL, depth="none", depth_ffn_kv=False),
-            (FORWARD[1], *BACKWARD[:2]),
+            (FORWARD[1], *BACKWARD[:2], *NORMS),
             (FORWARD[0], BACKWARD[2]),
         ),
     ],

@@ -1,0 +1,36 @@
+"""RMSNorm's backward on the mesh: every device runs `pallas_kernels.norm` on its own rows, under `shard_map`."""
+
+from __future__ import annotations
+
+import jax
+
+from moda_jax.parallel.mesh import RULES, current_mesh, partition_spec
+from pallas_kernels import norm
+
+Array = jax.Array
+
+_TOKEN_AXES = (*RULES["batch"], *RULES["tokens"])  # the mesh axes that rows are split over
+
+
+def rms_norm_backward(
+    x: Array, dy: Array, scale: Array, rotation: tuple[Array, Array] | None = None, *, epsilon: float
+) -> tuple[Array, Array]:
+    """`pallas_kernels.norm.rms_norm_backward` of x [B, T, *scale.shape], on the current mesh or without one.
+
+    Where a norm's heads are split over `tensor`, its sums cross devices: there it is left to XLA's partitioner.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return norm.rms_norm_backward(x, dy, scale, rotation, epsilon=epsilon)
+    if scale.ndim > 1 and mesh.shape["tensor"] > 1:
+        return norm.rms_norm_backward(x, dy, scale, rotation, epsilon=epsilon, implementation="xla")
+    rows = partition_spec("batch", "tokens", *(None,) * scale.ndim)
+    tables = None if rotation is None else (partition_spec("batch", "tokens", None),) * 2
+    whole = partition_spec(*(None,) * scale.ndim)
+
+    def local(*operands: Array) -> tuple[Array, Array]:
+        dx, dscale = norm.rms_norm_backward(*operands, epsilon=epsilon)
+        return dx, jax.lax.psum(dscale, _TOKEN_AXES)
+
+    mapped = jax.shard_map(local, in_specs=(rows, rows, whole, tables), out_specs=(rows, whole), check_vma=False)
+    return mapped(x, dy, scale, rotation)

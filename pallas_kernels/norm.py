@@ -1,0 +1,117 @@
+"""RMSNorm's backward, also of a norm whose result was rotated (RoPE): the choice between the kernel and XLA.
+
+Memory is all that it costs, and XLA makes two passes over it where the kernel makes one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import dispatch
+
+IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Every pair (i, i + H/2) of x turned by its angle: x cos + (-x[H/2:], x[:H/2]) sin.
+
+    Args:
+        x: [..., heads, H] float32.
+        cos, sin: [..., H/2] float32, of the angles, the same for all heads.
+    """
+    # The pairs as an axis that is flipped, and not as two halves that are put together again: so XLA can read x where
+    # the result is used.
+    pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    sign = jnp.array([-1.0, 1.0])[:, None]
+    cos, sin = cos[..., None, None, :], sin[..., None, None, :]
+    return (pairs * cos + jnp.flip(pairs, axis=-2) * (sign * sin)).reshape(x.shape)
+
+
+def inverse_rms(x: Array, axis: int | tuple[int, ...], epsilon: float) -> Array:
+    """1 / sqrt(mean(x^2) + epsilon) over `axis`, which is kept; x is float32."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axis, keepdims=True) + epsilon)
+
+
+def rms_norm_backward(
+    x: Array,
+    dy: Array,
+    scale: Array,
+    rotation: tuple[Array, Array] | None = None,
+    *,
+    epsilon: float,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """(dx, dscale) of y = scale * x / sqrt(mean(x^2) + epsilon), the mean over scale's axes, or of that y rotated.
+
+    Args:
+        x, dy: [..., *scale.shape], any float dtype.
+        scale: [D], or with a rotation [heads, H]; float32.
+        rotation: (cos, sin) as `rotate` takes them, [..., H/2]; None: y was not rotated.
+        epsilon: added to the mean square.
+        implementation: "xla" or "mosaic_gpu"; None: the best that this device and these shapes have.
+
+    Returns:
+        dx in x's shape and dtype; dscale in scale's shape, summed over all rows, float32.
+
+    Raises:
+        ValueError: no such implementation.
+        NotImplementedError: "mosaic_gpu" was asked for and does not take such rows.
+    """
+    if implementation is None:
+        implementation = _best(x.dtype, scale.size, None if rotation is None else scale.shape[-1])
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: expected None or one of {IMPLEMENTATIONS}")
+    if implementation == "xla":
+        return _xla(x, dy, scale, rotation, epsilon)
+    rows = math.prod(x.shape[: x.ndim - scale.ndim])
+    tables = None if rotation is None else tuple(table.reshape(rows, -1) for table in rotation)
+    x_rows, dy_rows = (a.reshape(rows, *scale.shape) for a in (x, dy))
+    dx, dscale = _kernel().rms_norm_backward(x_rows, dy_rows, scale, tables, epsilon=epsilon)
+    return dx.reshape(x.shape), dscale
+
+
+@functools.cache
+def _best(dtype: jnp.dtype, columns: int, rotated_dim: int | None) -> str:
+    if not dispatch.prefers_mosaic_gpu():
+        return "xla"
+    try:
+        _kernel().check_supported(dtype=dtype, columns=columns, rotated_dim=rotated_dim)
+    except NotImplementedError as error:
+        dispatch.logger.info("RMSNorm's backward: xla (%s)", error)
+        return "xla"
+    return "mosaic_gpu"
+
+
+def _kernel() -> ModuleType:
+    """Imported when it is wanted, as `dispatch` does: not every installation of JAX can."""
+    return importlib.import_module("pallas_kernels.mosaic_gpu.norm_backward")
+
+
+def _xla(
+    x: Array, dy: Array, scale: Array, rotation: tuple[Array, Array] | None, epsilon: float
+) -> tuple[Array, Array]:
+    """With n = x / rms and g = scale * unrotated dy: dx = (g - n mean(g n)) / rms.
+
+    A rotation of both factors does not change a sum of products: the mean is taken of dy and the rotated scale * x, so
+    that it is known before anything is rotated back, in one pass over both; and of x instead of n, so that it need not
+    wait for the rms.
+    """
+    axes = tuple(range(-scale.ndim, 0))
+    wide, dwide = x.astype(jnp.float32), dy.astype(jnp.float32)
+    r = inverse_rms(wide, axes, epsilon)
+    y = scale * wide
+    g = dwide
+    if rotation is not None:
+        cos, sin = rotation
+        y, g = rotate(y, cos, sin), rotate(dwide, cos, -sin)
+    mean = r * jnp.mean(dwide * y, axis=axes, keepdims=True)
+    normed = wide * r
+    dx = r * (scale * g - normed * mean)
+    return dx.astype(x.dtype), jnp.sum(g * normed, axis=tuple(range(x.ndim - scale.ndim)))

@@ -1,0 +1,53 @@
+"""RMSNorm's backward: XLA's formula against autodiff, and which implementation serves a call."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch, norm
+
+
+def draw(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_xla_equals_autodiff(rotated):
+    shape = (2, 3, 4, 8) if rotated else (2, 3, 32)
+    x, dy, scale = draw(*shape), draw(*shape, seed=1), draw(*shape[2:], seed=2)
+    angle = draw(2, 3, 4, seed=3)
+    rotation = (jnp.cos(angle), jnp.sin(angle)) if rotated else None
+
+    def forward(x, scale):
+        y = scale * x * norm.inverse_rms(x, tuple(range(-scale.ndim, 0)), 0.1)
+        return y if rotation is None else norm.rotate(y, *rotation)
+
+    got = norm.rms_norm_backward(x, dy, scale, rotation, epsilon=0.1, implementation="xla")
+    for a, b in zip(got, jax.vjp(forward, x, scale)[1](dy), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_and_xla_agree():
+    x, dy = (draw(2, 3, 8, 64, seed=seed).astype(jnp.bfloat16) for seed in (0, 1))
+    rotation = tuple(draw(2, 3, 32, seed=seed) for seed in (2, 3))
+    one, other = (
+        norm.rms_norm_backward(x, dy, jnp.ones((8, 64)), rotation, epsilon=0.1, implementation=name)
+        for name in norm.IMPLEMENTATIONS
+    )
+    np.testing.assert_allclose(one[0].astype(jnp.float32), other[0].astype(jnp.float32), atol=2e-2)
+    np.testing.assert_allclose(one[1], other[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_choice(monkeypatch, caplog):
+    norm._best.cache_clear()
+    assert norm._best(jnp.dtype("bfloat16"), 1024, None) == "xla"  # no Hopper here
+    norm._best.cache_clear()
+    monkeypatch.setattr(dispatch, "prefers_mosaic_gpu", lambda: True)
+    with caplog.at_level("INFO", logger="pallas_kernels"):
+        chosen = [norm._best(jnp.dtype(dtype), 1024, 64) for dtype in ("bfloat16", "float32")]
+    norm._best.cache_clear()
+    assert chosen == ["mosaic_gpu", "xla"]
+    assert "dtype=float32" in caplog.text
+    with pytest.raises(ValueError, match="expected None or one of"):
+        norm.rms_norm_backward(draw(1, 2, 4), draw(1, 2, 4), jnp.ones(4), epsilon=0.1, implementation="triton")
