@@ -1,6 +1,6 @@
 """Times decoding: tokens per second of MoDA and of the same model without depth, beside the memory-bandwidth floor.
 
-    python -m benchmarks.decode [--size=700m|toy] [--layouts=scan,unroll] [--products=reduce,...] [--rounds=5]
+    python -m benchmarks.decode [--size=700m|toy] [--batches=1,64] [--layouts=scan,unroll] [--products=reduce,...]
 
 A decode step reads every weight once, and every filled place of the cache. The floor is the time in which these bytes
 move at the bandwidth of a measured copy (a copy's bytes count as read and written); the depth stream, which MoDA writes
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import profile, timing
 from configs import moda_700m
 from moda_jax.config import Config, TransformerConfig
 from moda_jax.inference import decode
@@ -112,9 +113,11 @@ class Decoder:
 
 
 def measure(
-    size: Size, batch: int, layout: str, only: tuple[str, ...], rounds: int, bandwidth: float
-) -> list[dict[str, Any]]:
-    """A row per model and product, at one batch and layout ("scan" or "unroll"); `only`: these products."""
+    size: Size, batch: int, layout: str, only: tuple[str, ...], rounds: int, bandwidth: float,
+    kernels: Path | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row per model and product, at one batch and layout ("scan" or "unroll"); `only`: these products; `kernels`: a
+    directory for the slowest kernels of each."""
     decoders, contestants = {}, {}
     for name, config in size.models.items():
         decoder, prefill = Decoder.start(config, batch, size, unroll=layout == "unroll")
@@ -136,7 +139,11 @@ def measure(
     for _ in range(rounds):
         for (name, products), row in contestants.items():
             row["seconds"].append(decoders[name].run(size.steps, products) / size.steps)
-    for (name, _), row in contestants.items():
+    for (name, products), row in contestants.items():
+        if kernels is not None:
+            traced = profile.kernel_seconds(functools.partial(decoders[name].run, size.steps, products))
+            file = f"decode_{name.split()[0]}_{batch}_{layout}_{products}.txt"
+            (kernels / file).write_text(profile.kernel_table(traced, ""))
         weights, cache = decoders[name].bytes_per_step(size.steps)
         seconds = statistics.median(row["seconds"])
         floor = (weights + cache) / bandwidth
@@ -162,16 +169,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(name: str, rounds: int, layouts: tuple[str, ...] = LAYOUTS, products: tuple[str, ...] = ()) -> dict[str, Any]:
-    """All batches of a size, printed as they come; no `products`: all that the device runs."""
+def run(
+    name: str, rounds: int, layouts: tuple[str, ...] = LAYOUTS, products: tuple[str, ...] = (),
+    batches: tuple[int, ...] = (), kernels: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """All batches of a size, or `batches`; all products that the device runs, or `products`. Printed as they come."""
     on_gpu = jax.default_backend() == "gpu"
     bandwidth = timing.copy_bytes_per_second(2**31 if on_gpu else 2**24)
     size = sizes()[name]
     print(f"{timing.environment()}\ncopy bandwidth {bandwidth / 1e12:.3f} TB/s; {size.prompt} + {size.steps} tokens\n")
     rows = []
-    for batch in size.batches:
+    for batch in batches or size.batches:
         for layout in layouts:  # one after the other: their caches need not stand in memory together
-            new = measure(size, batch, layout, products, rounds, bandwidth)
+            new = measure(size, batch, layout, products, rounds, bandwidth, kernels)
             print(table(new), flush=True)
             rows += new
     return {
@@ -187,11 +197,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layouts", default=",".join(LAYOUTS))
     parser.add_argument("--products", default="", help="comma-separated; by default all that the device runs")
+    parser.add_argument("--batches", default="", help="comma-separated; by default the size's")
+    parser.add_argument("--kernels", type=Path, default=None, help="profile each form; its slowest kernels go here")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    layouts, products = (tuple(filter(None, text.split(","))) for text in (arguments.layouts, arguments.products))
-    result = run(arguments.size, arguments.rounds, layouts, products)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    layouts, products, batches = (
+        tuple(filter(None, text.split(","))) for text in (arguments.layouts, arguments.products, arguments.batches)
+    )
+    for directory in filter(None, (arguments.output, arguments.kernels)):
+        directory.mkdir(parents=True, exist_ok=True)
+    result = run(arguments.size, arguments.rounds, layouts, products, tuple(map(int, batches)), arguments.kernels)
     path = arguments.output / f"decode_{arguments.size}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     header = "\n".join(f"{key}: {value}" for key, value in result["environment"].items())
