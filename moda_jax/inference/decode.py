@@ -9,10 +9,10 @@ head_dim, D width, V vocabulary. Rows are aligned at their ends: a short prompt 
 before it is padding that nobody sees, and every row's next token goes to the same place. So a step writes its keys and
 values with one update per array.
 
-A step does not change the cache while the layers run: a layer's own key and value join the softmax as one more entry
-beside the depth slots, and all layers' are written together at the end, in place. XLA copies a buffer that it believes
-to be read after it is written, so the order is spelled out: the cache travels through the layer loop, and a barrier
-stands between the last layer and the write.
+A step does not change the cache while the layers run: a layer's own key and value join the softmax as one more depth
+slot, behind the filled ones, and all layers' are written to the cache together at the end, in place. XLA copies a
+buffer that it believes to be read after it is written, so the order is spelled out: the cache travels through the layer
+loop, and a barrier stands between the last layer and the write.
 
 Shapes are static: one compilation of `prefill` per (rows, prompt length) and one of `decode` per (rows, capacity).
 """
@@ -29,11 +29,11 @@ from flax import nnx
 
 from moda_jax.config import TransformerConfig
 from moda_jax.inference.sampling import SamplingConfig, sample
-from moda_jax.model.depth_stream import DepthStream
+from moda_jax.model.depth_stream import DepthStream, is_traced
 from moda_jax.model.precision import compute_dtype, dot_precision
 from moda_jax.model.transformer import Block, Transformer
 from moda_jax.training.state import ModelFunction
-from pallas_kernels import dispatch
+from pallas_kernels import depth_attention, dispatch
 from pallas_kernels.block import attention_forward
 
 Array = jax.Array
@@ -63,20 +63,20 @@ class KVCache:
     Attributes:
         key, value: [L, B, K, C, H]; or a tuple of L arrays [B, K, C, H], where the layers are unrolled.
         length: int32 scalar, places that are filled, in every row.
-        start: [B] int32, a row's first place that is no padding.
+        start: [B] int32, a row's first place that is no padding; None: no row has any.
     """
 
     key: Array | tuple[Array, ...]
     value: Array | tuple[Array, ...]
     length: Array
-    start: Array
+    start: Array | None
 
     @classmethod
-    def empty(cls, config: TransformerConfig, batch: int, capacity: int, start: Array) -> KVCache:
+    def empty(cls, config: TransformerConfig, batch: int, capacity: int, start: Array | None) -> KVCache:
         """A cache of `capacity` places for each of `batch` rows, in the compute dtype."""
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
         zeros = jnp.zeros(shape, compute_dtype(config.dtype))
-        return cls(zeros, zeros, jnp.int32(0), start.astype(jnp.int32))
+        return cls(zeros, zeros, jnp.int32(0), None if start is None else start.astype(jnp.int32))
 
     @property
     def capacity(self) -> int:
@@ -197,7 +197,7 @@ def prefill(
     module = _module(model, params)
     batch, T = tokens.shape
     rows = _group_rows(batch, T)
-    cache = KVCache.empty(module.config, batch, capacity, start)
+    cache = KVCache.empty(module.config, batch, capacity, start if padded else None)
 
     def group(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         hidden, key, value = carry
@@ -339,18 +339,25 @@ def _step(
 ) -> tuple[Array, KVCache]:
     config = module.config
     products = products or available_products(config)[-1]
-    positions = (cache.length - cache.start)[:, None]  # [B, 1]
-    place = jnp.arange(cache.capacity)
-    visible = (place >= cache.start[:, None]) & (place < cache.length)  # [B, C]
+    begin = jnp.zeros(len(tokens), jnp.int32) if cache.start is None else cache.start
+    positions = (cache.length - begin)[:, None]  # [B, 1]
     x = module.embedding(tokens[:, None])  # [B, 1, D]
-    stream = DepthStream.empty(len(tokens), 1, config.depth_slots, config.num_kv_heads, config.head_dim, x.dtype)
+    # One slot more than the layers fill, for the KV of the layer that runs.
+    stream = DepthStream.empty(len(tokens), 1, config.depth_slots + 1, config.num_kv_heads, config.head_dim, x.dtype)
 
     def layer(block: Block, x: Array, stream: DepthStream, cached_key: Array, cached_value: Array) -> tuple:
         x = block.depth.read(x, stream)
         query, key, value = block.before(x, positions)
-        attended = _attend(query, key, value, cached_key, cached_value, visible, stream, products)
+        beside = stream.append(key, value)
+        attended = _attend(query, cached_key, cached_value, cache.start, cache.length, beside, products)
+        # The stream is read before it is written again: XLA would copy it otherwise, as in the layer loop.
+        attended, beside = jax.lax.optimization_barrier((attended, beside))
         x, entries = block.after(x, key, value, attended, positions)
-        return x, block.depth.write(stream, entries), (key.swapaxes(1, 2), value.swapaxes(1, 2))  # [B, K, 1, H]
+        if block.depth.writes_own_key_value:  # that entry is there already
+            stream = block.depth.write(beside, entries[1:])
+        else:
+            stream = block.depth.write(dataclasses.replace(beside, length=stream.length), entries)
+        return x, stream, (key.swapaxes(1, 2), value.swapaxes(1, 2))  # [B, K, 1, H]
 
     new = []
     if module.layers is not None:
@@ -398,54 +405,87 @@ def _write(cache: KVCache, key: PyTree, value: PyTree) -> KVCache:
 
 def _attend(
     query: Array,
-    key: Array,
-    value: Array,
     cached_key: Array,
     cached_value: Array,
-    visible: Array,
-    stream: DepthStream,
+    start: Array | None,
+    length: Array,
+    beside: DepthStream,
     products: str,
 ) -> Array:
-    """One softmax of the current token over the cache, itself, and its depth slots.
+    """One softmax of the current token over the cache and the slots beside it: the depth stream and its own KV.
 
     Args:
         query: [B, 1, N, H].
-        key, value: [B, 1, K, H], the token's own.
         cached_key, cached_value: [B, K, C, H].
-        visible: [B, C] bool.
-        stream: of this token, [B, 1, S, K, H].
+        start: [B], a row's first place that counts; None: 0.
+        length: scalar, the first place that does not count any more.
+        beside: of this token, [B, 1, S, K, H], with at least one filled slot.
         products: with the cache.
 
     Returns:
         [B, 1, N, H] in the query's dtype; logits, softmax and sums are float32.
     """
-    batch, _, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    query = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)  # [B, K, G, H]
-    beside_key = jnp.concatenate([key, stream.key[:, 0]], axis=1).swapaxes(1, 2)  # [B, K, 1 + S, H]
-    beside_value = jnp.concatenate([value, stream.value[:, 0]], axis=1).swapaxes(1, 2)
-    filled = jnp.arange(1 + stream.slots) < 1 + stream.length
-    scale = head_dim**-0.5
-    beside = jnp.where(filled, _dot_key(query, beside_key) * scale, MASKED)  # [B, K, G, 1 + S]
+    scale = query.shape[-1] ** -0.5
     if products == "kernel":
-        parts, lse = _attend_in_parts(query, cached_key, cached_value, visible, scale)  # [B, K, P, G, H], [B, K, P, G]
-        logits = jnp.concatenate([lse.swapaxes(2, 3), beside], axis=-1)  # a part counts as one entry with logit lse
-        split, over = lse.shape[2], lambda weights: jnp.einsum("bkgp,bkpgh->bkgh", weights, parts.astype(jnp.float32))
-    else:
-        over_key, over_place = (_reduce_key, _reduce_place) if products == "reduce" else (_dot_key, _dot_place)
-        over_cache = jnp.where(visible[:, None, None], over_key(query, cached_key) * scale, MASKED)  # [B, K, G, C]
-        logits = jnp.concatenate([over_cache, beside], axis=-1)
-        split, over = cached_key.shape[2], lambda weights: over_place(weights.astype(value.dtype), cached_value)
+        return _attend_by_kernels(query, cached_key, cached_value, start, length, beside, scale)
+    batch, _, heads, head_dim = query.shape
+    kv_heads, capacity = cached_key.shape[1:3]
+    queries = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)  # [B, K, G, H]
+    slots = beside.slots if is_traced(beside.length) else int(beside.length)
+    slot_key, slot_value = (x[:, 0, :slots].swapaxes(1, 2) for x in (beside.key, beside.value))  # [B, K, S, H]
+    filled = jnp.arange(slots) < beside.length
+    over_slots = jnp.where(filled, _dot_key(queries, slot_key) * scale, MASKED)  # [B, K, G, S]
+    over_key, over_place = (_reduce_key, _reduce_place) if products == "reduce" else (_dot_key, _dot_place)
+    visible = _visible(capacity, start, length)[:, None, None]
+    over_cache = jnp.where(visible, over_key(queries, cached_key) * scale, MASKED)  # [B, K, G, C]
+    logits = jnp.concatenate([over_cache, over_slots], axis=-1)
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    over_cache, beside = jnp.split(weights, [split], axis=-1)
-    out = over(over_cache) + _dot_place(beside.astype(value.dtype), beside_value)
-    return (out / total).reshape(batch, 1, heads, head_dim).astype(value.dtype)
+    over_cache, over_slots = jnp.split(weights.astype(query.dtype), [capacity], axis=-1)
+    out = over_place(over_cache, cached_value) + _dot_place(over_slots, slot_value)
+    return (out / total).reshape(query.shape).astype(query.dtype)
+
+
+def _visible(capacity: int, start: Array | None, length: Array) -> Array:
+    """[B or 1, C] bool: places that count."""
+    place = jnp.arange(capacity)
+    before_end = (place < length)[None]
+    return before_end if start is None else before_end & (place >= start[:, None])
+
+
+def _attend_by_kernels(
+    query: Array,
+    cached_key: Array,
+    cached_value: Array,
+    start: Array | None,
+    length: Array,
+    beside: DepthStream,
+    scale: float,
+) -> Array:
+    """`_attend` by the kernels: the sequence kernel over parts of the cache, the depth kernel over the slots."""
+    batch, _, heads, head_dim = query.shape
+    kv_heads = cached_key.shape[1]
+    queries = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    parts, parts_lse = _attend_in_parts(queries, cached_key, cached_value, start, length, scale)
+    if beside.slots == 1:  # the token alone: its value, whatever its logit is
+        own = queries.astype(jnp.float32) * beside.key[:, 0, 0, :, None].astype(jnp.float32)
+        slots_lse = scale * jnp.sum(own, axis=-1)  # [B, K, G]
+        slots = jnp.broadcast_to(beside.value[:, 0, 0, :, None], queries.shape)
+    else:
+        slots, slots_lse = depth_attention(
+            query, beside.key, beside.value,
+            depth_length=beside.length, scale=scale, implementation="mosaic_gpu", return_lse=True,
+        )  # fmt: skip
+        slots, slots_lse = slots.reshape(queries.shape), slots_lse.reshape(queries.shape[:-1])
+    lse = jnp.concatenate([parts_lse, slots_lse[:, :, None]], axis=2)  # [B, K, P + 1, G]
+    weights = jax.nn.softmax(lse, axis=2)[..., None]
+    out = jnp.sum(weights[:, :, :-1] * parts, axis=2) + weights[:, :, -1] * slots
+    return out.reshape(query.shape).astype(query.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="scale")  # unrolled layers then share one kernel, compiled once
 def _attend_in_parts(
-    query: Array, cached_key: Array, cached_value: Array, visible: Array, scale: float
+    query: Array, cached_key: Array, cached_value: Array, start: Array | None, length: Array, scale: float
 ) -> tuple[Array, Array]:
     """Attention over the cache by the sequence kernel, in P parts of the places: (out, lse), each normalised by itself.
 
@@ -455,7 +495,7 @@ def _attend_in_parts(
     Args:
         query: [B, K, G, H].
         cached_key, cached_value: [B, K, C, H].
-        visible: [B, C] bool.
+        start: [B] or None, length: scalar: the places from `start` up to `length` count.
         scale: of the logits.
 
     Returns:
@@ -466,12 +506,19 @@ def _attend_in_parts(
     parts = _num_parts(batch * kv_heads, capacity)
     rows, places = batch * kv_heads * parts, capacity // parts
     queries = jnp.broadcast_to(query[:, :, None], (batch, kv_heads, parts, group, head_dim))
-    visible = jnp.broadcast_to(visible.reshape(batch, 1, parts, places), (batch, kv_heads, parts, places))
     key, value = (x.reshape(rows, places, 1, head_dim) for x in (cached_key, cached_value))
+    if start is None:  # a length costs the kernel nothing, and it reads no more places than that
+        filled = jnp.clip(length - jnp.arange(parts) * places, 0, places)
+        masks = {"key_length": jnp.broadcast_to(filled, (batch, kv_heads, parts)).reshape(rows)}
+    else:
+        visible = _visible(capacity, start, length).reshape(batch, 1, parts, places)
+        visible = jnp.broadcast_to(visible, (batch, kv_heads, parts, places)).reshape(rows, places)
+        masks = {
+            "query_segment_ids": jnp.ones((rows, group), jnp.int32), "key_segment_ids": visible.astype(jnp.int32),
+        }  # fmt: skip
     out, lse = attention_forward(
-        queries.reshape(rows, group, 1, head_dim), key, value, scale=scale, causal=False,
-        query_segment_ids=jnp.ones((rows, group), jnp.int32),
-        key_segment_ids=visible.reshape(rows, places).astype(jnp.int32), implementation="mosaic_gpu",
+        queries.reshape(rows, group, 1, head_dim), key, value,
+        scale=scale, causal=False, implementation="mosaic_gpu", **masks,
     )  # fmt: skip
     return out.reshape(batch, kv_heads, parts, group, head_dim), lse.reshape(batch, kv_heads, parts, group)
 

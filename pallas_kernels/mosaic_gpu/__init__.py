@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.mosaic_gpu import depth_backward as _depth_backward
 from pallas_kernels.mosaic_gpu import depth_forward as _depth_forward
@@ -100,9 +99,7 @@ def attention_forward(
         scale=scale, masks=prepared, with_rest=with_rest, interpret=interpret,
     )  # fmt: skip
     rest = None if rest is None else rest[..., :head_dim]
-    # XLA would run the kernel a second time to write a stacked copy of `out` (what a scan keeps for its backward) in
-    # place: its dynamic-slice fusion clones a custom call whose result has other users too. Not through a barrier.
-    return lax.optimization_barrier((out[..., :head_dim], lse, rest))
+    return out[..., :head_dim], lse, rest
 
 
 def attention_backward(

@@ -109,7 +109,8 @@ def _make_body(
 
         @pl.when(warpgroup == warpgroups)
         def _producer():
-            plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][1], action="decrease")
+            if warpgroups > 1:
+                plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][1], action="decrease")
             kv_head = lax.div(head, jnp.int32(heads_per_kv_head))
 
             def fetch(step, wait):
@@ -141,7 +142,8 @@ def _make_body(
 
         @pl.when(warpgroup < warpgroups)
         def _consumer():
-            plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][0], action="increase")
+            if warpgroups > 1:
+                plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][0], action="increase")
             row_start = query_start + warpgroup * 64
             row_window = pl.ds(row_start, 64)
             query_smem = s.query_smem.at[warpgroup]
@@ -403,7 +405,7 @@ def sequence_forward(
     )  # fmt: skip
     scratch = _scratch(tiles, head_dim, query.dtype, spec, merge, with_rest, interpret)
     like_query = jax.ShapeDtypeStruct(query.shape, query.dtype)
-    out, lse, *rest = plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=(
             like_query,
@@ -420,6 +422,9 @@ def sequence_forward(
         kernel_name=wg_lib.kernel_name(
             "moda_sequence_forward", query_tokens, key_tokens, heads, kv_heads, head_dim, tiles
         ),
-    )(*operands)
+    )
+    # XLA would run the kernel a second time to write a stacked copy of `out` (what a scan keeps for its backward) in
+    # place: its dynamic-slice fusion clones a custom call whose result has other users too. Not through a barrier.
+    out, lse, *rest = lax.optimization_barrier(kernel(*operands))
     rest = rest[0][:, :query_tokens] if with_rest else None
     return out[:, :query_tokens], lse[..., :query_tokens].swapaxes(1, 2), rest

@@ -23,22 +23,21 @@ def operands(batch, kv_heads, group, capacity, slots, head_dim, seed=0):
         tuple(draw(batch, 1, *shape) for _ in "kv") for shape in ((kv_heads, head_dim), (slots, kv_heads, head_dim))
     )
     cached = tuple(draw(batch, kv_heads, capacity, head_dim) for _ in "kv")
-    return query, own, cached, DepthStream(*depth, jnp.int32(slots - 1))
+    beside = DepthStream(*depth, jnp.int32(slots - 1)).append(*own)
+    return query, cached, beside
 
 
-def check(batch, kv_heads, group, capacity, slots, head_dim, length):
-    """A prompt that begins at place 0 in row 0, at place 37 in the others; `length` places are filled."""
-    query, own, cached, stream = operands(batch, kv_heads, group, capacity, slots, head_dim)
-    place = jnp.arange(capacity)
-    visible = (place >= jnp.where(jnp.arange(batch) == 0, 0, 37)[:, None]) & (place < length)
+def check(batch, kv_heads, group, capacity, slots, head_dim, length, padded):
+    """`length` places are filled; `padded`: the prompt begins at place 0 in row 0, at place 37 in the others."""
+    query, cached, beside = operands(batch, kv_heads, group, capacity, slots, head_dim)
+    start = jnp.where(jnp.arange(batch) == 0, 0, 37) if padded else None
 
     def attend(products, dtype=jnp.bfloat16):
-        cast = jax.tree.map(lambda x: x.astype(dtype), (query, *own, *cached, stream.key, stream.value))
-        query_, key, value, cached_key, cached_value, depth_key, depth_value = cast
-        stream_ = DepthStream(depth_key, depth_value, stream.length)
-        return np.asarray(
-            decode._attend(query_, key, value, cached_key, cached_value, visible, stream_, products), np.float64
+        query_, cached_, (key, value) = jax.tree.map(
+            lambda x: x.astype(dtype), (query, cached, (beside.key, beside.value))
         )
+        beside_ = DepthStream(key, value, beside.length)
+        return np.asarray(decode._attend(query_, *cached_, start, length, beside_, products), np.float64)
 
     exact = attend("dot", jnp.float32)
     error = {name: np.linalg.norm(attend(name) - exact) / np.linalg.norm(exact) for name in ("dot", "kernel")}
@@ -52,19 +51,21 @@ def test_the_kernel_form_computes_what_products_do(monkeypatch):
     assert decode._num_parts(4, 192) == 2
     if ON_GPU:
         pytest.skip("on the chip the next test does it")
-    check(2, 2, 2, 192, 3, 64, length=150)
+    check(2, 2, 2, 192, 3, 64, length=150, padded=True)
+    check(2, 2, 2, 192, 1, 64, length=64, padded=False)  # of the second part nothing is visible
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     "shape",
     [(3, 8, 2, 2176, 70, 64), (1, 2, 1, 640, 1, 128), (2, 4, 8, 1001, 5, 64)],
     ids=lambda shape: "-".join(map(str, shape)),
 )
-def test_the_kernel_form_on_the_chip(shape):
-    check(*shape, length=shape[3] - 129)
-    check(*shape, length=38)  # of the last parts nothing is visible
+def test_the_kernel_form_on_the_chip(shape, padded):
+    check(*shape, length=shape[3] - 129, padded=padded)
+    check(*shape, length=38, padded=padded)  # of the last parts nothing is visible
 
 
 def test_parts_fill_the_gpu_and_are_no_smaller_than_a_block():
@@ -77,9 +78,9 @@ def test_parts_fill_the_gpu_and_are_no_smaller_than_a_block():
 def test_float32_has_no_kernel_form():
     config = TransformerConfig(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32")
     assert "kernel" not in decode.available_products(config)
-    query, own, cached, stream = (
+    query, cached, beside = (
         jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
         for tree in operands(1, 1, 1, 16, 2, 8)
     )
     with pytest.raises(NotImplementedError, match="dtype=float32"):
-        decode._attend(query, *own, *cached, jnp.ones((1, 16), bool), stream, "kernel")
+        decode._attend(query, *cached, None, 16, beside, "kernel")
