@@ -114,4 +114,6 @@ def _xla(
     mean = r * jnp.mean(dwide * y, axis=axes, keepdims=True)
     normed = wide * r
     dx = r * (scale * g - normed * mean)
-    return dx.astype(x.dtype), jnp.sum(g * normed, axis=tuple(range(x.ndim - scale.ndim)))
+    leading = x.shape[: x.ndim - scale.ndim]
+    dscale = jnp.sum((g * normed).reshape(*leading, -1), axis=tuple(range(len(leading))))
+    return dx.astype(x.dtype), dscale.reshape(scale.shape)

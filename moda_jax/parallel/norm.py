@@ -30,7 +30,9 @@ def rms_norm_backward(
 
     def local(*operands: Array) -> tuple[Array, Array]:
         dx, dscale = norm.rms_norm_backward(*operands, epsilon=epsilon)
-        return dx, jax.lax.psum(dscale, _TOKEN_AXES)
+        return dx, jax.lax.psum(dscale.reshape(-1), _TOKEN_AXES)
 
-    mapped = jax.shard_map(local, in_specs=(rows, rows, whole, tables), out_specs=(rows, whole), check_vma=False)
-    return mapped(x, dy, scale, rotation)
+    out_specs = rows, partition_spec(None)
+    mapped = jax.shard_map(local, in_specs=(rows, rows, whole, tables), out_specs=out_specs, check_vma=False)
+    dx, dscale = mapped(x, dy, scale, rotation)
+    return dx, dscale.reshape(scale.shape)
