@@ -1,11 +1,21 @@
 """How the loss over a large vocabulary is cut up: what the loss of one device (`moda_jax.training.loss`) and that of a
-mesh (`moda_jax.parallel.vocabulary`) agree in. Imports neither."""
+mesh (`moda_jax.parallel.vocabulary`) agree in, and how a block's gradients are computed. Imports neither.
+
+With p the softmax, d objective / d logits = mask ((1 + 2 z_loss log Z) p - [target]). To form p one has to read a
+block's logits twice before, for their maximum and for Z. Here they are read once: the softmax's terms are taken
+relative to the target's, e = exp(logit - target's logit), their sum z comes out beside them, and what z would divide is
+divided in the tokens that e is multiplied with in the two matrix products that follow. e overflows where another token
+is likelier than the target by many orders of magnitude; whether that happened is known when all is done, and then all
+is done again with log Z taken first. On an H100, 32768 tokens x 100278: 36 ms with the matrix products, 45 with p.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 
@@ -15,6 +25,9 @@ LOGITS_BYTES = 2**31
 # The products run over a vocabulary padded to a multiple of this. At 100278 the rows are not aligned as the tensor
 # cores' fast kernels want them: the three products were seen to take 70 ms on an H100 where 30 are expected.
 VOCABULARY_MULTIPLE = 128
+# Terms relative to the target's are trusted up to this sum, a loss of 55 nats: neither they nor the quotient of a
+# number near 1 by their sum leave the range of bfloat16 and float32, 2^-126 to 2^127.
+LARGEST_RELATIVE_Z = 2.0**80
 
 
 class LossSums(NamedTuple):
@@ -41,3 +54,95 @@ def num_blocks(tokens: int, least: int) -> int:
     """
     least = min(least, tokens)
     return next((count for count in range(least, min(2 * least, tokens + 1)) if tokens % count == 0), least)
+
+
+def no_sums() -> LossSums:
+    """Sums of nothing."""
+    return LossSums(*(jnp.zeros((), jnp.float32),) * 3)
+
+
+def in_one_pass_if_representable[R](compute: Callable[[bool], tuple[R, Array]], dtype: jnp.dtype) -> R:
+    """`compute(normalise_first)`'s results: first without, and once more with it if they could not be represented.
+
+    Args:
+        compute: returns its results and whether they could be represented, a bool scalar.
+        dtype: of the factors that `block_gradients` returns; one of small range is never tried without.
+    """
+    if jnp.finfo(dtype).maxexp < jnp.finfo(jnp.float32).maxexp:
+        return compute(True)[0]
+    results, representable = compute(False)
+    return jax.lax.cond(representable, lambda: results, lambda: compute(True)[0])
+
+
+def block_sums(
+    logits: Array,
+    target_columns: Array,
+    mask: Array,
+    *,
+    total: Callable[[Array], Array] = lambda x: x,
+    largest: Callable[[Array], Array] = lambda x: x,
+) -> LossSums:
+    """The sums of a block alone. Arguments as in `block_gradients`."""
+    target_logits, _ = _target_logits(logits, target_columns, mask > 0, total)
+    log_z = jnp.where(mask > 0, _log_z(logits, total, largest), 0.0)
+    return LossSums(jnp.sum(mask * (log_z - target_logits)), jnp.sum(mask * jnp.square(log_z)), jnp.sum(mask))
+
+
+def block_gradients(
+    z_loss: float,
+    logits: Array,
+    target_columns: Array,
+    mask: Array,
+    dtype: jnp.dtype,
+    *,
+    normalise_first: bool,
+    total: Callable[[Array], Array] = lambda x: x,
+    largest: Callable[[Array], Array] = lambda x: x,
+) -> tuple[LossSums, Array, Array, Array]:
+    """The sums of a block, and d objective / d logits as two factors, of which the second is a number per token.
+
+    Args:
+        z_loss: weight of the z-loss in the objective.
+        logits: [T, V] float32, columns of the vocabulary that stand here; -inf where there is no such token.
+        target_columns: [T] int32, the target's column; outside of 0..V-1 if it stands elsewhere; anything where the
+            mask is 0.
+        mask: [T] float32.
+        dtype: of the first factor.
+        normalise_first: find log Z first, so that no term is larger than 1.
+        total, largest: sum and maximum of a [T] over all places that hold columns of the vocabulary.
+
+    Returns:
+        The sums over all columns; the factors [T, V] in `dtype` and [T, 1] float32; whether they could be represented.
+    """
+    tokens, columns = logits.shape
+    counts = mask > 0
+    target_logits, here = _target_logits(logits, target_columns, counts, total)
+    reference = _log_z(logits, total, largest) if normalise_first else target_logits
+    reference = jnp.where(counts, reference, jnp.finfo(jnp.float32).max)  # where nothing counts, all terms are 0
+    e = jnp.exp(logits - reference[:, None])
+    z = jnp.where(counts, total(jnp.sum(e, axis=-1)), 1.0)
+    log_z = jnp.where(counts, reference + jnp.log(z), 0.0)
+    loss = jnp.where(counts, jnp.log(z) + (reference - target_logits), 0.0)  # exact where those are the same
+    sums = LossSums(jnp.sum(mask * loss), jnp.sum(mask * jnp.square(log_z)), jnp.sum(mask))
+    scale = 1.0 + 2.0 * z_loss * log_z
+    # mask (scale e / z - [target]) = (mask scale / z) (e - [target] z / scale)
+    of_target = jnp.exp(target_logits - reference) - z / scale
+    place = e.astype(dtype).at[jnp.arange(tokens), jnp.where(here, target_columns, columns)]
+    dlogits = place.set(of_target.astype(dtype), unique_indices=True, mode="drop")  # elsewhere: no such column
+    return sums, dlogits, (mask * scale / z)[:, None], jnp.all(z < LARGEST_RELATIVE_Z)
+
+
+def _target_logits(
+    logits: Array, target_columns: Array, counts: Array, total: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """The targets' logits [T], 0 where nothing counts, and whether a token's stands here."""
+    here = counts & (target_columns >= 0) & (target_columns < logits.shape[-1])
+    own = jnp.where(here, target_columns, 0)  # a gather outside of the columns gives NaN
+    found = jnp.take_along_axis(logits, own[:, None], axis=-1)[:, 0]
+    return total(jnp.where(here, found, 0.0)), here
+
+
+def _log_z(logits: Array, total: Callable[[Array], Array], largest: Callable[[Array], Array]) -> Array:
+    """[T], over all places."""
+    peak = largest(jnp.max(logits, axis=-1))
+    return peak + jnp.log(total(jnp.sum(jnp.exp(logits - peak[:, None]), axis=-1)))

@@ -2,8 +2,8 @@
 
 Both see this device's V / tensor rows of the table, gathered over fsdp in the compute dtype. The look-up takes the rows
 that it has and sums over tensor. The cross-entropy takes the tokens in chunks, as `moda_jax.training.loss` does, and
-computes a chunk's gradients while its logits are there; per token three numbers cross the tensor axis: the maximum, the
-sum of exponentials and the target's logit. The table's gradient is summed in float32 over all tokens of all devices and
+computes a chunk's gradients while its logits are there; per token two numbers cross the tensor axis: the target's logit
+and the sum of exponentials. The table's gradient is summed in float32 over all tokens of all devices and
 goes back to the split layout.
 """
 
@@ -17,14 +17,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from moda_jax.loss_blocks import LOGITS_BYTES, LossSums, num_blocks
+from moda_jax.loss_blocks import (
+    LOGITS_BYTES,
+    LossSums,
+    block_gradients,
+    block_sums,
+    in_one_pass_if_representable,
+    no_sums,
+    num_blocks,
+)
 from moda_jax.model.precision import contract
 from moda_jax.parallel.mesh import RULES, partition_spec
 from moda_jax.row_sums import sum_rows
 
 Array = jax.Array
 
-_MASKED = -1e30  # the logit of a row of padding; finite, so that no difference is NaN
 _TOKEN_AXES = (*RULES["batch"], *RULES["tokens"])  # the mesh axes that tokens are split over
 
 _TABLE = partition_spec("vocabulary", "width")
@@ -116,7 +123,8 @@ def _local_loss(
     """The sums over all devices and, if asked for, this device's part of the objective's gradients."""
     rows = _whole_rows(table, hidden.dtype)  # [V / tensor, D]
     tokens = targets.size
-    columns = lax.axis_index("tensor") * rows.shape[0] + jnp.arange(rows.shape[0])
+    first = lax.axis_index("tensor") * rows.shape[0]
+    in_vocabulary = first + jnp.arange(rows.shape[0]) < vocab_size
     count = num_blocks(tokens, math.ceil(tokens * rows.shape[0] * 4 / LOGITS_BYTES))
     chunk = math.ceil(tokens / count)
 
@@ -125,37 +133,43 @@ def _local_loss(
         x = x.reshape(tokens, *x.shape[2:])
         return jnp.pad(x, ((0, count * chunk - tokens), *((0, 0),) * (x.ndim - 1))).reshape(count, chunk, *x.shape[1:])
 
-    def one(carry: tuple[LossSums, Array | None], inputs: tuple[Array, Array, Array]):
-        total, dtable = carry
-        hidden, targets, mask = inputs
+    def chunk_logits(hidden: Array) -> Array:
         logits = lax.optimization_barrier(contract("td,vd->tv", hidden, rows, jnp.float32))  # as in training.loss
-        logits = jnp.where(columns < vocab_size, logits, _MASKED)
-        # Where the mask is 0 the target may lie outside of the vocabulary, so on no device; it does not count.
-        is_target = columns == targets[:, None]
-        largest = lax.pmax(jnp.max(logits, axis=-1), "tensor")  # [tokens]
-        total_exp = lax.psum(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1), "tensor")
-        log_z = largest + jnp.log(total_exp)
-        target_logits = lax.psum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), "tensor")
-        sums = LossSums(
-            jnp.sum(mask * (log_z - target_logits)), jnp.sum(mask * jnp.square(log_z)), jnp.sum(mask)
-        )  # fmt: skip
-        total = jax.tree.map(jnp.add, total, sums)
-        if not gradients:
-            return (total, dtable), None
-        # d objective / d logits = mask (p (1 + 2 z_loss log Z) - [target])
-        p = jnp.exp(logits - log_z[:, None])
-        dlogits = mask[:, None] * (p * (1.0 + 2.0 * z_loss * log_z[:, None]) - is_target)
-        dlogits = dlogits.astype(hidden.dtype)
-        dtable += contract("tv,td->vd", dlogits, hidden, jnp.float32)
-        return (total, dtable), contract("tv,vd->td", dlogits, rows)
+        return jnp.where(in_vocabulary, logits, -jnp.inf)
 
-    zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
-    carry = zero, jnp.zeros(rows.shape, jnp.float32) if gradients else None
-    mask = target_mask.astype(jnp.float32)
-    (total, dtable), dhidden = lax.scan(one, carry, (chunks(hidden), chunks(targets), chunks(mask)))
-    total = jax.tree.map(lambda x: lax.psum(x, _TOKEN_AXES), total)
+    total_over = functools.partial(lax.psum, axis_name="tensor")
+    largest_over = functools.partial(lax.pmax, axis_name="tensor")
+
+    def sums_of(total: LossSums, block: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
+        hidden, targets, mask = block
+        sums = block_sums(chunk_logits(hidden), targets - first, mask, total=total_over, largest=largest_over)
+        return jax.tree.map(jnp.add, total, sums), None
+
+    def compute(normalise_first: bool) -> tuple[tuple[LossSums, Array, Array], Array]:
+        def one(carry: tuple[LossSums, Array, Array], block: tuple[Array, Array, Array]):
+            total, dtable, representable = carry
+            hidden, targets, mask = block
+            sums, dlogits, weight, fits = block_gradients(
+                z_loss, chunk_logits(hidden), targets - first, mask, hidden.dtype,
+                normalise_first=normalise_first, total=total_over, largest=largest_over,
+            )  # fmt: skip
+            dtable += contract("tv,td->vd", dlogits, (weight * hidden).astype(hidden.dtype), jnp.float32)
+            dhidden = weight * contract("tv,vd->td", dlogits, rows, jnp.float32)
+            total = jax.tree.map(jnp.add, total, sums)
+            return (total, dtable, representable & fits), dhidden.astype(hidden.dtype)
+
+        carry = no_sums(), jnp.zeros(rows.shape, jnp.float32), jnp.bool(True)
+        (total, dtable, representable), dhidden = lax.scan(one, carry, blocks)
+        # All devices take the same way: there are collectives in it.
+        everywhere = lax.pmin(representable.astype(jnp.int32), _TOKEN_AXES) > 0
+        return (total, dhidden, dtable), everywhere
+
+    blocks = chunks(hidden), chunks(targets), chunks(target_mask.astype(jnp.float32))
     if not gradients:
-        return total
+        total, _ = lax.scan(sums_of, no_sums(), blocks)
+        return jax.tree.map(lambda x: lax.psum(x, _TOKEN_AXES), total)
+    total, dhidden, dtable = in_one_pass_if_representable(compute, hidden.dtype)
+    total = jax.tree.map(lambda x: lax.psum(x, _TOKEN_AXES), total)
     dhidden = dhidden.reshape(count * chunk, -1)[:tokens].reshape(hidden.shape)
     return total, (lax.psum(dhidden, "tensor"), _split_sum(dtable))
 

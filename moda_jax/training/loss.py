@@ -10,14 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moda_jax.loss_blocks import LOGITS_BYTES, VOCABULARY_MULTIPLE, LossSums, num_blocks
+from moda_jax.loss_blocks import (
+    LOGITS_BYTES,
+    VOCABULARY_MULTIPLE,
+    LossSums,
+    block_gradients,
+    in_one_pass_if_representable,
+    no_sums,
+    num_blocks,
+)
 from moda_jax.model.precision import contract
 
 Array = jax.Array
-
-# Terms of the softmax relative to the target's are trusted up to this sum, a loss of 55 nats: neither they nor the
-# quotient of a number near 1 by their sum leave the range of bfloat16 and float32, 2^-126 to 2^127.
-LARGEST_RELATIVE_Z = 2.0**80
 
 
 def loss_sums(logits: Array, targets: Array, target_mask: Array) -> LossSums:
@@ -92,100 +96,48 @@ def _blockwise_sums(hidden: Array, table: Array, targets: Array, target_mask: Ar
         sums = loss_sums(_block_logits(hidden, rows, table.shape[0]), targets, mask)
         return jax.tree.map(jnp.add, total, sums), None
 
-    return _over_blocks(one, _no_sums(), (hidden, targets, target_mask), rows.shape[0])[0]
+    return _over_blocks(one, no_sums(), (hidden, targets, target_mask), rows.shape[0])[0]
 
 
 def _sums_and_gradients(
     z_loss: float, hidden: Array, table: Array, targets: Array, target_mask: Array
 ) -> tuple[LossSums, tuple[Array, Array]]:
-    """The sums and the objective's gradients (dhidden [B, T, D], dtable [V, D] float32), see `_block_gradients`.
-
-    The fast way is right unless a target is so unlikely that its terms cannot be represented. That is known when all is
-    done; then all is done again in the other way. A dtype of small range always takes that one.
-    """
-    compute = functools.partial(_blockwise_gradients, z_loss, hidden, table, targets, target_mask)
-    if jnp.finfo(hidden.dtype).maxexp < jnp.finfo(jnp.float32).maxexp:
-        results, _ = compute(normalise_first=True)
-    else:
-        results, representable = compute(normalise_first=False)
-        results = jax.lax.cond(representable, lambda: results, lambda: compute(normalise_first=True)[0])
-    sums, (dhidden, dtable) = results
-    return sums, (dhidden, dtable[: table.shape[0]])
-
-
-def _blockwise_gradients(
-    z_loss: float, hidden: Array, table: Array, targets: Array, target_mask: Array, *, normalise_first: bool
-) -> tuple[tuple[LossSums, tuple[Array, Array]], Array]:
-    """((sums, gradients), whether all of it could be represented); dtable is [V padded, D]."""
+    """The sums and the objective's gradients: dhidden [B, T, D], dtable [V, D] float32."""
     rows = _padded_rows(table, hidden.dtype)
 
-    def one(carry: tuple[LossSums, Array, Array], block: tuple[Array, Array, Array]):
-        total, dtable, representable = carry
-        hidden, targets, mask = block
-        logits = _block_logits(hidden, rows, table.shape[0])
-        sums, dlogits, weight, fits = _block_gradients(z_loss, logits, targets, mask, hidden.dtype, normalise_first)
-        dtable += contract("btv,btd->vd", dlogits, (weight * hidden).astype(hidden.dtype), jnp.float32)
-        dhidden = weight * contract("btv,vd->btd", dlogits, rows, jnp.float32)
-        return (jax.tree.map(jnp.add, total, sums), dtable, representable & fits), dhidden.astype(hidden.dtype)
+    def compute(normalise_first: bool) -> tuple[tuple[LossSums, Array, Array], Array]:
+        def one(carry: tuple[LossSums, Array, Array], block: tuple[Array, Array, Array]):
+            total, dtable, representable = carry
+            hidden, targets, mask = block
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            logits = _block_logits(flat, rows, table.shape[0])
+            sums, dlogits, weight, fits = block_gradients(
+                z_loss, logits, targets.reshape(-1), mask.reshape(-1), hidden.dtype, normalise_first=normalise_first
+            )
+            dtable += contract("tv,td->vd", dlogits, (weight * flat).astype(hidden.dtype), jnp.float32)
+            dhidden = weight * contract("tv,vd->td", dlogits, rows, jnp.float32)
+            total = jax.tree.map(jnp.add, total, sums)
+            return (total, dtable, representable & fits), dhidden.astype(hidden.dtype).reshape(hidden.shape)
 
-    carry = _no_sums(), jnp.zeros(rows.shape, jnp.float32), jnp.bool(True)
-    (total, dtable, representable), dhidden = _over_blocks(one, carry, (hidden, targets, target_mask), rows.shape[0])
-    return (total, (dhidden, dtable)), representable
+        carry = no_sums(), jnp.zeros(rows.shape, jnp.float32), jnp.bool(True)
+        inputs = hidden, targets, target_mask.astype(jnp.float32)
+        (total, dtable, representable), dhidden = _over_blocks(one, carry, inputs, rows.shape[0])
+        return (total, dhidden, dtable), representable
 
-
-def _block_gradients(
-    z_loss: float, logits: Array, targets: Array, mask: Array, dtype: jnp.dtype, normalise_first: bool
-) -> tuple[LossSums, Array, Array, Array]:
-    """The sums, and d objective / d logits as two factors, of which the second is a number per token.
-
-    With p the softmax, that derivative is mask ((1 + 2 z_loss log Z) p - [target]). To form p one has to read the
-    logits twice before, for their maximum and for Z. Unless `normalise_first`, they are read once: p's terms are taken
-    relative to the target's, e = exp(logit - target's logit), their sum z comes out beside them, and what z would
-    divide, the tokens of two matrix products, is divided there. e overflows where a target is less likely by many
-    orders of magnitude than another token.
-
-    Args:
-        logits: [B, T, V] float32, -inf where the vocabulary is padded.
-        targets, mask: [B, T].
-        dtype: of the first factor.
-        normalise_first: find log Z first, so that no e is larger than 1.
-
-    Returns:
-        The sums; the factors [B, T, V] in `dtype` and [B, T, 1] float32; whether the factors could be represented.
-    """
-    counts = mask > 0
-    safe_targets = jnp.where(counts, targets, 0)  # a gather outside of the vocabulary gives NaN
-    target_logits = jnp.take_along_axis(logits, safe_targets[..., None], axis=-1)[..., 0]  # [B, T]
-    reference = jax.nn.logsumexp(logits, axis=-1) if normalise_first else target_logits
-    reference = jnp.where(counts, reference, jnp.finfo(jnp.float32).max)  # where nothing counts, all e are 0
-    e = jnp.exp(logits - reference[..., None])
-    z = jnp.where(counts, jnp.sum(e, axis=-1), 1.0)
-    log_z = jnp.where(counts, reference + jnp.log(z), 0.0)
-    loss = jnp.log(z) + (reference - target_logits)  # exact where both are the same
-    sums = LossSums(jnp.sum(mask * loss), jnp.sum(mask * jnp.square(log_z)), jnp.sum(mask))
-    scale = 1.0 + 2.0 * z_loss * log_z
-    # mask (scale e / z - [target]) = (mask scale / z) (e - [target] z / scale)
-    of_target = jnp.where(counts, jnp.exp(target_logits - reference) - z / scale, 0.0)
-    b, t = jnp.ogrid[: targets.shape[0], : targets.shape[1]]
-    place = e.astype(dtype).at[b, t, safe_targets]
-    dlogits = place.set(of_target.astype(dtype), unique_indices=True, mode="promise_in_bounds")
-    return sums, dlogits, (mask * scale / z)[..., None], jnp.all(z < LARGEST_RELATIVE_Z)
+    total, dhidden, dtable = in_one_pass_if_representable(compute, hidden.dtype)
+    return total, (dhidden, dtable[: table.shape[0]])
 
 
 def _block_logits(hidden: Array, rows: Array, vocabulary: int) -> Array:
-    """hidden [B, T, D] times rows [V padded, D]: [B, T, V padded] float32, -inf where there is no such token."""
+    """hidden [..., D] times rows [V padded, D]: [..., V padded] float32, -inf where there is no such token."""
     # The barrier keeps XLA from making the mask a kernel of its own, which reads and writes all logits once more.
-    logits = jax.lax.optimization_barrier(contract("btd,vd->btv", hidden, rows, jnp.float32))
+    logits = jax.lax.optimization_barrier(contract("...d,vd->...v", hidden, rows, jnp.float32))
     return jnp.where(jnp.arange(rows.shape[0]) < vocabulary, logits, -jnp.inf)
 
 
 def _padded_rows(table: Array, dtype: jnp.dtype) -> Array:
     """The table [V, D] in the compute dtype, V padded to a multiple of `VOCABULARY_MULTIPLE` with zeros."""
     return jnp.pad(table.astype(dtype), ((0, -table.shape[0] % VOCABULARY_MULTIPLE), (0, 0)))
-
-
-def _no_sums() -> LossSums:
-    return LossSums(*(jnp.zeros((), jnp.float32),) * 3)
 
 
 def _over_blocks(one: Callable, carry: Any, inputs: tuple[Array, ...], vocabulary: int) -> tuple[Any, Any]:

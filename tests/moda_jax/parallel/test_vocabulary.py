@@ -37,7 +37,7 @@ def oracle(z_loss, hidden, table, targets, mask):
             if mask[b, t] == 0:
                 continue
             logits = table[:VOCABULARY] @ hidden[b, t]
-            log_z = np.log(np.sum(np.exp(logits)))
+            log_z = np.logaddexp.reduce(logits)
             sums += (log_z - logits[targets[b, t]], log_z**2, 1)
             dlogits = np.exp(logits - log_z) * (1 + 2 * z_loss * log_z)
             dlogits[targets[b, t]] -= 1
@@ -67,6 +67,20 @@ def test_loss_and_gradients_equal_a_float64_loop(mesh, example, monkeypatch, blo
     np.testing.assert_allclose(dtable, expected_dtable, rtol=1e-5, atol=1e-6)
     assert f"length={blocks}" in str(jax.make_jaxpr(function)(hidden, table))
     np.testing.assert_allclose(jax.jit(on_mesh(mesh, objective))(hidden, table)[1], expected, rtol=1e-6)
+
+
+def test_targets_that_are_too_unlikely_for_one_pass(mesh, example):
+    hidden, table, targets, mask = example
+    hidden = 40 * hidden
+
+    def objective(hidden, table):
+        return vocabulary.projected_loss_sums(0.1, VOCABULARY, hidden, table, targets, mask)[0]
+
+    gradients = jax.jit(on_mesh(mesh, jax.grad(objective, argnums=(0, 1))))(hidden, table)
+    sums, *expected = oracle(0.1, hidden, table, targets, mask)
+    assert sums[0] / sums[2] > 55
+    for got, want in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
 def test_lookup_and_its_gradient(mesh, example):

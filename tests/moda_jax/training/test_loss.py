@@ -69,7 +69,7 @@ def test_gradient_is_softmax_minus_one_hot():
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["", "far logits"])
+@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["near logits", "far logits"])
 @pytest.mark.parametrize("limit_bytes", [2**31, 3 * 4 * 11 * 4, 1], ids=["one block", "ragged blocks", "one by one"])
 def test_projected_loss_equals_the_loss_of_all_logits(monkeypatch, limit_bytes, scale):
     monkeypatch.setattr(loss, "LOGITS_BYTES", limit_bytes)
@@ -77,8 +77,6 @@ def test_projected_loss_equals_the_loss_of_all_logits(monkeypatch, limit_bytes, 
     random = np.random.default_rng(5)
     hidden = jnp.float32(random.normal(size=(3, 7, 5)))
     table = jnp.float32(scale * random.normal(size=(11, 5)))
-    _, representable = loss._blockwise_gradients(0.1, hidden, table, targets, mask, normalise_first=False)
-    assert representable == (scale == 1.0)  # far logits: up to 300 nats, for which the gradients are computed again
 
     def plain(hidden, table):
         sums = loss_sums(jnp.einsum("btd,vd->btv", hidden, table, precision="highest"), targets, mask)
@@ -112,16 +110,6 @@ def test_gradients_of_the_projected_loss_in_narrow_dtypes(dtype):
     for narrow, wide in zip(gradients(hidden), gradients(hidden.astype(jnp.float32)), strict=True):
         error = np.linalg.norm(np.float64(narrow) - np.float64(wide)) / np.linalg.norm(np.float64(wide))
         assert error < 2 * float(jnp.finfo(dtype).eps)
-
-
-def test_a_token_that_does_not_count_may_have_any_logits():
-    """Its target's terms would not be representable; they are not asked for."""
-    hidden, table = 100.0 * jnp.ones((1, 2, 4)), jnp.arange(3.0)[:, None] * jnp.ones(4)
-    targets, mask = jnp.int32([[2, 0]]), jnp.float32([[1.0, 0.0]])
-    (sums, (dhidden, dtable)), representable = loss._blockwise_gradients(
-        0.0, hidden, table, targets, mask, normalise_first=False
-    )
-    assert representable and sums.loss == 0 and not np.any(dhidden) and not np.any(dtable)
 
 
 def test_projected_loss_of_no_targets():
