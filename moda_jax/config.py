@@ -63,7 +63,8 @@ class TransformerConfig:
         qk_norm: RMSNorm over the full width of the query and the key projection.
         max_sequence_length: longest sequence that the model accepts.
         initializer_range: standard deviation of every weight matrix at the start.
-        attention_implementation: name for `pallas_kernels`; None picks the best one for the device.
+        attention_implementation: name for `pallas_kernels`; None picks the best one for the device. With "xla" or
+            "reference" the norms have no kernel either.
         dtype: compute dtype, "float32", "bfloat16" or "float16" (dtype objects become their names); None: bfloat16 on a
             GPU, float32 elsewhere.
         remat: what the layer loop stores for the backward pass, see `moda_jax.model.depth_scan`.

@@ -19,6 +19,12 @@ from pallas_kernels import dispatch
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 
 
+def beside(attention: str | None) -> str | None:
+    """The implementation for the norms of a model whose attention runs as `attention` says: without a kernel there, or
+    under one that was asked for by another name, XLA; else the best."""
+    return None if attention in (None, "mosaic_gpu") else "xla"
+
+
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Every pair (i, i + H/2) of x turned by its angle: x cos + (-x[H/2:], x[:H/2]) sin.
 

@@ -34,7 +34,7 @@ from moda_jax.model.precision import compute_dtype, dot_precision
 from moda_jax.model.transformer import Block, Transformer
 from moda_jax.training.state import ModelFunction
 from pallas_kernels import depth_attention, dispatch
-from pallas_kernels.block import attention_forward
+from pallas_kernels.block import attention_forward, depth_facts
 
 Array = jax.Array
 PyTree = Any
@@ -145,13 +145,18 @@ def available_products(config: TransformerConfig) -> tuple[str, ...]:
     """Those of `PRODUCTS` that the default device runs, the default last: the fastest of them."""
     if _platform() == "cpu":
         return ("reduce", "dot")
-    group = config.num_heads // config.num_kv_heads
-    implementation = dispatch.resolve(
-        None, operation="attention", dtype=compute_dtype(config.dtype), batch=1, query_tokens=group,
-        key_tokens=KERNEL_PLACES, slots=0, num_heads=1, num_kv_heads=1, head_dim=config.head_dim, causal=False,
-        scale=config.head_dim**-0.5, segments=True, positions=False, key_length=False,
-    )  # fmt: skip
-    return ("dot", "reduce", "kernel") if implementation == "mosaic_gpu" else ("dot", "reduce")
+    group, dtype, scale = config.num_heads // config.num_kv_heads, compute_dtype(config.dtype), config.head_dim**-0.5
+    calls = [{
+        "operation": "attention", "dtype": dtype, "batch": 1, "query_tokens": group, "key_tokens": KERNEL_PLACES,
+        "slots": 0, "num_heads": 1, "num_kv_heads": 1, "head_dim": config.head_dim, "causal": False, "scale": scale,
+        "segments": True, "positions": False, "key_length": False,
+    }]  # fmt: skip
+    if config.depth_slots:
+        query = jax.ShapeDtypeStruct((1, 1, config.num_heads, config.head_dim), dtype)
+        slots = jax.ShapeDtypeStruct((1, 1, config.depth_slots + 1, config.num_kv_heads, config.head_dim), dtype)
+        calls.append(depth_facts(query, slots, scale))
+    kernels = all(dispatch.resolve(None, **facts) == "mosaic_gpu" for facts in calls)
+    return ("dot", "reduce", "kernel") if kernels else ("dot", "reduce")
 
 
 def model_config(model: ModelFunction, params: PyTree) -> TransformerConfig:

@@ -13,6 +13,7 @@ from moda_jax.model.depth_mechanism import MixtureOfDepths
 from moda_jax.model.depth_stream import DepthStream
 from moda_jax.model.layers import HeadsNorm, Projection, rotate
 from moda_jax.model.precision import compute_dtype
+from pallas_kernels.norm import beside
 
 Array = jax.Array
 
@@ -30,6 +31,7 @@ class Attention(nnx.Module):
         rope_theta: base of the rotary wavelengths.
         norm_epsilon: of the QK-norm.
         initializer_range: standard deviation of the kernels at the start.
+        implementation: of the op, which the QK-norm's backward goes by too (`pallas_kernels.norm.beside`).
         dtype: compute dtype.
         rngs: source of the kernels.
     """
@@ -45,6 +47,7 @@ class Attention(nnx.Module):
         rope_theta: float = 500000.0,
         norm_epsilon: float = 1e-6,
         initializer_range: float = 0.02,
+        implementation: str | None = None,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -58,8 +61,9 @@ class Attention(nnx.Module):
         self.key = Projection("btd,dkh->btkh", (width, num_kv_heads, head_dim), **options)
         self.value = Projection("btd,dkh->btkh", (width, num_kv_heads, head_dim), **options)
         self.output = Projection("btnh,nhd->btd", (num_heads, head_dim, width), **options)
-        self.query_norm = HeadsNorm(num_heads, head_dim, epsilon=norm_epsilon) if qk_norm else None
-        self.key_norm = HeadsNorm(num_kv_heads, head_dim, epsilon=norm_epsilon) if qk_norm else None
+        norm = {"epsilon": norm_epsilon, "implementation": beside(implementation)}
+        self.query_norm = HeadsNorm(num_heads, head_dim, **norm) if qk_norm else None
+        self.key_norm = HeadsNorm(num_kv_heads, head_dim, **norm) if qk_norm else None
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """x [B, T, D] to query [B, T, N, H], key and value [B, T, K, H]; normalised, rotated to `positions` [B, T]."""
@@ -89,7 +93,9 @@ class MoDAAttention(Attention):
         ffn_kv: holds the projection that `write_ffn` needs (the paper's default variant).
         attention_kv: writes a projection of the input instead of the layer's own KV.
         qk_norm, rope_theta, norm_epsilon, initializer_range: as in `Attention`.
-        implementation: of the op, see `pallas_kernels.moda_attention`; None: the best for the device.
+        implementation: of the op, see `pallas_kernels.moda_attention`; None: the best for the device. XLA's partitioner
+            cannot split a kernel: with arrays that are sharded over a mesh of your own, call the layer inside of
+            `jax.shard_map`, or take "xla".
         dtype: compute dtype; None: bfloat16 on a GPU, float32 elsewhere.
         rngs: source of the kernels.
 
@@ -116,7 +122,8 @@ class MoDAAttention(Attention):
         dtype = compute_dtype(dtype)
         super().__init__(
             width, num_heads, num_kv_heads, head_dim, qk_norm=qk_norm, rope_theta=rope_theta,
-            norm_epsilon=norm_epsilon, initializer_range=initializer_range, dtype=dtype, rngs=rngs,
+            norm_epsilon=norm_epsilon, initializer_range=initializer_range, implementation=implementation, dtype=dtype,
+            rngs=rngs,
         )  # fmt: skip
         self.implementation = implementation
         self.depth = MixtureOfDepths(

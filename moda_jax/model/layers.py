@@ -59,27 +59,35 @@ class Projection(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`scale * x / sqrt(mean(x^2) + epsilon)` over the last axis, computed in float32, returned in x's dtype."""
+    """`scale * x / sqrt(mean(x^2) + epsilon)` over the last axis, computed in float32, returned in x's dtype.
 
-    def __init__(self, features: int, *, epsilon: float) -> None:
+    Args:
+        features: size of that axis.
+        epsilon: added to the mean square.
+        implementation: of the backward, see `pallas_kernels.norm`.
+    """
+
+    def __init__(self, features: int, *, epsilon: float, implementation: str | None = None) -> None:
         self.epsilon = epsilon
+        self.implementation = implementation
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
 
     def __call__(self, x: Array) -> Array:
         """x of any shape [..., features]."""
-        return rms_norm(x, self.scale[...], self.epsilon)
+        return rms_norm(x, self.scale[...], self.epsilon, self.implementation)
 
 
 class HeadsNorm(RMSNorm):
     """OLMo 2's QK-norm and what follows it: one RMSNorm over a projection's full width, all heads together, then the
     rotary embedding head by head."""
 
-    def __init__(self, heads: int, head_dim: int, *, epsilon: float) -> None:
-        super().__init__(heads * head_dim, epsilon=epsilon)
+    def __init__(self, heads: int, head_dim: int, *, epsilon: float, implementation: str | None = None) -> None:
+        super().__init__(heads * head_dim, epsilon=epsilon, implementation=implementation)
 
     def __call__(self, x: Array, positions: Array, theta: float) -> Array:
         """x and the result [B, T, heads, H]; positions, theta: as in `rotate`."""
-        return norm_rotate(x, self.scale[...].reshape(x.shape[-2:]), positions, self.epsilon, theta)
+        scale = self.scale[...].reshape(x.shape[-2:])
+        return norm_rotate(x, scale, positions, self.epsilon, theta, self.implementation)
 
 
 class SwiGLU(nnx.Module):
@@ -161,14 +169,15 @@ def _take_rows_backward(dtype: jnp.dtype, residuals: tuple, dy: Array) -> tuple[
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def rms_norm(x: Array, scale: Array, epsilon: float, implementation: str | None = None) -> Array:
     """`scale * x / sqrt(mean(x^2) + epsilon)` over the last axis, computed in float32.
 
     Args:
         x: [..., D], any float dtype.
         scale: [D] float32.
         epsilon: added to the mean square.
+        implementation: of the backward, see `pallas_kernels.norm`.
 
     Returns:
         [..., D] in x's dtype.
@@ -177,15 +186,15 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     return (scale * (wide * norm.inverse_rms(wide, -1, epsilon))).astype(x.dtype)
 
 
-def _rms_norm_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple]:
+def _rms_norm_forward(x: Array, scale: Array, epsilon: float, implementation: str | None = None) -> tuple[Array, tuple]:
     # The rms is not kept: with y as its only result the forward is one kernel on a GPU, and for the backward another
     # sum over what it reads anyway costs nothing.
-    return rms_norm(x, scale, epsilon), (x, scale)
+    return rms_norm(x, scale, epsilon, implementation), (x, scale)
 
 
-def _rms_norm_backward(epsilon: float, residuals: tuple, dy: Array) -> tuple[Array, Array]:
+def _rms_norm_backward(epsilon: float, implementation: str | None, residuals: tuple, dy: Array) -> tuple[Array, Array]:
     x, scale = residuals
-    return rms_norm_backward(x, dy, scale, epsilon=epsilon)
+    return rms_norm_backward(x, dy, scale, epsilon=epsilon, implementation=implementation)
 
 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
@@ -283,8 +292,10 @@ def _rotate_backward(theta: float, positions: Array, dy: Array) -> tuple[Array, 
 rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def norm_rotate(x: Array, scale: Array, positions: Array, epsilon: float, theta: float) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def norm_rotate(
+    x: Array, scale: Array, positions: Array, epsilon: float, theta: float, implementation: str | None = None
+) -> Array:
     """`rotate` of `rms_norm` over all heads together, without rounding in between.
 
     One function for the backward's sake, see `pallas_kernels.norm`: apart they would go over memory once more.
@@ -295,6 +306,7 @@ def norm_rotate(x: Array, scale: Array, positions: Array, epsilon: float, theta:
         positions: [B, T] int32.
         epsilon: added to the mean square.
         theta: base of the wavelengths.
+        implementation: of the backward, see `pallas_kernels.norm`.
 
     Returns:
         [B, T, heads, H] in x's dtype; computed in float32.
@@ -305,17 +317,17 @@ def norm_rotate(x: Array, scale: Array, positions: Array, epsilon: float, theta:
 
 
 def _norm_rotate_forward(
-    x: Array, scale: Array, positions: Array, epsilon: float, theta: float
+    x: Array, scale: Array, positions: Array, epsilon: float, theta: float, implementation: str | None = None
 ) -> tuple[Array, tuple[Array, ...]]:
-    return norm_rotate(x, scale, positions, epsilon, theta), (x, scale, positions)
+    return norm_rotate(x, scale, positions, epsilon, theta, implementation), (x, scale, positions)
 
 
 def _norm_rotate_backward(
-    epsilon: float, theta: float, residuals: tuple[Array, ...], dy: Array
+    epsilon: float, theta: float, implementation: str | None, residuals: tuple[Array, ...], dy: Array
 ) -> tuple[Array, Array, np.ndarray]:
     x, scale, positions = residuals
     rotation = _angles(positions, x.shape[-1], theta)
-    dx, dscale = rms_norm_backward(x, dy, scale, rotation, epsilon=epsilon)
+    dx, dscale = rms_norm_backward(x, dy, scale, rotation, epsilon=epsilon, implementation=implementation)
     return dx, dscale, np.zeros(positions.shape, jax.dtypes.float0)
 
 

@@ -23,6 +23,7 @@ from moda_jax.model.layers import Embedding, Projection, RMSNorm, SwiGLU
 from moda_jax.model.precision import compute_dtype
 from moda_jax.parallel.mesh import constrain, current_mesh
 from moda_jax.parallel.parameters import gather_layer
+from pallas_kernels.norm import beside
 
 Array = jax.Array
 
@@ -46,14 +47,15 @@ class Block(nnx.Module):
         self.attention = Attention(
             config.width, config.num_heads, config.num_kv_heads, config.head_dim, qk_norm=config.qk_norm,
             rope_theta=config.rope_theta, norm_epsilon=config.norm_epsilon,
-            initializer_range=config.initializer_range, dtype=dtype, rngs=rngs,
+            initializer_range=config.initializer_range, implementation=config.attention_implementation, dtype=dtype,
+            rngs=rngs,
         )  # fmt: skip
-        self.attention_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
+        self.attention_norm = _norm(config)
         self.ffn = SwiGLU(
             config.width, config.ffn_width, keep_hidden=config.remat != "ffn",
             initializer_range=config.initializer_range, dtype=dtype, rngs=rngs,
         )  # fmt: skip
-        self.ffn_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
+        self.ffn_norm = _norm(config)
         self.depth = make_mechanism(config, writes=writes, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -107,7 +109,7 @@ class Transformer(nnx.Module):
         )
         self.layers = _stacked_blocks(config, rngs) if config.num_layers > 1 else None
         self.last_layer = Block(config, writes=False, rngs=rngs)
-        self.final_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
+        self.final_norm = _norm(config)
         self.head = None if config.tie_embeddings else _untied_head(config, dtype, rngs)
 
     def __call__(self, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None) -> Array:
@@ -216,6 +218,11 @@ def _gathered(layer: Block) -> Block:
     dtype = compute_dtype(layer.config.dtype)
     params = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
     return nnx.merge(graph, gather_layer(params))
+
+
+def _norm(config: TransformerConfig) -> RMSNorm:
+    implementation = beside(config.attention_implementation)
+    return RMSNorm(config.width, epsilon=config.norm_epsilon, implementation=implementation)
 
 
 def _untied_head(config: TransformerConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> Projection:

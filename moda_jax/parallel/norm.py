@@ -13,7 +13,13 @@ _TOKEN_AXES = (*RULES["batch"], *RULES["tokens"])  # the mesh axes that rows are
 
 
 def rms_norm_backward(
-    x: Array, dy: Array, scale: Array, rotation: tuple[Array, Array] | None = None, *, epsilon: float
+    x: Array,
+    dy: Array,
+    scale: Array,
+    rotation: tuple[Array, Array] | None = None,
+    *,
+    epsilon: float,
+    implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """`pallas_kernels.norm.rms_norm_backward` of x [B, T, *scale.shape], on the current mesh or without one.
 
@@ -21,7 +27,7 @@ def rms_norm_backward(
     """
     mesh = current_mesh()
     if mesh is None:
-        return norm.rms_norm_backward(x, dy, scale, rotation, epsilon=epsilon)
+        return norm.rms_norm_backward(x, dy, scale, rotation, epsilon=epsilon, implementation=implementation)
     if scale.ndim > 1 and mesh.shape["tensor"] > 1:
         return norm.rms_norm_backward(x, dy, scale, rotation, epsilon=epsilon, implementation="xla")
     rows = partition_spec("batch", "tokens", *(None,) * scale.ndim)
@@ -29,7 +35,7 @@ def rms_norm_backward(
     whole = partition_spec(*(None,) * scale.ndim)
 
     def local(*operands: Array) -> tuple[Array, Array]:
-        dx, dscale = norm.rms_norm_backward(*operands, epsilon=epsilon)
+        dx, dscale = norm.rms_norm_backward(*operands, epsilon=epsilon, implementation=implementation)
         return dx, jax.lax.psum(dscale.reshape(-1), _TOKEN_AXES)
 
     out_specs = rows, partition_spec(None)

@@ -51,3 +51,7 @@ def test_the_choice(monkeypatch, caplog):
     assert "dtype=float32" in caplog.text
     with pytest.raises(ValueError, match="expected None or one of"):
         norm.rms_norm_backward(draw(1, 2, 4), draw(1, 2, 4), jnp.ones(4), epsilon=0.1, implementation="triton")
+
+
+def test_a_model_without_attention_kernels_has_none_for_its_norms():
+    assert [norm.beside(name) for name in (None, "mosaic_gpu", "xla", "reference")] == [None, None, "xla", "xla"]

@@ -8,6 +8,7 @@ import pytest
 from moda_jax.config import TransformerConfig
 from moda_jax.inference import decode
 from moda_jax.model.depth_stream import DepthStream
+from pallas_kernels import dispatch
 
 ON_GPU = jax.default_backend() == "gpu"
 
@@ -73,6 +74,17 @@ def test_parts_fill_the_gpu_and_are_no_smaller_than_a_block():
     assert decode._num_parts(64, 2176) == 8
     assert decode._num_parts(8, 2176) == 17  # 128 places each
     assert decode._num_parts(8, 2179) == 1  # a prime
+
+
+@pytest.mark.parametrize(("layers", "dtype", "last"), [(5, "bfloat16", "kernel"), (258, "bfloat16", "reduce")])
+def test_the_default_on_hopper(monkeypatch, layers, dtype, last):
+    """The kernels, if they take the model: 257 layers that write two slots each are more slots than they do."""
+    monkeypatch.setattr(decode, "_platform", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "_device", lambda: ("gpu", "9.0"))
+    config = TransformerConfig(
+        num_layers=layers, width=128, num_heads=2, num_kv_heads=1, head_dim=64, dtype=dtype, depth="moda"
+    )
+    assert decode.available_products(config)[-1] == last
 
 
 def test_float32_has_no_kernel_form():
