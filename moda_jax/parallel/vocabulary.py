@@ -1,10 +1,10 @@
 """The two ends of the model on the mesh: token look-up and cross-entropy over a vocabulary that is split over `tensor`.
 
 Both see this device's V / tensor rows of the table, gathered over fsdp in the compute dtype. The look-up takes the rows
-that it has and sums over tensor. The cross-entropy takes the tokens in chunks, as `moda_jax.training.loss` does, and
-computes a chunk's gradients while its logits are there; per token two numbers cross the tensor axis: the target's logit
-and the sum of exponentials. The table's gradient is summed in float32 over all tokens of all devices and
-goes back to the split layout.
+that it has and sums over tensor. The cross-entropy takes the tokens in chunks and computes a chunk's gradients while
+its logits are there, as `moda_jax.training.loss` does and `moda_jax.loss_blocks` explains; per token two numbers cross
+the tensor axis: the target's logit and the sum of exponentials. The table's gradient is summed in float32 over all
+tokens of all devices and goes back to the split layout.
 """
 
 from __future__ import annotations
