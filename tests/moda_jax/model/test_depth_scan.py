@@ -295,12 +295,12 @@ def temporary_bytes(num_layers, plain=False, **fields):
 
 def test_memory_grows_linearly_with_depth():
     ours = {layers: temporary_bytes(layers) for layers in (16, 32, 64)}
-    plain = {layers: temporary_bytes(layers, plain=True) for layers in (16, 32)}
+    plain = {layers: temporary_bytes(layers, plain=True) for layers in (10, 20)}
     report = f"temporary bytes: ours {ours}, plain list of KV {plain}"
     print(report)
     assert ours[32] <= 2.2 * ours[16], report
     assert ours[64] <= 2.2 * ours[32], report
-    assert plain[32] > 2.5 * plain[16], report
+    assert plain[20] > 2.5 * plain[10], report
 
 
 def test_the_unrolled_loop_keeps_what_the_loop_keeps():
