@@ -109,7 +109,7 @@ def _make_body(
 
         @pl.when(warpgroup == warpgroups)
         def _producer():
-            if warpgroups > 1:
+            if not tiles.paired:
                 plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][1], action="decrease")
             kv_head = lax.div(head, jnp.int32(heads_per_kv_head))
 
@@ -142,7 +142,7 @@ def _make_body(
 
         @pl.when(warpgroup < warpgroups)
         def _consumer():
-            if warpgroups > 1:
+            if not tiles.paired:
                 plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][0], action="increase")
             row_start = query_start + warpgroup * 64
             row_window = pl.ds(row_start, 64)
@@ -374,9 +374,12 @@ def sequence_forward(
     key_tokens, kv_heads = key.shape[1:3]
     interpret = wg_lib.default_interpret() if interpret is None else interpret
     query, scale = wg_lib.positive_scale(query, scale)
-    tiles = tiles or tiles_lib.choose_tiles(head_dim, query_tokens=query_tokens, interpret=interpret).forward
-    tiles.check(head_dim, query.dtype.itemsize, masks.spec.channels, other_out is not None or with_rest)
     spec, merge = masks.spec, other_out is not None
+    tiles = tiles or tiles_lib.choose_tiles(
+        head_dim, query_tokens=query_tokens, explicit_masks=spec.explicit, interpret=interpret,
+        cache_only=query_tokens <= 64 and not (spec.causal or merge or with_rest),
+    ).forward  # fmt: skip
+    tiles.check(head_dim, query.dtype.itemsize, spec.channels, merge or with_rest)
     if with_rest and merge and other_rest is None:
         raise ValueError("other_rest=None: expected an array, because with_rest=True and other_out is given")
     query_blocks = pl.cdiv(query_tokens, tiles.query_block)

@@ -17,8 +17,7 @@ import dataclasses
 SHARED_BYTES = 227 * 1024 - 8 * 1024
 # What of the L2 (50 to 60 MB) a working set may fill before the dkv grid is walked head by head.
 L2_BYTES = 32 * 2**20
-# (consumer, producer) registers by number of consumer warpgroups: 384 or 512 threads share 64 Ki registers. A forward
-# with one leaves them as they are: two CTAs then share a multiprocessor, if the compiler takes at most 128.
+# (consumer, producer) registers by number of consumer warpgroups: 384 or 512 threads share 64 Ki registers.
 REGISTERS = {1: (240, 40), 2: (240, 24), 3: (160, 32)}
 
 
@@ -46,11 +45,14 @@ class ForwardTiles:
         warpgroups: consumer warpgroups of a CTA; each owns 64 query rows.
         key_block: keys of a ring stage.
         stages: depth of the K and V rings.
+        paired: two CTAs are to share a multiprocessor: registers stay as the compiler took them, at most 128 a thread,
+            and are not moved from producer to consumers.
     """
 
     warpgroups: int
     key_block: int
     stages: int
+    paired: bool = False
 
     def __post_init__(self) -> None:
         _check_blocks("ForwardTiles", self.warpgroups, self.key_block, self.stages)
@@ -114,27 +116,35 @@ def choose_tiles(
     compute_capability: tuple[int, int] = (9, 0),
     *,
     query_tokens: int | None = None,
+    cache_only: bool = False,
+    explicit_masks: bool = False,
     interpret: bool = False,
 ) -> SequenceTiles:
-    """Tiles for a padded head_dim of 64 or 128; `interpret`: for the interpreter, which runs every warp in Python.
+    """Tiles for a padded head_dim of 64 or 128.
 
-    With up to 64 `query_tokens`, as in decoding, the forward waits for memory, not for the tensor cores: it has one
-    consumer warpgroup, and a ring that leaves room for a second CTA, which reads while the first begins or ends (127
-    registers a thread if the mask is a length). One CTA of 1x128x6 read at 2.5 of 2.9 TB/s on an H100.
+    Args:
+        head_dim, compute_capability: of the call and the device.
+        query_tokens: of a forward, for the interpreter alone; None: many.
+        cache_only: of a forward: few queries over a long cache and nothing else, as in decoding. It then waits for
+            memory, not for the tensor cores, and has one consumer warpgroup.
+        explicit_masks: of a forward: segments or positions. Without them `cache_only` takes 127 registers a thread at
+            H=64, so that a second CTA reads while the first begins or ends: 2.75 of 2.95 TB/s on an H100, against 2.5
+            with one CTA of 1x128x6. At H=128 this was not timed.
+        interpret: for the interpreter, which runs every warp in Python.
 
     Raises:
         NotImplementedError: another head_dim or compute capability.
     """
     if compute_capability != (9, 0):
         raise NotImplementedError(f"compute capability {compute_capability}: the kernels are for (9, 0), Hopper")
-    few_queries = query_tokens is not None and query_tokens <= 64
     if interpret and head_dim in (64, 128):  # three consumers starve each other of two cores until it hangs
-        forward = ForwardTiles(1 if few_queries else 2, 64, 2)
+        forward = ForwardTiles(1 if query_tokens is not None and query_tokens <= 64 else 2, 64, 2)
         return SequenceTiles(forward, BackwardTiles(2, 64, 2), BackwardTiles(2, 64, 2))
     if head_dim == 64:
-        forward = ForwardTiles(1, 64, 6) if few_queries else ForwardTiles(3, 128, 4)
+        few = ForwardTiles(1, 128, 6) if explicit_masks else ForwardTiles(1, 64, 6, paired=True)
+        forward = few if cache_only else ForwardTiles(3, 128, 4)
         return SequenceTiles(forward, BackwardTiles(3, 64, 4), BackwardTiles(2, 64, 4, True))
     if head_dim == 128:
-        forward = ForwardTiles(1, 64, 3) if few_queries else ForwardTiles(2, 128, 2)
+        forward = ForwardTiles(1, 64, 5) if cache_only else ForwardTiles(2, 128, 2)
         return SequenceTiles(forward, BackwardTiles(2, 64, 3), BackwardTiles(2, 64, 3))
     raise NotImplementedError(f"head_dim={head_dim}: the sequence kernels run 64 or 128 (others are padded to these)")

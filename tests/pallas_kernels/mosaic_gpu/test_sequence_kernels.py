@@ -206,8 +206,9 @@ def test_every_tile_choice_lowers_for_cuda(head_dim, masks):
     query = jax.ShapeDtypeStruct((batch, tokens, heads, head_dim), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((batch, tokens, kv_heads, head_dim), jnp.bfloat16)
     rowsum = jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32)
-    few_queries = choose_tiles(head_dim, query_tokens=2)
-    for tiles in [chosen.forward, few_queries.forward, *(FORWARD_TILES if head_dim == 64 else [])]:
+    decoding = choose_tiles(head_dim, cache_only=True, explicit_masks=prepared.spec.explicit)
+    assert decoding.forward.paired == (head_dim == 64 and not prepared.spec.explicit)
+    for tiles in [chosen.forward, decoding.forward, *(FORWARD_TILES if head_dim == 64 else [])]:
         assert_lowers_for_cuda(
             lambda q, k, v, o, s, tiles=tiles: sequence_forward(
                 q, k, v, o, s, scale=0.125, masks=prepared, tiles=tiles, interpret=False
