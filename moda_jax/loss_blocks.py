@@ -144,5 +144,5 @@ def _target_logits(
 
 def _log_z(logits: Array, total: Callable[[Array], Array], largest: Callable[[Array], Array]) -> Array:
     """[T], over all places."""
-    peak = largest(jnp.max(logits, axis=-1))
+    peak = largest(jax.lax.stop_gradient(jnp.max(logits, axis=-1)))  # log Z does not depend on it
     return peak + jnp.log(total(jnp.sum(jnp.exp(logits - peak[:, None]), axis=-1)))

@@ -15,6 +15,7 @@ from moda_jax.loss_blocks import (
     VOCABULARY_MULTIPLE,
     LossSums,
     block_gradients,
+    block_sums,
     in_one_pass_if_representable,
     no_sums,
     num_blocks,
@@ -37,17 +38,8 @@ def loss_sums(logits: Array, targets: Array, target_mask: Array) -> LossSums:
 
     Source: the z-loss is PaLM's (Chowdhery et al. 2022, section 5); OLMo 2 uses it too.
     """
-    logits = logits.astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)  # [B, T]
-    # Whatever stands where the mask is 0 must stay inside the vocabulary: a gather outside of it gives NaN.
-    safe_targets = jnp.where(target_mask > 0, targets, 0)
-    target_logits = jnp.take_along_axis(logits, safe_targets[..., None], axis=-1)[..., 0]  # [B, T]
-    mask = target_mask.astype(jnp.float32)
-    return LossSums(
-        loss=jnp.sum(mask * (log_z - target_logits)),
-        z_loss=jnp.sum(mask * jnp.square(log_z)),
-        num_targets=jnp.sum(mask),
-    )
+    flat = logits.astype(jnp.float32).reshape(-1, logits.shape[-1])
+    return block_sums(flat, jnp.asarray(targets).reshape(-1), jnp.asarray(target_mask, jnp.float32).reshape(-1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
