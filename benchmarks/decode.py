@@ -8,7 +8,7 @@ and reads anew in every step, is not in it, nor is anything that is computed. `o
 
 Every form in which a step can be compiled is timed (see `moda_jax.inference.decode`): `scan` cuts a layer's weights
 and cache out of a stack, `unroll` compiles each layer; `dot` multiplies with the cache by matrix products, `reduce` by
-fused sums, `kernel` by the sequence kernel. Parameters are random: the time does not depend on them. A timed call is
+fused sums, `kernel` by the attention kernels. Parameters are random: the time does not depend on them. A timed call is
 one compiled loop over `steps` tokens of every row, after a prompt of `prompt` tokens; within a layout models and
 products take turns, and the median of the rounds counts.
 """

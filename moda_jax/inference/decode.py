@@ -42,15 +42,15 @@ PyTree = Any
 MASKED = -1e30  # a masked logit: exp(MASKED - any real logit) is exactly 0
 PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt pass together: bounds its depth stream
 # How a step multiplies with the cache. "dot": matrix products; "reduce": products and sums that XLA fuses; "kernel":
-# the sequence kernel of `pallas_kernels`, 16-bit dtypes on Hopper. `python -m benchmarks.decode` times them.
+# the kernels of `pallas_kernels`, 16-bit dtypes on Hopper. `python -m benchmarks.decode` times them.
 PRODUCTS = ("dot", "reduce", "kernel")
 # Whether the layers of a step are compiled one by one: no layer's weights or cache are then cut out of a stack. On an
 # H100, 700M model with depth, one row: 3.6 ms a step, against 4.4 in a loop ("reduce"); see benchmarks/results.
 DEFAULT_UNROLL = {"cpu": False, "gpu": True}
 
 
-# "kernel" cuts each row's cache into parts, one for each CTA: enough of them to fill the GPU twice over, of no fewer
-# places than a block of the kernel has.
+# "kernel" cuts each row's cache into parts, one for each CTA: enough of them for two on each multiprocessor, of no
+# fewer places than two blocks of the kernel have.
 KERNEL_CTAS = 2 * 132
 KERNEL_PLACES = 128
 

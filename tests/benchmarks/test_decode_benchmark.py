@@ -13,16 +13,17 @@ from moda_jax.model.accounting import param_count
 def test_a_result_holds_every_form_and_the_floor(tmp_path, monkeypatch, capsys):
     toy = benchmark.sizes()["toy"]
     models = {name: dataclasses.replace(config, num_layers=2) for name, config in toy.models.items()}
-    toy = dataclasses.replace(toy, models=models, batches=(2,))
+    toy = dataclasses.replace(toy, models=models, batches=(9,))
     monkeypatch.setattr(benchmark, "sizes", lambda: {"toy": toy})
     monkeypatch.setattr(benchmark, "LAYOUTS", ("unroll",))
-    monkeypatch.setattr("sys.argv", ["decode", "--size=toy", "--rounds=1", "--products=reduce", f"--output={tmp_path}"])
+    options = ["--size=toy", "--rounds=1", "--batches=2", "--products=reduce", f"--output={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["decode", *options])
     with quick_inference():
         benchmark.main()
     result = json.loads((tmp_path / "decode_toy.json").read_text())
     assert set(result["environment"]) == {"device", "platform", "jax", "python", "date"}
-    assert [(row["model"], row["form"]) for row in result["rows"]] == [
-        ("moda", "unroll reduce"), ("none", "unroll reduce"),
+    assert [(row["model"], row["batch"], row["form"]) for row in result["rows"]] == [
+        ("moda", 2, "unroll reduce"), ("none", 2, "unroll reduce"),
     ]  # fmt: skip
     for row in result["rows"]:
         config = models[row["model"]]
