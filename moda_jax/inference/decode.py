@@ -39,7 +39,7 @@ from pallas_kernels.block import attention_forward, depth_facts
 Array = jax.Array
 PyTree = Any
 
-MASKED = -1e30  # a masked logit: exp(MASKED - any real logit) is exactly 0
+MASKED = float(jnp.finfo(jnp.float32).min)  # a masked logit: exp(MASKED - any real logit) is exactly 0
 PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt pass together: bounds its depth stream
 # How a step multiplies with the cache. "dot": matrix products; "reduce": products and sums that XLA fuses; "kernel":
 # the kernels of `pallas_kernels`, 16-bit dtypes on Hopper. `python -m benchmarks.decode` times them.
