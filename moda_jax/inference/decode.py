@@ -292,7 +292,7 @@ def _prompt_pass(
 ) -> tuple[Array, Array, Array]:
     """tokens [B, T] to the last place's normed hidden state [B, 1, D], and all layers' KV [L, B, K, T, H]."""
     config, (batch, T) = module.config, tokens.shape
-    place = jnp.arange(T, dtype=jnp.int32)
+    place = jnp.arange(T, dtype=jnp.int32)[None]
     positions = jnp.maximum(place - start[:, None], 0)  # [B, T]
     segment_ids = (place >= start[:, None]).astype(jnp.int32) if padded else None
     x = module.embedding(tokens)
@@ -450,8 +450,8 @@ def _attend(
 
 def _visible(capacity: int, start: Array | None, length: Array) -> Array:
     """[B or 1, C] bool: places that count."""
-    place = jnp.arange(capacity)
-    before_end = (place < length)[None]
+    place = jnp.arange(capacity, dtype=jnp.int32)[None]
+    before_end = place < length
     return before_end if start is None else before_end & (place >= start[:, None])
 
 
