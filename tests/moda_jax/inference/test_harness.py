@@ -1,5 +1,6 @@
 """The adapter for lm-eval, on local tasks of its three kinds, without network."""
 
+import json
 import math
 
 import numpy as np
@@ -100,6 +101,87 @@ def test_a_generating_task(run, results):
             stop=list(request.args[1]["until"]),
         )  # fmt: skip
         assert text == expected.text
+
+
+def generated(run, requests, **options):
+    """The texts, and what the model counted."""
+    model = harness.HarnessModel(run, **options)
+    return model.generate_until(requests, disable_tqdm=True), model.cuts
+
+
+@pytest.mark.parametrize("spelling", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_a_limit_as_large_as_the_context_leaves_the_prompt_whole(run, caplog, spelling):
+    prompts = ["def f(x):", "import os, sys", "q"]
+    with caplog.at_level("WARNING", logger="moda_jax"):
+        texts, cuts = generated(run, [Request(prompt, {"until": ["\0"], spelling: 32}) for prompt in prompts])
+    for prompt, text in zip(prompts, texts, strict=True):
+        (expected,) = generate(
+            run.model, run.params, run.tokenizer, [prompt], max_tokens=32 - len(prompt), sampling=GREEDY, stop=["\0"]
+        )
+        assert text == expected.text
+    assert (cuts.prompts, cuts.prompts_cut, cuts.limits_lowered) == (3, 0, 3)
+    assert "3 of 3 continuations may be shorter than their task asks: prompt and continuation share" in caplog.text
+
+
+def test_a_prompt_that_loses_its_beginning_is_counted_and_said(run, caplog):
+    """One that has to be cut leaves the continuation what the task asks for, at most half of the context."""
+    long = "".join(map(chr, range(40, 90)))
+    cases = {4: 28, 16: 16, 32: 16, 1000: 16}
+    for limit, kept in cases.items():
+        with caplog.at_level("WARNING", logger="moda_jax"):
+            (text,), cuts = generated(run, [Request(long, {"max_gen_toks": limit})])
+        (expected,) = generate(
+            run.model, run.params, run.tokenizer, [long[-kept:]], max_tokens=32 - kept, sampling=GREEDY
+        )
+        assert text == expected.text
+        assert (cuts.prompts_cut, cuts.limits_lowered) == (1, int(limit > 16))
+        assert "1 of 1 prompts lost their beginning: they are longer than the context of 32 tokens" in caplog.text
+        caplog.clear()
+    (text,), cuts = generated(run, [Request(long[:31], {"max_gen_toks": 4})])  # fits, with one token to spare
+    (expected,) = generate(run.model, run.params, run.tokenizer, [long[:31]], max_tokens=1, sampling=GREEDY)
+    assert text == expected.text and (cuts.prompts_cut, cuts.limits_lowered) == (0, 1)
+    with pytest.raises(ValueError, match=r"--context=1: expected at least 2 for a task that generates text"):
+        generated(run, [Request("a", {})], context=1)
+
+
+def test_a_context_that_loses_its_beginning_is_counted_and_said(run, caplog):
+    model = harness.HarnessModel(run)
+    with caplog.at_level("WARNING", logger="moda_jax"):
+        model.loglikelihood([Request("y" * 60, "cut"), Request("x" * 30, "fit")], disable_tqdm=True)
+    assert (model.cuts.contexts, model.cuts.contexts_cut) == (2, 1)
+    assert "1 of 2 contexts lost their beginning: they are longer than the context of 32 tokens" in caplog.text
+    caplog.clear()
+    model.loglikelihood_rolling([Request("w" * 100)], disable_tqdm=True)  # read in windows, nothing is lost
+    assert model.cuts.contexts == 2 and not caplog.records
+
+
+def test_the_cuts_stand_in_the_result_file(run, tmp_path, monkeypatch):
+    directory = write_tasks(tmp_path / "tasks")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", directory / "cache")
+    evaluation.run_tasks(run, ["keyword_generate"], tmp_path, task_directory=str(directory), context=8)
+    cuts = json.loads((tmp_path / "tasks.json").read_text())["cuts"]
+    assert cuts == {
+        "contexts": 0, "contexts_cut": 0, "prompts": 2, "prompts_cut": 1, "limits_lowered": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"until": None}, ([], 256, 0.0)),
+        ({"until": [None, "", "a"], "max_tokens": 3}, (["a"], 3, 0.0)),
+        ({"temperature": 0.5}, ([], 256, 0.5)),
+        ({"do_sample": False, "temperature": 0.5, "max_gen_toks": "7"}, ([], 7, 0.0)),
+    ],
+)
+def test_options_as_the_harness_reads_them(options, expected):
+    stop, limit, sampling = harness.generation_options(options)
+    assert (stop, limit, sampling.temperature) == expected
+
+
+def test_a_limit_without_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"generation_kwargs: a limit of 0 tokens; expected at least 1"):
+        harness.generation_options({"max_gen_toks": 0})
 
 
 def test_the_table_and_the_paper_group(results):
