@@ -37,9 +37,11 @@ def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenD
             the config field.
     """
     source = find_split(config, split)
+    # Tokens that were made before the end-of-text token was kept out of text stay where they are.
+    hidden_end = {"hides_end_of_text": True} if tokenizer.hides_end_of_text else {}
     key = cache_key(
         documents=source.identity, tokenizer=tokenizer.fingerprint, version=TOKENS_VERSION,
-        on_damage=config.on_damage, on_invalid_utf8=config.on_invalid_utf8,
+        on_damage=config.on_damage, on_invalid_utf8=config.on_invalid_utf8, **hidden_end,
     )  # fmt: skip
     directory = cache_directory(config) / "tokens" / key
     dataset = prepare_tokens(directory, source.open, tokenizer, source.name, SkippedDocuments(config))

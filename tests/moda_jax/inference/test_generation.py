@@ -76,6 +76,18 @@ def test_a_prompt_is_not_repeated(tokenizer):
     assert stream.push(rest) + stream.finish() == "本語"
 
 
+def test_each_row_may_have_its_own_limit(model):
+    prompts = ["import os", "a", "def f(self):"]
+    whole = run(model, prompts, sampling=RANDOM)
+    cut = run(model, prompts, sampling=RANDOM, max_tokens=[20, 3, 7])  # the largest is that of the others: one program
+    assert [completion.num_tokens for completion in cut] == [
+        min(limit, completion.num_tokens) for limit, completion in zip([20, 3, 7], whole, strict=True)
+    ]
+    assert all(long.text.startswith(short.text.rstrip("\ufffd")) for long, short in zip(whole, cut, strict=True))
+    with pytest.raises(ValueError, match=r"max_tokens: 2 numbers for 3 prompts, expected one per prompt"):
+        run(model, prompts, max_tokens=[1, 2])
+
+
 def test_every_row_is_continued_as_alone_and_streamed_whole(model):
     prompts = ["import os", "a", "def f(self):"]
     pieces, ended = {0: "", 1: "", 2: ""}, []
