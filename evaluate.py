@@ -41,6 +41,7 @@ def main() -> None:
             raise ValueError("nothing to do; give --data=NAME=PATH, --tasks=NAME,... or --attention-maps")
         domains = check_perplexity(_DATA.value, _FEATURE.value)
         runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
+        runtime.require_device()
         run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
         output, context = Path(_OUTPUT.value or run.workdir / "evaluation"), _CONTEXT.value
         if domains:

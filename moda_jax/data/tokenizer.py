@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 from moda_jax.config import DataConfig
 from moda_jax.data.faults import DamageError
 from moda_jax.data.tokenizer_file import LossCounter, Losses, settle, unknown_id, without_token
+from moda_jax.paths import expand_home
 
 _logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class HuggingFaceTokenizer:
     needs_utf8 = True
 
     def __init__(self, path: str | Path, end_of_text: str | None = None):
-        path = Path(path).expanduser()
+        path = expand_home(path, "data.tokenizer")
         if not path.is_file():
             kind = "is a directory" if path.is_dir() else "no such file"
             raise ValueError(f'data.tokenizer={str(path)!r}: {kind}; expected "bytes" or the path of a tokenizer.json')

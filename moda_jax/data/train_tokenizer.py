@@ -20,6 +20,7 @@ from moda_jax.config import DataConfig
 from moda_jax.data.sources import find_split
 from moda_jax.data.token_store import DocumentSource
 from moda_jax.data.tokenizer import END_OF_TEXT_NAMES, HuggingFaceTokenizer
+from moda_jax.paths import expand_home
 
 _MIN_VOCAB_SIZE = 257  # the bytes and the end-of-text token
 
@@ -40,7 +41,7 @@ def train_bpe(config: DataConfig, vocab_size: int, output: str | Path) -> Huggin
     """
     if vocab_size < _MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size={vocab_size}: expected at least {_MIN_VOCAB_SIZE}, the bytes and end-of-text")
-    output = Path(output).expanduser()
+    output = expand_home(output, "output")
     if not output.parent.is_dir():
         raise ValueError(f"output={str(output)!r}: there is no directory {str(output.parent)!r}")
     source = find_split(config, "train")

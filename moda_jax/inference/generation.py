@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moda_jax.config import check_text
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.inference import decode
 from moda_jax.inference.sampling import SamplingConfig, row_keys
@@ -124,6 +125,8 @@ def generate(
     ids = encode_prompts(tokenizer, prompts, limits, longest)
     if "" in stop:
         raise ValueError("stop='': expected a string of at least one character")
+    for text in stop:
+        check_text(text, "stop")
     decode.check_decodable(model, params)
     params = decode.decode_params(params)
     sampling = SamplingConfig() if sampling is None else sampling
@@ -199,6 +202,8 @@ def encode_prompts(
     for prompt, max_tokens in zip(prompts, limits, strict=True):
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
+        if isinstance(prompt, str):
+            check_text(prompt, "prompt")
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt, np.int32)
         shown = f"{prompt if len(prompt) <= 40 else prompt[:37] + '...'!r}" if isinstance(prompt, str) else "tokens"
         if len(ids) == 0:

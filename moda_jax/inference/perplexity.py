@@ -23,6 +23,7 @@ from moda_jax.config import DataConfig
 from moda_jax.data.corpus import SourceFile, list_files, read_documents
 from moda_jax.inference.load import LoadedRun
 from moda_jax.inference.scoring import Window, score_windows
+from moda_jax.paths import expand_home
 from moda_jax.training.metrics import perplexity
 
 
@@ -69,7 +70,7 @@ def read_domain(argument: str, feature: str = "text") -> Domain:
     name, equals, place = argument.partition("=")
     if not (name and equals and place):
         raise ValueError(f"--data={argument}: expected NAME=PATH, as in --data=wiki=wiki.txt")
-    path = Path(place).expanduser()
+    path = expand_home(place, f"--data={name}")
     if not path.exists():
         raise ValueError(f"--data={argument}: no such file or directory; expected NAME=PATH of a text file")
     config = DataConfig(source=place, feature=feature)
