@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from moda_jax.config import DataConfig
-from moda_jax.data.faults import DamageError
+from moda_jax.data.faults import DamageError, is_lfs_pointer
 from moda_jax.data.tokenizer_file import LossCounter, Losses, settle, unknown_id, without_token
 from moda_jax.paths import expand_home
 
@@ -120,6 +120,10 @@ class HuggingFaceTokenizer:
             kind = "is a directory" if path.is_dir() else "no such file"
             raise ValueError(f'data.tokenizer={str(path)!r}: {kind}; expected "bytes" or the path of a tokenizer.json')
         content = path.read_bytes()
+        if is_lfs_pointer(content):
+            raise ValueError(
+                f"data.tokenizer={str(path)!r}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+            )
         try:
             self._backend = Backend.from_buffer(content)
         except Exception as error:  # `tokenizers` raises bare Exceptions; this one speaks of this file's content only

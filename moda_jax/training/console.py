@@ -262,5 +262,7 @@ def _forget_closed_streams() -> None:
 
 
 def _fail(message: str, exit_code: int = EXIT_USER_ERROR) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    with contextlib.suppress(OSError):  # of a stderr that is closed too
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
     return exit_code

@@ -136,7 +136,14 @@ class TestTokenizerJson:
         with pytest.raises(ValueError, match=r"data\.tokenizer=.*: is a directory"):
             load_tokenizer(DataConfig(tokenizer=str(tmp_path)))
 
-    @pytest.mark.parametrize("content", ["", "{}", '{"model": ', json.dumps({"version": "1.0", "model": {}})])
+    def test_a_git_lfs_pointer(self, tmp_path):
+        (tmp_path / "t.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n")
+        with pytest.raises(ValueError, match=r"data\.tokenizer=.*t\.json': a Git LFS pointer, not the file itself"):
+            load_tokenizer(DataConfig(tokenizer=str(tmp_path / "t.json")))
+
+    @pytest.mark.parametrize(
+        "content", ["[" * 10**5, "", "{}", '{"model": ', json.dumps({"version": "1.0", "model": {}})]
+    )
     def test_not_a_tokenizer(self, tmp_path, content):
         (tmp_path / "t.json").write_text(content)
         with pytest.raises(ValueError, match=r"data\.tokenizer=.*t\.json': not a tokenizer\.json"):
