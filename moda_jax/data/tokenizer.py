@@ -108,6 +108,9 @@ class HuggingFaceTokenizer:
         path: the tokenizer.json.
         end_of_text: the token that ends a document; None: the first of END_OF_TEXT_NAMES that the file has.
 
+    Attributes:
+        path: as given, "~" expanded.
+
     Raises:
         ValueError: no such file, not a tokenizer.json, or no end-of-text token.
     """
@@ -144,7 +147,7 @@ class HuggingFaceTokenizer:
                 "set data.end_of_text to the token that ends its documents"
             )
         self.end_of_text_id: int = known[0]
-        self._path, self._settings = path, json.loads(content)
+        self.path, self._settings = path, json.loads(content)
         self._guarded: Backend | None = None  # made when the first text needs it
         self._losses = LossCounter(self._settings, self._backend)
         self._unknown_id = unknown_id(self._settings, self._backend)
@@ -193,7 +196,7 @@ class HuggingFaceTokenizer:
                 encoding = self._try(self._without_end().encode, text, add_special_tokens=False)
                 ids = np.asarray(encoding.ids, np.int32)
                 if (ids == self.end_of_text_id).any():
-                    raise DamageError(f"data.tokenizer={str(self._path)!r}: text gives its end-of-text token")
+                    raise DamageError(f"data.tokenizer={str(self.path)!r}: text gives its end-of-text token")
             tokens.append(ids)
             if with_losses:
                 losses += self._losses.count(text, encoding)
@@ -206,7 +209,7 @@ class HuggingFaceTokenizer:
             return encode(*arguments, **options)
         except Exception as error:  # `tokenizers` raises bare Exceptions; here only for text that it has no token for
             raise DamageError(
-                f"data.tokenizer={str(self._path)!r}: cannot encode a text ({error}); a tokenizer whose vocabulary "
+                f"data.tokenizer={str(self.path)!r}: cannot encode a text ({error}); a tokenizer whose vocabulary "
                 "does not cover every text needs an unknown token that is in the vocabulary"
             ) from error
 
@@ -217,7 +220,7 @@ class HuggingFaceTokenizer:
                 self._guarded = without_token(self._settings, name)
             except ValueError as error:
                 raise DamageError(
-                    f"data.tokenizer={str(self._path)!r}: text gives its end-of-text token, and the file {error}; "
+                    f"data.tokenizer={str(self.path)!r}: text gives its end-of-text token, and the file {error}; "
                     "name a token in data.end_of_text that no text gives"
                 ) from error
         return self._guarded
@@ -238,8 +241,13 @@ class HuggingFaceTokenizer:
         return self._backend.decode(_checked_ids(ids, self.vocab_size).tolist(), skip_special_tokens=False)
 
 
-def load_tokenizer(config: DataConfig) -> Tokenizer:
+def load_tokenizer(config: DataConfig, carried: Path | None = None) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names.
+
+    Args:
+        config: the data section.
+        carried: where a run keeps a copy of its tokenizer.json. If the file is there, it is the tokenizer: the one at
+            `data.tokenizer` may have been moved or changed since.
 
     Raises:
         ValueError: see `HuggingFaceTokenizer`; or `data.end_of_text` beside the bytes tokenizer, which has its own.
@@ -251,7 +259,15 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
                 "documents with its own token 256"
             )
         return ByteTokenizer()
-    return HuggingFaceTokenizer(config.tokenizer, config.end_of_text)
+    if carried is None or not carried.is_file():
+        return HuggingFaceTokenizer(config.tokenizer, config.end_of_text)
+    original = Path(config.tokenizer)
+    if original.is_file() and original.read_bytes() != carried.read_bytes():
+        _logger.warning(
+            "data.tokenizer=%r: has changed since the run began; the run goes on with its own copy, %s",
+            config.tokenizer, carried,
+        )  # fmt: skip
+    return HuggingFaceTokenizer(carried, config.end_of_text)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, config: DataConfig) -> None:

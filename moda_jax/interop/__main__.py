@@ -49,10 +49,9 @@ def export_run() -> None:
         run = load_run(workdir, step=_STEP.value)
         config = run.config.model
         params = restore_params(run.workdir / CHECKPOINT_DIRECTORY / str(run.step), run.config)
-        source = run.config.data.tokenizer
         export_model(
             config, params, output, dtype=_DTYPE.value, end_of_text_id=run.tokenizer.end_of_text_id,
-            tokenizer_file=None if source == "bytes" else Path(source).expanduser(),
+            tokenizer_file=getattr(run.tokenizer, "path", None),
         )  # fmt: skip
     kind = "transformers reads it as Olmo2ForCausalLM" if is_olmo2(config) else f"depth={config.depth!r}, own format"
     print(f"{output}: step {run.step} of {run.workdir}, {_DTYPE.value}; {kind}")

@@ -127,6 +127,8 @@ def test_the_whole_context_can_be_used(model):
         ([""], {}, "prompt='': gives no tokens"),
         (["x" * 64], {}, r"prompt='x{37}\.\.\.': has 64 tokens, but the model's context is 64 .* shorten it"),
         (["x" * 50], {}, r"max_tokens=20: expected at most 14, because prompt='x{37}\.\.\.' has 50 tokens"),
+        (["a\udcff"], {}, r"prompt='a\\udcff': expected UTF-8; character 1 is none"),
+        (["x"], {"stop": ["\udcff"]}, r"stop='\\udcff': expected UTF-8; character 0 is none"),
         (["x"], {"max_tokens": 0}, "max_tokens=0: expected at least 1"),
         (["x"], {"stop": [""]}, "stop='': expected a string of at least one character"),
     ],
