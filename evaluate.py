@@ -23,7 +23,7 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where the run's tokenizer.j
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for JSON and pictures.")
 _CONTEXT = flags.DEFINE_integer("context", None, "Tokens that the model reads; by default data.sequence_length.")
 _DATA = flags.DEFINE_multi_string("data", [], "NAME=PATH of a domain for perplexity.")
-_FEATURE = flags.DEFINE_string("feature", "text", "The text field of a .jsonl line.")
+_FEATURE = flags.DEFINE_string("feature", "text", "The text field of a JSON line, the column of a .parquet file.")
 _STRIDE = flags.DEFINE_integer("stride", None, "Predictions per window; by default half of the context.")
 _TASKS = flags.DEFINE_list("tasks", [], "Downstream tasks, separated by commas.")
 _TASK_DIR = flags.DEFINE_string("task-dir", None, "Directory with tasks of your own, as lm-eval's YAML files.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,8 +150,9 @@ class HuggingFaceTokenizer:
         self.end_of_text_id: int = known[0]
         self.path, self._settings = path, json.loads(content)
         self._guarded: Backend | None = None  # made when the first text needs it
-        self._losses = LossCounter(self._settings, self._backend)
-        self._unknown_id = unknown_id(self._settings, self._backend)
+        unknown = unknown_id(self._settings, self._backend)
+        self._unknown_id = None if unknown == self.end_of_text_id else unknown  # text never gives that one
+        self._losses = LossCounter(self._settings, self._backend, has_unknown=self._unknown_id is not None)
         name = self._backend.id_to_token(self.end_of_text_id)
         self.hides_end_of_text = any(self._holds_end(text) for text in (name, f"a{name}a", f"a {name} a", "\U0010fffe"))
         # Ids may have holes, so the number of tokens is not enough.
@@ -261,7 +263,7 @@ def load_tokenizer(config: DataConfig, carried: Path | None = None) -> Tokenizer
         return ByteTokenizer()
     if carried is None or not carried.is_file():
         return HuggingFaceTokenizer(config.tokenizer, config.end_of_text)
-    original = Path(config.tokenizer)
+    original = Path(os.path.expanduser(config.tokenizer))  # may be gone, its home directory too
     if original.is_file() and original.read_bytes() != carried.read_bytes():
         _logger.warning(
             "data.tokenizer=%r: has changed since the run began; the run goes on with its own copy, %s",

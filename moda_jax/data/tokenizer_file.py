@@ -123,13 +123,14 @@ class LossCounter:
     Args:
         settings: content of the tokenizer.json.
         backend: of it.
+        has_unknown: what the vocabulary lacks becomes a token of its own.
 
     Attributes:
         needed: something in the file can drop characters; if not, there is nothing to count.
     """
 
-    def __init__(self, settings: dict[str, Any], backend: Backend):
-        self.needed = _may_drop(settings, backend)
+    def __init__(self, settings: dict[str, Any], backend: Backend, *, has_unknown: bool):
+        self.needed = _may_drop(settings, has_unknown)
         self._normalizer = backend.normalizer
         self._vanishing: dict[str, bool] = {}
 
@@ -157,7 +158,7 @@ class LossCounter:
         return self._vanishing[character]
 
 
-def _may_drop(settings: dict[str, Any], backend: Backend) -> bool:
+def _may_drop(settings: dict[str, Any], has_unknown: bool) -> bool:
     normalizers = list(_steps(settings.get("normalizer"), "normalizers"))
     pre_tokenizers = list(_steps(settings.get("pre_tokenizer"), "pretokenizers"))
     keeping = all(
@@ -171,8 +172,8 @@ def _may_drop(settings: dict[str, Any], backend: Backend) -> bool:
     )
     keeping &= not any(token.get("lstrip") or token.get("rstrip") for token in settings.get("added_tokens") or [])
     model = settings["model"]
-    if model.get("type") != "BPE" or unknown_id(settings, backend) is not None:
-        return not keeping  # what the vocabulary lacks becomes the unknown token, or an error
+    if "merges" not in model or has_unknown:
+        return not keeping  # only a BPE drops what its vocabulary lacks; elsewhere that is an error
     vocabulary = model["vocab"]
     byte_level = any(step["type"] == "ByteLevel" for step in (*normalizers, *pre_tokenizers))
     if byte_level:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TextIO
 
@@ -11,9 +12,12 @@ from jax.experimental import multihost_utils
 
 from moda_jax.config import check_text
 from moda_jax.data.tokenizer import Tokenizer
+from moda_jax.data.tokenizer_file import Losses
 from moda_jax.inference import decode
 from moda_jax.inference.sampling import SamplingConfig, row_keys
 from moda_jax.training.state import ModelFunction
+
+_logger = logging.getLogger(__name__)
 
 CHUNK = 8  # tokens between two looks of the host: what is streamed at once, and at most wasted behind a stop
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -204,8 +208,8 @@ def encode_prompts(
             raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
         if isinstance(prompt, str):
             check_text(prompt, "prompt")
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt, np.int32)
         shown = f"{prompt if len(prompt) <= 40 else prompt[:37] + '...'!r}" if isinstance(prompt, str) else "tokens"
+        ids = np.asarray(prompt, np.int32) if not isinstance(prompt, str) else _encode(tokenizer, prompt, shown)
         if len(ids) == 0:
             raise ValueError(f"prompt={shown}: gives no tokens")
         if len(ids) >= max_sequence_length:
@@ -220,6 +224,14 @@ def encode_prompts(
             )
         encoded.append(ids)
     return encoded
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, shown: str) -> np.ndarray:
+    """The prompt's tokens, int32 [n]; says what the tokenizer loses."""
+    (ids,), losses = tokenizer.encode_batch([prompt.encode("utf-8")])
+    if losses != Losses():
+        _logger.warning("prompt=%s: the tokenizer lost text: %s", shown, losses)
+    return np.asarray(ids, np.int32)
 
 
 def padded_length(length: int, longest: int) -> int:

@@ -5,13 +5,13 @@ import logging
 
 import numpy as np
 import pytest
-import tokenizers
+from support.tiny_tokenizer import words_without_unknown
 
 from moda_jax.config import DataConfig
 from moda_jax.data import token_store
 from moda_jax.data.faults import DamageError, SkippedDocuments
 from moda_jax.data.token_store import prepare_tokens
-from moda_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from moda_jax.data.tokenizer import ByteTokenizer
 from moda_jax.data.tokenizer_file import Losses
 
 
@@ -41,15 +41,6 @@ class StrictTokenizer(ByteTokenizer):
     """Would change what is not UTF-8."""
 
     needs_utf8 = True
-
-
-def words_without_unknown(path):
-    """A tokenizer.json whose unknown token is not in its vocabulary."""
-    model = tokenizers.models.WordLevel({"</s>": 0, "good": 1, "text": 2}, unk_token="[UNK]")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(path))
-    return HuggingFaceTokenizer(path)
 
 
 def no_documents():

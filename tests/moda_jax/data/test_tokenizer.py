@@ -281,6 +281,10 @@ class TestLosses:
         assert self.losses(letters(MERGES[:1], unk_token="/"), tmp_path, "abzé", "a") == Losses(unknown_tokens=2)
         assert self.losses(unigram(), tmp_path, "abz", "z z") == Losses(unknown_tokens=3)
 
+    def test_letters_for_which_the_file_has_the_end_of_text(self, tmp_path):
+        tokenizer = letters(MERGES[:1], unk_token="</s>")
+        assert self.losses(tokenizer, tmp_path, "abza", "ab") == Losses(dropped_characters=1)
+
     def test_white_space_between_words(self, tmp_path):
         assert self.losses(words(), tmp_path, "a b\n", " b") == Losses(dropped_spaces=3)
 
@@ -346,6 +350,15 @@ class TestTraining:
             if split_of(name.encode()) == "validation":
                 (tmp_path / "texts" / name).write_bytes(b"xyz " * 30)
         assert train_bpe(config, 300, tmp_path / "after.json").fingerprint == before
+
+    def test_documents_that_are_no_text_are_passed_over_aloud(self, tmp_path, caplog):
+        texts = {f"{i}.txt": b"ab " * 30 for i in range(20)}
+        config = data_config(write_texts(tmp_path / "texts", texts), tmp_path / "cache", validation_fraction=1e-6)
+        clean = train_bpe(config, 300, tmp_path / "clean.json").fingerprint
+        (tmp_path / "texts" / "bad.txt").write_bytes(b"\xff\xfe" * 50)
+        with caplog.at_level("WARNING", "moda_jax"):
+            assert train_bpe(config, 300, tmp_path / "t.json").fingerprint == clean
+        assert "1 documents are not UTF-8 and were passed over" in caplog.text
 
     def test_the_command(self, tmp_path):
         write_texts(tmp_path / "texts", random_texts(20))

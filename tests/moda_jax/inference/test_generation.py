@@ -3,11 +3,11 @@ import io
 import jax
 import pytest
 from support.saved_run import random_model, tiny_run_config
-from support.tiny_tokenizer import write_bpe
+from support.tiny_tokenizer import write_bpe, write_letters
 
 from moda_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from moda_jax.inference.decode import inference_params
-from moda_jax.inference.generation import OrderedText, TextStream, generate, padded_length
+from moda_jax.inference.generation import OrderedText, TextStream, encode_prompts, generate, padded_length
 from moda_jax.inference.sampling import GREEDY, SamplingConfig
 
 TEXT = "naïve 日本語 🙂🙃 end"
@@ -136,6 +136,14 @@ def test_the_whole_context_can_be_used(model):
 def test_mistakes_are_named(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         run(model, prompts, **options)
+
+
+def test_what_the_tokenizer_loses_of_a_prompt_is_said(tmp_path, caplog):
+    tokenizer = HuggingFaceTokenizer(write_letters(tmp_path / "letters.json"))
+    with caplog.at_level("WARNING", "moda_jax"):
+        (ids,) = encode_prompts(tokenizer, ["a!b"], [1], 64)
+    assert ids.tolist() == [1, 2]
+    assert "prompt='a!b': the tokenizer lost text: 1 characters stand in no token" in caplog.text
 
 
 def test_padded_lengths_are_few_and_never_too_short():
