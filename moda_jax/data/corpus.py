@@ -245,9 +245,15 @@ def _split_by_position(file: SourceFile, config: DataConfig) -> SplitByPosition 
             while cut < len(text) and text[cut] & 0xC0 == 0x80:  # inside of a character
                 cut += 1
             return SplitByPosition(1, cut) if cut < len(text) else None
-    begins = [(number, begin) for number, begin, _ in _parts(file, config, None)]
-    train = min(max(sum(begin < place for _, begin in begins), 1), len(begins) - 1)
-    return SplitByPosition(begins[train - 1][0], None) if train > 0 else None
+    last_train = previous = None  # the last part but one is for training at the latest, the first one always
+    for number, begin, _ in _parts(file, config, None):
+        if last_train is None or begin < place:
+            previous, last_train = last_train, number
+        end = number
+    if last_train is None:
+        return None
+    last_train = previous if last_train == end else last_train
+    return None if last_train is None else SplitByPosition(last_train, None)
 
 
 @contextlib.contextmanager

@@ -380,7 +380,10 @@ class TestTraining:
         [
             (["--vocab-size=256", "--output={tmp}/t.json"], r"vocab_size=256: expected at least 257"),
             (["--vocab-size=300", "--output={tmp}/no/t.json"], r"output='.*': there is no directory '.*no'"),
-            (["--vocab-size=300", "--output={tmp}/t.json", "--source={tmp}/no"], r"data\.source='.*no': no such dir"),
+            (
+                ["--vocab-size=300", "--output={tmp}/t.json", "--source={tmp}/no"],
+                r"data\.source='.*no': no such file or dir",
+            ),
         ],
     )
     def test_errors_of_the_command(self, tmp_path, capsys, flags, message):
