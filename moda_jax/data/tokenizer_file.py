@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
+from tokenizers.pre_tokenizers import ByteLevel
 
 # Steps that keep every character, in some form. Any other step, one of a later version too, is watched.
 _KEEPING_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel"}
@@ -130,8 +131,9 @@ class LossCounter:
     """
 
     def __init__(self, settings: dict[str, Any], backend: Backend, *, has_unknown: bool):
-        self.needed = _may_drop(settings, has_unknown)
-        self._normalizer = backend.normalizer
+        self._drops_unknown = not has_unknown and _drops_unknown(settings)
+        self.needed = self._drops_unknown or not _keeps_text(settings)
+        self._backend = backend
         self._vanishing: dict[str, bool] = {}
 
     def count(self, text: str, encoding: Encoding) -> Losses:
@@ -143,45 +145,57 @@ class LossCounter:
             np.subtract.at(marks, ends, 1)
         lost = np.cumsum(marks[:-1]) == 0  # a token that spans a vanished character covers it too
         gone = {character for character in set(text) if self._vanishes(character)}
-        if gone:
-            lost |= np.fromiter((character in gone for character in text), bool, len(text))
+        vanished = np.fromiter((character in gone for character in text), bool, len(text))
+        if self._drops_unknown:  # behind a dropped character offsets are too small; their sum holds
+            others = max(0, int(lost.sum() - vanished.sum()))
+            lost = vanished
+        else:
+            others = 0
+            lost |= vanished
         places = np.flatnonzero(lost)
         spaces = sum(text[place].isspace() for place in places)
-        return Losses(dropped_characters=len(places) - spaces, dropped_spaces=spaces)
+        return Losses(dropped_characters=len(places) - spaces + others, dropped_spaces=spaces)
 
     def _vanishes(self, character: str) -> bool:
-        """Whether the normalizer makes nothing of it. Of white space the place decides, which the offsets tell."""
-        if self._normalizer is None or character.isspace():
-            return False
+        """Whether nothing is made of it, wherever it stands."""
         if character not in self._vanishing:
-            self._vanishing[character] = self._normalizer.normalize_str(character) == ""
+            if self._drops_unknown:
+                gone = not self._backend.encode(character, add_special_tokens=False).ids
+            elif self._backend.normalizer is None or character.isspace():  # of white space the place decides
+                gone = False
+            else:
+                gone = self._backend.normalizer.normalize_str(character) == ""
+            self._vanishing[character] = gone
         return self._vanishing[character]
 
 
-def _may_drop(settings: dict[str, Any], has_unknown: bool) -> bool:
-    normalizers = list(_steps(settings.get("normalizer"), "normalizers"))
-    pre_tokenizers = list(_steps(settings.get("pre_tokenizer"), "pretokenizers"))
-    keeping = all(
-        step["type"] in _KEEPING_NORMALIZERS or (step["type"] == "Replace" and step.get("content"))
-        for step in normalizers
+def _keeps_text(settings: dict[str, Any]) -> bool:
+    """Whether what comes before the model keeps every character."""
+    return (
+        all(
+            step["type"] in _KEEPING_NORMALIZERS or (step["type"] == "Replace" and step.get("content"))
+            for step in _steps(settings.get("normalizer"), "normalizers")
+        )
+        and all(
+            step["type"] in _KEEPING_PRE_TOKENIZERS
+            or (step["type"] in ("Split", "Punctuation") and step.get("behavior") not in (None, "Removed"))
+            for step in _steps(settings.get("pre_tokenizer"), "pretokenizers")
+        )
+        and not any(token.get("lstrip") or token.get("rstrip") for token in settings.get("added_tokens") or [])
     )
-    keeping &= all(
-        step["type"] in _KEEPING_PRE_TOKENIZERS
-        or (step["type"] in ("Split", "Punctuation") and step.get("behavior") not in (None, "Removed"))
-        for step in pre_tokenizers
-    )
-    keeping &= not any(token.get("lstrip") or token.get("rstrip") for token in settings.get("added_tokens") or [])
-    model = settings["model"]
-    if "merges" not in model or has_unknown:
-        return not keeping  # only a BPE drops what its vocabulary lacks; elsewhere that is an error
-    vocabulary = model["vocab"]
-    byte_level = any(step["type"] == "ByteLevel" for step in (*normalizers, *pre_tokenizers))
-    if byte_level:
-        from tokenizers.pre_tokenizers import ByteLevel
 
-        return not (keeping and vocabulary.keys() >= set(ByteLevel.alphabet()))
-    every_byte = {f"<0x{byte:02X}>" for byte in range(256)}
-    return not (keeping and model.get("byte_fallback") and vocabulary.keys() >= every_byte)
+
+def _drops_unknown(settings: dict[str, Any]) -> bool:
+    """Whether a model without unknown token drops what its vocabulary lacks: a BPE does that, others refuse."""
+    model = settings["model"]
+    if "merges" not in model:
+        return False
+    steps = [
+        *_steps(settings.get("normalizer"), "normalizers"), *_steps(settings.get("pre_tokenizer"), "pretokenizers")
+    ]  # fmt: skip
+    if any(step["type"] == "ByteLevel" for step in steps):
+        return not model["vocab"].keys() >= set(ByteLevel.alphabet())
+    return not (model.get("byte_fallback") and model["vocab"].keys() >= {f"<0x{byte:02X}>" for byte in range(256)})
 
 
 def _steps(step: dict[str, Any] | None, parts: str) -> Iterator[dict[str, Any]]:

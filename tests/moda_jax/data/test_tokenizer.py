@@ -355,7 +355,7 @@ class TestTraining:
         texts = {f"{i}.txt": b"ab " * 30 for i in range(20)}
         config = data_config(write_texts(tmp_path / "texts", texts), tmp_path / "cache", validation_fraction=1e-6)
         clean = train_bpe(config, 300, tmp_path / "clean.json").fingerprint
-        (tmp_path / "texts" / "bad.txt").write_bytes(b"\xff\xfe" * 50)
+        (tmp_path / "texts" / "no-text.txt").write_bytes(b"\xff\xfe" * 50)
         with caplog.at_level("WARNING", "moda_jax"):
             assert train_bpe(config, 300, tmp_path / "t.json").fingerprint == clean
         assert "1 documents are not UTF-8 and were passed over" in caplog.text
