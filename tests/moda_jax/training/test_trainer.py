@@ -201,6 +201,7 @@ def test_no_evaluation_no_sample_and_no_checkpoint_but_the_last(make, place):
     assert saved_steps(place / "bare" / "checkpoints") == [5]
 
 
+@pytest.mark.slow
 def test_a_moved_run_of_the_first_version_goes_on_with_its_tokenizer_and_its_documents(place, monkeypatch, caplog):
     """It was begun when .md files were not read and hidden ones were, and its tokenizer.json is gone since."""
     root = place / "moved"
