@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moda_jax.config import DataConfig
+from moda_jax.config import DataConfig, check_local
 
 _logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def cache_directory(config: DataConfig) -> Path:
     if config.cache_dir is not None:
         directory = Path(config.cache_dir).expanduser().absolute()
     else:
+        check_local("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME", ""))
         directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "moda_jax"
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from moda_jax.config import DataConfig
 from moda_jax.data.cache import prepare_once
 from moda_jax.data.faults import DamageError, FileGuard, SkippedDocuments, log_skipped, read_skipped
 from moda_jax.data.packing import count_rows
 from moda_jax.data.tokenizer import Tokenizer
+from moda_jax.progress import progress_bar
 
 _logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def _encode(
     documents: DocumentSource, tokenizer: Tokenizer, name: str, skipped: SkippedDocuments
 ) -> Iterator[list[np.ndarray]]:
     """Chunks of tokenised documents, with a progress bar."""
-    with tqdm(total=len(documents), unit=" documents", desc=f"Tokenizing {name}") as bar:
+    with progress_bar(total=len(documents), unit=" documents", desc=f"Tokenizing {name}") as bar:
         chunk, size = [], 0
         for index in range(len(documents)):
             document = _document(documents, index, tokenizer, name, skipped)

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
-from tqdm import tqdm
 
-from moda_jax.config import DataConfig
+from moda_jax.config import DataConfig, check_local
 from moda_jax.data.sources import find_split
 from moda_jax.data.token_store import DocumentSource
 from moda_jax.data.tokenizer import END_OF_TEXT_NAMES, HuggingFaceTokenizer
+from moda_jax.progress import progress_bar
 
 _MIN_VOCAB_SIZE = 257  # the bytes and the end-of-text token
 
@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--cache-dir", default=defaults.cache_dir, help="as data.cache_dir (default: the user's)")
     flags = parser.parse_args(arguments)
     try:
+        check_local("--output", flags.output)
         config = DataConfig(source=flags.source, feature=flags.feature, cache_dir=flags.cache_dir)
         tokenizer = train_bpe(config, flags.vocab_size, flags.output)
     except ValueError as error:
@@ -89,5 +90,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _texts(documents: DocumentSource, name: str) -> Iterator[str]:
-    for index in tqdm(range(len(documents)), unit=" documents", desc=f"Reading {name}"):
+    for index in progress_bar(range(len(documents)), unit=" documents", desc=f"Reading {name}"):
         yield documents[index].decode("utf-8", "replace")

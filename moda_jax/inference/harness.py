@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from moda_jax.inference.generation import generate
 from moda_jax.inference.load import LoadedRun
 from moda_jax.inference.sampling import SamplingConfig
 from moda_jax.inference.scoring import Window, score_windows
+from moda_jax.progress import progress_bar
 
 try:
     import lm_eval
@@ -84,7 +84,7 @@ class HarnessModel(TemplateLM):
             tokens = np.asarray([*context, *continuation][-(self.max_length + 1) :], np.int32)
             windows.append(Window(tokens, len(continuation)))
         total = sum(window.scored for window in windows)
-        with tqdm(total=total, desc="Log-likelihoods", unit=" tokens", disable=disable_tqdm) as bar:
+        with progress_bar(total=total, desc="Log-likelihoods", unit=" tokens", disable=disable_tqdm) as bar:
             scores = score_windows(
                 self._run.model,
                 self._run.params,
@@ -123,7 +123,7 @@ class HarnessModel(TemplateLM):
         groups: dict[str, list[int]] = {}  # by their options; in a group the long ones first
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-        with tqdm(total=len(requests), desc="Generating", unit=" texts", disable=disable_tqdm) as bar:
+        with progress_bar(total=len(requests), desc="Generating", unit=" texts", disable=disable_tqdm) as bar:
             for options, indices in groups.items():
                 stop, max_tokens, sampling = self._generation_options(json.loads(options))
                 room = self.max_length - max_tokens

@@ -19,6 +19,7 @@ import jax
 from moda_jax.config import Config
 from moda_jax.data.packing import Batch
 from moda_jax.model.accounting import train_flops_per_token
+from moda_jax.parallel import peers
 from moda_jax.parallel.distribution import Distribution
 from moda_jax.training import workdir as workdir_lib
 from moda_jax.training.checkpoint import (
@@ -158,6 +159,9 @@ class TrainingRun:
         self._restore_or_initialize(found, skipped)
         if found is not None:  # a restore can still be refused, so only now
             self._write_config(changes)
+        group = peers.current()
+        if group is not None:
+            group.write_to(self.workdir / workdir_lib.PROCESS_DIRECTORY)
         for name, text in (("directory", self.workdir), *self._components.description()):
             _logger.info("%-9s %s", name, text)
 
@@ -172,7 +176,7 @@ class TrainingRun:
 
     def _write_config(self, changes: list[workdir_lib.Change]) -> None:
         if self._distribution.is_first:
-            workdir_lib.write_config(self.workdir, self.config, changes)
+            workdir_lib.write_config(self.workdir, self.config, changes, self.step)
 
     def _restore_or_initialize(self, found: int | None, skipped: list[SkippedStep]) -> None:
         self._position = 0
@@ -212,11 +216,14 @@ class TrainingRun:
         """Steps from `self.step` to `last`. The host reads a step's metrics after it has handed the next one over."""
         config, first = self.config, self.step + 1
         self._mark()
-        self._loop_first, self._loop_began = first, time.monotonic()
+        self._timed_from = first  # seconds per step are counted from the end of this step on
+        group = peers.current()
         self._batches: deque[tuple[int, Batch]] = deque(maxlen=2)  # the host learns of a fault one step late
         pending: StepMetrics | None = None
         for step in range(first, last + 1):
             self._watchdog.beat()
+            if group is not None:
+                group.at_step(step)
             self._batches.append((step, next(batches)))
             self._state, metrics = self._train_step(self._state, self._distribution.place(self._batches[-1][1]))
             if pending is not None:
@@ -229,11 +236,12 @@ class TrainingRun:
                 self._report(step, pending, evaluate=evaluate)
                 pending = None
             if step == first:
+                self._timed_since = time.monotonic()
                 _logger.info("first step done %s after the start", duration(time.monotonic() - self._began))
             self._checkpoints.poll()
             if save:
                 self._save()
-            if evaluate or save:
+            if evaluate or save or step == first:
                 self._mark()
             if stop:
                 break
@@ -245,17 +253,20 @@ class TrainingRun:
         self._check_numbers(step, values)
         tokens_per_step = config.train.batch_size * config.data.sequence_length
         speed = (step - self._marked_step) * tokens_per_step / (time.monotonic() - self._marked_time)
-        seconds_per_step = (time.monotonic() - self._loop_began) / (step - self._loop_first + 1)  # with evaluations
-        left = duration((config.train.num_steps - step) * seconds_per_step)
+        left = ""
+        if step > self._timed_from:  # the first step is slow: programs are loaded, libraries and the network start
+            seconds_per_step = (time.monotonic() - self._timed_since) / (step - self._timed_from)  # with evaluations
+            left = f" | {duration((config.train.num_steps - step) * seconds_per_step)} left"
         logged = _due(step, config.train.log_interval_steps, config.train.num_steps)
         self._progress.show(
-            f"step {step}/{config.train.num_steps} | loss {values.loss:.4f} | {quantity(speed)} tokens/s | {left} left",
+            f"step {step}/{config.train.num_steps} | loss {values.loss:.4f} | {quantity(speed)} tokens/s{left}",
             milestone=logged,
         )
         if not (logged or evaluate):
             return
         entry = {
             "step": step,
+            "num_steps": config.train.num_steps,
             "tokens": step * tokens_per_step,
             "loss": _finite(values.loss),
             "perplexity": _finite(perplexity(values.loss)),
