@@ -260,8 +260,8 @@ class TrainConfig:
         loss_spike_deviations: a loss so many (robust) standard deviations above the median of the last steps counts as
             a spike in the metrics; 0: none does.
         watchdog_seconds: when no step was done for so long, every thread's stack goes to stderr; 0: never.
-        peer_timeout_seconds: of a run of many processes: one that gave no sign of life for so long is lost, and the
-            others end.
+        peer_timeout_seconds: of a run of many processes: so long after one was lost (it died, or gave no sign of life)
+            the others have ended.
         deterministic: on a GPU, take only operations of XLA that give the same bits every time (the kernels always do).
             False lets XLA choose among all of them.
     """
@@ -283,7 +283,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_types("train", self)
         _require_positive("train", self, "num_steps", "batch_size", "accumulation_steps", "log_interval_steps")
-        _require(self.peer_timeout_seconds >= 5, "train.peer_timeout_seconds", self.peer_timeout_seconds, "at least 5")
+        _require(
+            self.peer_timeout_seconds >= 10, "train.peer_timeout_seconds", self.peer_timeout_seconds, "at least 10"
+        )
         _require_not_negative(
             "train", self, "seed", "z_loss", "sample_tokens", "max_skipped_in_a_row", "loss_spike_deviations",
             "watchdog_seconds",

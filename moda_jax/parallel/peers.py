@@ -43,6 +43,7 @@ _LOST = _NEWS + "lost"
 _ENDED = "ended: "
 _DONE = "done"
 # What a collective raises when a peer has gone begins with a status of the RPC library; the type varies.
+_RPC_ERRORS = (RuntimeError, ValueError)
 _STATUSES = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "FAILED_PRECONDITION")
 
 
@@ -98,7 +99,7 @@ class Peers:
     ):
         self._client, self._address, self._index, self._count, self._seconds = client, address, index, count, seconds
         self._leave = leave
-        self._counters = Counters(max(seconds * 0.7, 2.0))  # the rest is for telling the others
+        self._counters = Counters(0.6 * seconds)  # the rest is for telling the others
         self._step: int | None = None
         self._stream: TextIO = sys.stderr
         self._stacks: TextIO | None = None
@@ -146,7 +147,7 @@ class Peers:
     def end(self, code: int, reason: str) -> None:
         """This process ends by an error: tells the others why, and leaves without waiting for them."""
         self._stopped.set()
-        with contextlib.suppress(Exception):  # the store may be gone, and there is nobody left to tell
+        with contextlib.suppress(*_RPC_ERRORS):  # the store may be gone, and there is nobody left to tell
             self._put(_BEATS + str(self._index), f"{_ENDED}it ended with exit code {code}: {reason}")
             if self._index == 0:
                 self._put(
@@ -160,7 +161,7 @@ class Peers:
             return
         self._stopped.set()
         self._thread.join(timeout=2 * BEAT_SECONDS)
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
+        with contextlib.suppress(*_RPC_ERRORS):
             self._put(_FIRST if self._index == 0 else _BEATS + str(self._index), _DONE)
 
     # The watching thread.
@@ -172,7 +173,7 @@ class Peers:
             try:
                 self._beat(number)
                 verdict = self._judge() if self._index == 0 else self._read()
-            except (jax.errors.JaxRuntimeError, ValueError) as error:
+            except _RPC_ERRORS as error:
                 if self._stopped.is_set() or self._index == 0:
                     return
                 if not self._is_reachable():

@@ -141,7 +141,10 @@ def run_command(main: Callable[[], ExitCode | None]) -> None:
             code, reason = ExitCode.INTERRUPTED, "interrupted; the same command resumes from the newest checkpoint"
             _fail(reason)
         except SystemExit as ended:  # from `user_errors`, which has said why
-            code, reason = ended.code if isinstance(ended.code, int) else ExitCode.CANNOT_GO_ON, "its log says why"
+            if not isinstance(ended.code, int | None):
+                _fail(str(ended.code))
+            code, reason = ended.code, "its log says why"
+            code = ExitCode.CANNOT_GO_ON if isinstance(code, str) else code or ExitCode.FINISHED
         except BaseException as error:
             group = peers.current()
             if group is None:

@@ -195,6 +195,12 @@ class TrainingRun:
                     f"{record[name]!r}, that of data.source={data.source!r} under data.tokenizer={data.tokenizer!r} "
                     f"is {value!r}"
                 )
+        known, validation = record.get("validation_fingerprint"), self._components.validation_fingerprint
+        if None not in (known, validation) and known != validation:
+            _logger.warning(
+                "the validation split is not that of step %d: validation losses from here on cannot be compared with "
+                "those before", found,
+            )  # fmt: skip
         self._position = record["data_position"]
         self._spikes = LossSpikes(self.config.train.loss_spike_deviations, record["loss_spikes"])
         warn_of_skipped(skipped)
@@ -324,6 +330,7 @@ class TrainingRun:
             "config": self.config.to_dict(),
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_VERSIONS},
             "loss_spikes": self._spikes.save(),
+            "validation_fingerprint": self._components.validation_fingerprint,
         }
         return record | self._components.fingerprints()
 

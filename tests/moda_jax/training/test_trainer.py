@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.tiny_run import tiny_config, write_corpus
 
+from moda_jax.data.corpus import list_files, split_documents
 from moda_jax.training.checkpoint import CheckpointError, saved_steps
 from moda_jax.training.metrics import read_metrics
 from moda_jax.training.trainer import TrainingRun
@@ -171,6 +172,18 @@ def test_a_moved_folder_and_another_accumulation_go_on(copy, make, place, caplog
     }  # fmt: skip
     steps = [message for message in caplog.messages if message.startswith("step 4") and "tokens/s" in message]
     assert [message.endswith(" left") for message in steps] == [False, True, True]  # the first step tells nothing
+
+
+def test_other_validation_text_is_said(copy, make, place, caplog):
+    """The training split is the same: one file of the validation split has another last letter."""
+    config = make("not_trained", train={"num_steps": 1}).config
+    split_of, _ = split_documents(list_files(config.data), config.data)
+    moved = shutil.copytree(place / "corpus", place / "other_validation")
+    name = next(path.name for path in sorted(moved.iterdir()) if split_of(path.name.encode()) == "validation")
+    (moved / name).write_text((moved / name).read_text() + "x")
+    with caplog.at_level(logging.WARNING, logger="moda_jax"):
+        make(copy.name, data={"source": str(moved)}, train={"num_steps": 70})
+    assert "the validation split is not that of step 60" in caplog.text
 
 
 def test_a_newest_step_that_is_no_checkpoint_is_passed_over_aloud(copy, make, caplog):
