@@ -113,7 +113,9 @@ def start_processes(peer_timeout_seconds: float = 30.0) -> None:
         jax.distributed.initialize(launch.coordinator_address, launch.num_processes, launch.process_id, **options)
     else:
         jax.distributed.initialize(cluster_detection_method=launch.method, **options)
-    atexit.register(peers.start(address, peer_timeout_seconds).stop)  # before JAX's own end, in which all wait for all
+    atexit.register(
+        peers.start(address, peer_timeout_seconds).stop
+    )  # before JAX's own end, in which a lost one is missed for long
     if launch.process_id > 0:
         for name in ("moda_jax", "pallas_kernels"):
             logging.getLogger(name).setLevel(logging.WARNING)

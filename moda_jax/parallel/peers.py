@@ -40,6 +40,7 @@ _HOSTS = "moda/hosts/"
 _NEWS = "moda/news/"
 _FIRST = _NEWS + "beat"
 _LOST = _NEWS + "lost"
+_ALL_DONE = _NEWS + "all done"
 _ENDED = "ended: "
 _DONE = "done"
 # What a collective raises when a peer has gone begins with a status of the RPC library; the type varies.
@@ -103,7 +104,8 @@ class Peers:
         self._step: int | None = None
         self._stream: TextIO = sys.stderr
         self._stacks: TextIO | None = None
-        self._stopped, self._ending = threading.Event(), threading.Lock()
+        self._done, self._all_done, self._stopped = threading.Event(), threading.Event(), threading.Event()
+        self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     def start(self) -> None:
@@ -156,13 +158,11 @@ class Peers:
         self._go(code)
 
     def stop(self) -> None:
-        """This process is done: it no longer watches, and the others do not miss it."""
-        if self._stopped.is_set():
-            return
+        """This process is done; returns when all are, or does not return if one is lost meanwhile."""
+        self._done.set()
+        while self._thread.is_alive() and not self._all_done.wait(BEAT_SECONDS):
+            pass
         self._stopped.set()
-        self._thread.join(timeout=2 * BEAT_SECONDS)
-        with contextlib.suppress(*_RPC_ERRORS):
-            self._put(_FIRST if self._index == 0 else _BEATS + str(self._index), _DONE)
 
     # The watching thread.
 
@@ -180,11 +180,16 @@ class Peers:
                     self._lost(f"process 0 at {self._address} was lost: it cannot be reached")
                 _logger.debug("the coordination service: %s", error)
                 continue
+            if self._all_done.is_set():
+                return
             if verdict is not None and not self._stopped.is_set():
                 self._lost(verdict)
 
     def _beat(self, number: int) -> None:
-        self._put(_FIRST if self._index == 0 else _BEATS + str(self._index), str(number))
+        if self._index == 0:
+            self._put(_FIRST, str(number))
+        else:
+            self._put(_BEATS + str(self._index), _DONE if self._done.is_set() else str(number))
         if number == 0 and self._index:
             self._put(_HOSTS + str(self._index), socket.gethostname())
 
@@ -193,6 +198,9 @@ class Peers:
         beats = {key.removeprefix(_BEATS): value for key, value in self._client.key_value_dir_get(_BEATS)}
         # JAX's start has ended in all of them, so one that never counted is lost too.
         beats = {str(index): beats.get(str(index), "") for index in range(1, self._count)}
+        if self._done.is_set() and set(beats.values()) == {_DONE}:
+            self._put(_ALL_DONE, _DONE)
+            self._all_done.set()
         found = self._counters.lost(beats, time.monotonic())
         if found is None:
             return None
@@ -206,6 +214,9 @@ class Peers:
         news = dict(self._client.key_value_dir_get(_NEWS))
         if _LOST in news:
             return news[_LOST]
+        if _ALL_DONE in news:
+            self._all_done.set()
+            return None
         found = self._counters.lost({"0": news.get(_FIRST, "")}, time.monotonic())
         return None if found is None else f"process 0 at {self._address} was lost: {found[1]}"
 

@@ -34,7 +34,7 @@ def main():
     if MODE.value == "fails" and index == 1:
         time.sleep(1.5)
         raise RunStoppedError("runs/x: no further")
-    if MODE.value == "waits":
+    if MODE.value == "waits" or MODE.value == "fails" and index == 2:  # process 0 is done already
         time.sleep(60)
 
 run_command(main)
@@ -57,13 +57,12 @@ def start(place, mode, count=3):
 
 def ended(processes, lost=None):
     """Exit codes and last words of those that were not killed, and the seconds that it took."""
-    began = time.monotonic()
     try:
         for process in processes:
             assert process.stdout.readline() == "up\n", process.stderr.read()
         time.sleep(1.5)
+        began = time.monotonic()
         if lost is not None:
-            began = time.monotonic()
             processes[lost].kill()
         words = [process.communicate(timeout=100)[1] for process in processes]
     finally:
@@ -91,11 +90,12 @@ def test_the_others_end_at_once_when_process_0_is_gone(tmp_path):
 def test_a_process_that_ends_by_an_error_says_why_to_all(tmp_path):
     codes, words, seconds = ended(start(tmp_path, "fails"))
     assert codes == [69, 1, 69], words
-    assert seconds < 15
+    assert seconds < 10
     assert words[1] == "error: runs/x: no further\n"
     for index in (0, 2):
-        assert f"process {index} of 3 ends at step 120, because process 1 (" in words[index]
-        assert "was lost: it ended with exit code 1: runs/x: no further. The same command" in words[index]
+        (line,) = [line for line in words[index].splitlines() if "error" in line]
+        assert line.startswith(f"error: process {index} of 3 ends at step 120, because process 1 (")
+        assert "was lost: it ended with exit code 1: runs/x: no further. The same command" in line
 
 
 @pytest.mark.slow  # ten seconds of silence
@@ -104,7 +104,7 @@ def test_the_others_end_in_time_when_another_process_is_gone(tmp_path):
     assert codes == [69, -signal.SIGKILL, 69], words
     assert seconds < 10 + 3  # train.peer_timeout_seconds, and a busy machine
     for index in (0, 2):
-        (line,) = words[index].splitlines()
+        (line,) = [line for line in words[index].splitlines() if "error" in line]
         assert f"process {index} of 3 ends at step 120, because process 1 (" in line
         assert "was lost: no sign of life for" in line
 

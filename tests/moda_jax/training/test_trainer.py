@@ -176,8 +176,8 @@ def test_a_moved_folder_and_another_accumulation_go_on(copy, make, place, caplog
 
 def test_other_validation_text_is_said(copy, make, place, caplog):
     """The training split is the same: one file of the validation split has another last letter."""
-    config = make("not_trained", train={"num_steps": 1}).config
-    split_of, _ = split_documents(list_files(config.data), config.data)
+    data = tiny_config(place / "corpus", place / "cache").data
+    split_of, _ = split_documents(list_files(data), data)
     moved = shutil.copytree(place / "corpus", place / "other_validation")
     name = next(path.name for path in sorted(moved.iterdir()) if split_of(path.name.encode()) == "validation")
     (moved / name).write_text((moved / name).read_text() + "x")
