@@ -4,6 +4,7 @@ is read, with the same checks as any config file."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 import typing
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def with_run_config(arguments: Sequence[str]) -> list[str]:
     """
     arguments = list(arguments)
     workdir = None
-    for argument, following in zip(arguments[1:], [*arguments[2:], ""], strict=True):
+    for argument, following in itertools.zip_longest(arguments[1:], arguments[2:], fillvalue=""):
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name == "config":
             return arguments
