@@ -94,8 +94,10 @@ class _ProgressSafeHandler(logging.Handler):
     """Writes log lines to stderr without tearing a progress line, ours or tqdm's, apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        ProgressLine.hide_shown()
-        tqdm.write(self.format(record), file=sys.stderr)
+        # A pipe that was closed, a terminal that is gone, a log file on a full disk: a run goes on without its log.
+        with contextlib.suppress(OSError):
+            ProgressLine.hide_shown()
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def duration(seconds: float) -> str:
@@ -129,6 +131,7 @@ def run_command(main: Callable[[], ExitCode | None]) -> None:
         faulthandler.enable()  # a crash in native code says where
         _set_up_logging()
         _keep_stdout_for_results()
+        _write_any_text(result_stream())
         try:
             return int(main() or ExitCode.FINISHED)
         except (RunStoppedError, PeersMissingError) as error:
@@ -136,6 +139,11 @@ def run_command(main: Callable[[], ExitCode | None]) -> None:
                 traceback.print_exc()
             lost = isinstance(error, PeersMissingError)
             code, reason = ExitCode.PEER_LOST if lost else ExitCode.CANNOT_GO_ON, str(error)
+            _fail(reason)
+        except BrokenPipeError:
+            _forget_closed_streams()
+            code = ExitCode.CANNOT_GO_ON
+            reason = "the reader of the output closed it before all was written; what was to be saved is saved"
             _fail(reason)
         except KeyboardInterrupt:
             code, reason = ExitCode.INTERRUPTED, "interrupted; the same command resumes from the newest checkpoint"
@@ -312,5 +320,27 @@ class _Formatter(logging.Formatter):
         return f"{time.strftime('%H:%M:%S')} {level}{record.getMessage()}"
 
 
+def _write_any_text(stream: TextIO) -> None:
+    """Lets a stream of a narrow encoding take any text: what it lacks is written as an escape."""
+    try:
+        "\N{REPLACEMENT CHARACTER}".encode(stream.encoding)
+    except UnicodeEncodeError:
+        stream.reconfigure(errors="backslashreplace")
+        logging.getLogger("moda_jax").warning(
+            "stdout takes %s only: other characters are written as escapes; set PYTHONIOENCODING=utf-8", stream.encoding
+        )
+
+
+def _forget_closed_streams() -> None:
+    """Python flushes stdout and stderr at its end, and would complain once more of one that is closed."""
+    for stream in (result_stream(), sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _fail(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    with contextlib.suppress(OSError):  # of a stderr that is closed too
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
