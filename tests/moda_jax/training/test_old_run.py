@@ -1,4 +1,4 @@
-"""A run that the tree of commit e971aff left behind goes on, whatever was renamed since (tests/data/make_old_run.py)."""
+"""A run that the tree of commit e971aff left behind goes on, whatever was renamed since (see make_old_run.py)."""
 
 import json
 import shutil
