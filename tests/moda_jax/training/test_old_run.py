@@ -36,5 +36,6 @@ def test_an_old_run_resumes_to_the_losses_of_its_twin(tmp_path, monkeypatch):
     resumed, straight = read_metrics(Path("stopped")), read_metrics(Path("straight"))
     assert [entry["step"] for entry in resumed] == list(range(1, 25))
     for name in ("loss", "grad_norm", "learning_rate"):
-        ours, theirs = ([entry[name] for entry in entries] for entries in (resumed, straight))
+        ours, theirs = (np.array([entry[name] for entry in entries]) for entries in (resumed, straight))
+        print(f"{name}: largest relative difference {np.max(np.abs(ours / theirs - 1)):.1e}")
         np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, err_msg=name)
