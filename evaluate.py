@@ -15,7 +15,7 @@ from moda_jax.data.cache import cache_directory
 from moda_jax.inference.evaluation import check_perplexity, run_attention_maps, run_perplexity, run_tasks
 from moda_jax.inference.load import load_run, read_run_config
 from moda_jax.training import runtime
-from moda_jax.training.console import run_command, user_errors
+from moda_jax.training.console import print_result, run_command, user_errors
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")
@@ -45,15 +45,15 @@ def main() -> None:
         run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
         output, context = Path(_OUTPUT.value or run.workdir / "evaluation"), _CONTEXT.value
         if domains:
-            print(run_perplexity(run, domains, output, context=context, stride=_STRIDE.value), flush=True)
+            print_result(run_perplexity(run, domains, output, context=context, stride=_STRIDE.value))
         if _TASKS.value:
             table = run_tasks(
                 run, _TASKS.value, output, task_directory=_TASK_DIR.value, num_fewshot=_FEWSHOT.value,
                 limit=_LIMIT.value, context=context,
             )  # fmt: skip
-            print(table, flush=True)
+            print_result(table)
         if _MAPS.value:
-            print(run_attention_maps(run, domains, output, context=context), flush=True)
+            print_result(run_attention_maps(run, domains, output, context=context))
 
 
 if __name__ == "__main__":

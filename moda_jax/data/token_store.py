@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from moda_jax.config import DataConfig
 from moda_jax.data.cache import prepare_once
@@ -28,6 +27,7 @@ from moda_jax.data.faults import DamageError, FileGuard, SkippedDocuments, log_s
 from moda_jax.data.packing import count_rows
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.data.tokenizer_file import Losses
+from moda_jax.progress import progress_bar
 
 _logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def _encode(
     documents: DocumentSource, tokenizer: Tokenizer, name: str, skipped: SkippedDocuments, losses: list[Losses]
 ) -> Iterator[list[np.ndarray]]:
     """Chunks of tokenised documents, with a progress bar."""
-    with tqdm(total=len(documents), unit=" documents", desc=f"Tokenizing {name}") as bar:
+    with progress_bar(total=len(documents), unit=" documents", desc=f"Tokenizing {name}") as bar:
         chunk, size = {}, 0
         for index in range(len(documents)):
             document = _document(documents, index, tokenizer, name, skipped)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from moda_jax.data.pipeline import open_dataset
 from moda_jax.inference import attention_maps as maps_lib
 from moda_jax.inference import perplexity as perplexity_lib
 from moda_jax.inference.load import LoadedRun
+from moda_jax.progress import progress_bar
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def run_perplexity(
 ) -> str:
     """Evaluates, writes perplexity.json, and returns the table. Arguments as in `perplexity.evaluate_domains`."""
     context, stride = perplexity_lib.checked_windows(run, context, stride)
-    with tqdm(desc="Perplexity", unit=" tokens", unit_scale=True) as bar:
+    with progress_bar(desc="Perplexity", unit=" tokens", unit_scale=True) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

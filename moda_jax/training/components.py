@@ -81,6 +81,11 @@ class Components:
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
         }
 
+    @property
+    def validation_fingerprint(self) -> str | None:
+        """Of the validation split; None where it is not opened."""
+        return None if self.validation_data is None else self.validation_data.fingerprint
+
     def description(self) -> list[tuple[str, str]]:
         """For people: a line of text on each of device, model, attention, data and plan."""
         config, devices = self._config, jax.devices()
