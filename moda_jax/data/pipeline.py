@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -18,9 +19,10 @@ from moda_jax.data.cache import cache_directory, cache_key
 from moda_jax.data.faults import SkippedDocuments
 from moda_jax.data.packing import Batch, pack_rows, pad_rows
 from moda_jax.data.sources import find_split
-from moda_jax.data.token_store import TOKENS_VERSION, TokenDataset, prepare_tokens
+from moda_jax.data.token_store import TOKENS_VERSION, TokenDataset, open_tokens, prepare_tokens
 from moda_jax.data.tokenizer import Tokenizer
 
+PREPARED_TOKENS = "tokens:"  # before the directory of splits that were tokenised elsewhere
 _READ_THREADS = 2  # building a row is short work under the GIL; a second thread hides a page that must come from disk
 
 
@@ -36,13 +38,16 @@ def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenD
         ValueError: a source that is missing, empty or not usable, or a split too small for one row; the message names
             the config field.
     """
-    source = find_split(config, split)
-    key = cache_key(
-        documents=source.identity, tokenizer=tokenizer.fingerprint, version=TOKENS_VERSION,
-        on_damage=config.on_damage, on_invalid_utf8=config.on_invalid_utf8,
-    )  # fmt: skip
-    directory = cache_directory(config) / "tokens" / key
-    dataset = prepare_tokens(directory, source.open, tokenizer, source.name, SkippedDocuments(config))
+    if config.source.startswith(PREPARED_TOKENS):
+        dataset = open_tokens(Path(config.source.removeprefix(PREPARED_TOKENS)) / split, tokenizer)
+    else:
+        source = find_split(config, split)
+        key = cache_key(
+            documents=source.identity, tokenizer=tokenizer.fingerprint, version=TOKENS_VERSION,
+            on_damage=config.on_damage, on_invalid_utf8=config.on_invalid_utf8,
+        )  # fmt: skip
+        directory = cache_directory(config) / "tokens" / key
+        dataset = prepare_tokens(directory, source.open, tokenizer, source.name, SkippedDocuments(config))
     if dataset.num_rows(config.sequence_length) == 0:
         raise ValueError(
             f"data.source={config.source!r}: the {split} split has {dataset.num_tokens} tokens in "

@@ -38,7 +38,7 @@ SAMPLE_FILE = "sample.txt"
 _MAY_CHANGE = (
     "data.cache_dir", "train.num_steps", "train.max_skipped_in_a_row", "train.loss_spike_deviations",
     "train.watchdog_seconds",
-    "train.deterministic",
+    "train.deterministic", "eval.depth_mass",
 )  # fmt: skip
 
 
