@@ -2,7 +2,7 @@
 
     WORKDIR/corpus/               the prepared corpus, see `experiments.corpus`
     WORKDIR/cache/                compiled programs, shared by all runs
-    WORKDIR/PLAN/ARM/seed_N/      a run's directory; result.json in it says that the run is done
+    WORKDIR/PLAN/ARM/seed_N/      (PLAN_tiny for a toy) a run's directory; result.json in it says that the run is done
     WORKDIR/PLAN/PLAN.json        the results so far, see `experiments.results`
 
 The runner keeps no state of its own: what is done is what has a result.json. A stop (Ctrl-C, SIGTERM) lets every run
@@ -94,7 +94,7 @@ class Runner:
         returned: Path | None = None, stream: TextIO = sys.stderr, worker: Sequence[str] = WORKER,
     ):  # fmt: skip
         self._plan = plan
-        self._directory = workdir / plan.name
+        self._directory = workdir / (f"{plan.name}_tiny" if plan.is_tiny else plan.name)
         self._lock = WorkdirLock(self._directory)
         self._devices = list(devices)
         self._data = data
@@ -203,8 +203,9 @@ class Runner:
         return False
 
     def _collect(self) -> None:
-        """Brings the plan's results up to date, here and in the directory that is given back."""
-        found = [json.loads((job.directory / RESULT_FILE).read_text()) for job in self.jobs if job.is_done]
+        """Brings the plan's results up to date, here and in the directory that is given back: all that lie here."""
+        places = [path for arm in self._plan.arms for path in (self._directory / arm.name).glob(f"*/{RESULT_FILE}")]
+        found = [json.loads(path.read_text()) for path in places]
         path = self._directory / f"{self._plan.name}.json"
         results_lib.save(path, results_lib.results_of(self._plan, found))
         if self._returned is not None:
@@ -297,7 +298,12 @@ def _gpus() -> list[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name for name in given.split(",") if name]
-    return sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
+    try:
+        listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+        count = sum(line.startswith("GPU ") for line in listing.splitlines())
+    except (OSError, subprocess.CalledProcessError):
+        count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return [str(number) for number in range(count)]
 
 
 def _is_locked(directory: Path) -> bool:

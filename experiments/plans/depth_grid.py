@@ -25,8 +25,11 @@ PLAN = Plan(
     name="depth_grid",
     question="At equal parameters, does the depth stream gain more the deeper the model is?",
     arms=tuple(one for layers in _SHAPES for one in _arms(layers)),
-    comparisons=tuple((f"depth_ffn_{layers}", f"none_{layers}") for layers in _SHAPES)
-    + (("none_48", "none_24"), ("depth_ffn_48", "depth_ffn_24")),
+    comparisons=(
+        *((f"depth_ffn_{layers}", f"none_{layers}") for layers in _SHAPES),
+        ("none_48", "none_24"),
+        ("depth_ffn_48", "depth_ffn_24"),
+    ),
     seeds=(0, 1, 2),
     budget=one_epoch(),
     corpus=TECHNICAL_ENGLISH,
