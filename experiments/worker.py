@@ -28,12 +28,15 @@ from moda_jax.config import Config, TransformerConfig
 from moda_jax.data.cache import cache_directory
 from moda_jax.data.pipeline import validation_batches
 from moda_jax.data.token_store import open_tokens
+from moda_jax.data.tokenizer import load_tokenizer
 from moda_jax.inference import depth_probes
-from moda_jax.inference.load import LoadedRun, load_run, restore_params
+from moda_jax.inference.decode import inference_params
+from moda_jax.inference.load import LoadedRun, restore_params
 from moda_jax.model.accounting import param_count
 from moda_jax.training import runtime
 from moda_jax.training.checkpoint import newest_good_step
 from moda_jax.training.metrics import read_metrics
+from moda_jax.training.state import model_function
 from moda_jax.training.train_step import make_eval_step
 from moda_jax.training.trainer import TrainingRun
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY
@@ -81,7 +84,8 @@ def main() -> int:
     if order["probes"] and config.model.depth_slots:
         began = time.monotonic()
         batches = depth_probes.probe_batches(loaded, order["probe_tokens"])
-        probes = depth_probes.probe(dataclasses.replace(loaded, params=_cast(loaded)), batches)
+        loaded = dataclasses.replace(loaded, params=inference_params(loaded.params, config.model))
+        probes = depth_probes.probe(loaded, batches)
         _logger.info("probed in %.1f s", time.monotonic() - began)
     _write(directory / RESULT_FILE, result_of(directory, order, config, evaluation, probes))
     return 0
@@ -90,14 +94,8 @@ def main() -> int:
 def _load(directory: Path, config: Config) -> LoadedRun:
     """The run with float32 parameters, as training evaluates them: the compiled evaluation is training's."""
     step, _ = newest_good_step(directory / CHECKPOINT_DIRECTORY)
-    loaded = load_run(directory, step=step)
-    return dataclasses.replace(loaded, params=restore_params(directory / CHECKPOINT_DIRECTORY / str(step), config))
-
-
-def _cast(loaded: LoadedRun) -> Any:
-    from moda_jax.inference.decode import inference_params
-
-    return inference_params(loaded.params, loaded.config.model)
+    params = restore_params(directory / CHECKPOINT_DIRECTORY / str(step), config)
+    return LoadedRun(directory, config, model_function(config.model), params, load_tokenizer(config.data), step)
 
 
 def evaluate(run: LoadedRun, sets: dict[str, str]) -> dict[str, Any]:

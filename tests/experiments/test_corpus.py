@@ -61,7 +61,7 @@ def test_the_split_is_the_projects_own(prepared):
 
 
 def test_it_travels_as_one_file(prepared, tmp_path):
-    root, directory, _ = prepared
+    _, directory, _ = prepared
     archive = tmp_path / "corpus.tar.xz"
     corpus.pack(directory, archive)
     unpacked = corpus.unpack(archive, tmp_path / "there" / "corpus")
