@@ -9,6 +9,7 @@ from pathlib import Path
 SOURCES = ("json", "email", "logging")
 HELD_OUT = "unittest"
 _LINES = 60  # of a document
+_HELD_OUT_DOCUMENTS = 12
 
 
 def write_toy_corpus(directory: Path) -> Path:
@@ -18,8 +19,10 @@ def write_toy_corpus(directory: Path) -> Path:
         if path.is_file():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
+        records = [record for name in packages for record in _documents(name)]
+        records = records[:_HELD_OUT_DOCUMENTS] if folder == "held_out" else records
         temporary = path.with_suffix(".new")
-        temporary.write_text("".join(json.dumps(record) + "\n" for name in packages for record in _documents(name)))
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
         temporary.rename(path)
     return directory
 
