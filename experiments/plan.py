@@ -9,6 +9,7 @@ the same order, and every parameter that two arms share starts from the same bit
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -184,6 +185,16 @@ class Plan:
 
     def model(self, arm: Arm) -> TransformerConfig:
         """The arm's model."""
+        if arm.name not in self._models:
+            self._models[arm.name] = self._make_model(arm)
+        return self._models[arm.name]
+
+    @functools.cached_property
+    def _models(self) -> dict[str, TransformerConfig]:
+        """By arm, those that were asked for: a config file takes long to evaluate."""
+        return {}
+
+    def _make_model(self, arm: Arm) -> TransformerConfig:
         values = arm.config().to_dict()["model"]
         values |= {key.removeprefix("model."): value for key, value in arm.changes.items() if key.startswith("model.")}
         if self.is_tiny:

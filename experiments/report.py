@@ -3,7 +3,7 @@
     python -m experiments report PLAN [--from=FILE ...] [--output=DIR]
 
 reads experiments/results/PLAN.json, if it is there, and the files that are named, merges them, and writes PLAN.json,
-PLAN.md and PLAN.png.
+PLAN.md, PLAN.png, and PLAN_ARM_probes.png for each arm with depth slots.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments import results as results_lib
 from experiments.plan import Plan, load_plan
 from experiments.statistics import CONFIDENCE, POWER, PairedDifference, paired_difference
+from moda_jax.inference import depth_probes
 
 RESULTS = Path(__file__).parent / "results"
 VALIDATION = "validation"
@@ -61,6 +64,9 @@ def write(plan: Plan, files: Sequence[dict[str, Any]], output: Path) -> tuple[st
     text = markdown(plan, values)
     (output / f"{plan.name}.md").write_text(text, encoding="utf-8")
     draw(plan, values, output / f"{plan.name}.png")
+    for arm, probes in mean_probes(plan, values).items():
+        title = f"{plan.name}, {arm}: {probes['tokens']} targets, mean over the runs"
+        depth_probes.draw(probes, output / probes_picture(plan, arm), title=title)
     return text, values
 
 
@@ -80,7 +86,7 @@ def markdown(plan: Plan, values: dict[str, Any]) -> str:
         f"its half-width. Detectable: the true difference that such a plan shows with probability {POWER:.0%}. No "
         "correction is made for the number of comparisons.",
         comparisons_table(plan, values, VALIDATION),
-        *(_set_section(plan, values, name) for name in sets if name != VALIDATION),
+        _sets_section(plan, values, [name for name in sets if name != VALIDATION]),
         _probes_section(plan, values),
         "## What this is of",
         _conditions(plan, values),
@@ -107,6 +113,27 @@ def compare(plan: Plan, values: dict[str, Any], evaluation: str) -> dict[tuple[s
         for a, b in plan.comparisons
     }
     return {pair: difference for pair, difference in pairs.items() if difference is not None}
+
+
+def mean_probes(plan: Plan, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """arm -> the mean of its runs' probes, in the form of one."""
+    means = {}
+    for arm in plan.arms:
+        probes = [run["probes"] for run in values["runs"] if run["arm"] == arm.name and run["probes"]]
+        if probes:
+            first = probes[0]
+            losses = {name: st.fmean(p["losses"][name] for p in probes) for name in first["losses"]}
+            mass = np.mean([p["slot_mass"] for p in probes], axis=0).tolist()
+            means[arm.name] = first | {
+                "runs": len(probes), "losses": losses, "slot_mass": mass,
+                "depth_mass": st.fmean(p["depth_mass"] for p in probes),
+            }  # fmt: skip
+    return means
+
+
+def probes_picture(plan: Plan, arm: str) -> str:
+    """The name of the picture of an arm's probes."""
+    return f"{plan.name}_{arm}_probes.png"
 
 
 def arms_table(plan: Plan, values: dict[str, Any]) -> str:
@@ -149,36 +176,49 @@ def comparisons_table(plan: Plan, values: dict[str, Any], evaluation: str) -> st
     return _table(header, rows, left=1)
 
 
-def _set_section(plan: Plan, values: dict[str, Any], name: str) -> str:
-    targets = values["runs"][0]["evaluation"][name]["targets"]
-    return f"### On {name} ({targets} targets)\n\n{comparisons_table(plan, values, name)}"
+def _sets_section(plan: Plan, values: dict[str, Any], names: Sequence[str]) -> str:
+    """The comparisons on the validation split's sources and on what was held out, a column each."""
+    if not names:
+        return ""
+    targets = {name: values["runs"][0]["evaluation"][name]["targets"] for name in names}
+    compared = {name: compare(plan, values, name) for name in names}
+    rows = []
+    for pair in compare(plan, values, VALIDATION):
+        row = [f"`{pair[0]}` - `{pair[1]}`"]
+        for name in names:
+            d = compared[name][pair]
+            text = f"{d.mean:+.4f}" if d.interval is None else f"{d.mean:+.4f} +- {d.half_width:.4f}"
+            row.append(f"**{text}**" if d.verdict in ("lower", "higher") else text)
+        rows.append(row)
+    header = [
+        "comparison",
+        *(f"{name.removeprefix('validation/')} ({count / 1e6:.2f}M)" for name, count in targets.items()),
+    ]
+    return (
+        "### By source, and on documents held out\n\nMean difference and the interval's half-width; bold where it is "
+        f"shown. In brackets: predicted tokens.\n\n{_table(header, rows, left=1)}"
+    )
 
 
 def _probes_section(plan: Plan, values: dict[str, Any]) -> str:
     """Mean cost of each hiding by arm, and the mass on the depth part."""
-    probed = {
-        arm.name: [run["probes"] for run in values["runs"] if run["arm"] == arm.name and run["probes"]]
-        for arm in plan.arms
-    }
-    probed = {arm: probes for arm, probes in probed.items() if probes}
+    probed = mean_probes(plan, values)
     if not probed:
         return ""
-    names = list(dict.fromkeys(name for probes in probed.values() for name in probes[0]["losses"] if name != "none"))
+    names = list(dict.fromkeys(name for probes in probed.values() for name in probes["losses"] if name != "none"))
     header = ["hidden or kept", *(f"`{arm}`" for arm in probed)]
-    rows = [["(mass on the depth part)", *(f"{st.fmean(p['depth_mass'] for p in v):.3f}" for v in probed.values())]]
+    rows = [["(mass on the depth part)", *(f"{probes['depth_mass']:.3f}" for probes in probed.values())]]
     for name in names:
-        row = [name]
-        for probes in probed.values():
-            costs = [p["losses"][name] - p["losses"]["none"] for p in probes if name in p["losses"]]
-            row.append(f"{st.fmean(costs):+.4f}" if costs else _NO_VALUE)
-        rows.append(row)
-    counts = ", ".join(f"{len(probes)} of `{arm}`" for arm, probes in probed.items())
-    tokens = next(iter(probed.values()))[0]["tokens"]
+        costs = [p["losses"][name] - p["losses"]["none"] if name in p["losses"] else None for p in probed.values()]
+        rows.append([name, *(_NO_VALUE if cost is None else f"{cost:+.4f}" for cost in costs)])
+    counts = ", ".join(f"{probes['runs']} of `{arm}`" for arm, probes in probed.items())
+    tokens = next(iter(probed.values()))["tokens"]
+    pictures = "\n".join(f"![probes of {arm}]({probes_picture(plan, arm)})" for arm in probed)
     return (
         "## Depth probes\n\nWhat a trained run loses, in nats per token, when slots are hidden from every layer that "
         f"would read them; mean over the runs ({counts}), {tokens} targets of the validation split. `layer:N` hides "
         "what layer N wrote; `only last:N` leaves a layer its N newest slots. A run that was trained without those "
-        f"slots would do better than this.\n\n{_table(header, rows, left=1)}"
+        f"slots would do better than this.\n\n{_table(header, rows, left=1)}\n\n{pictures}"
     )
 
 
@@ -235,17 +275,15 @@ def draw(plan: Plan, values: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     curves, gaps, intervals = figure.subplots(1, 3)
     step_tokens = values["budget"]["batch_size"] * values["budget"]["sequence_length"] / 1e6
-    baseline = _mean_curve(values, plan.arms[0].name)
     for number, arm in enumerate(plan.arms):
         curve = _mean_curve(values, arm.name)
         if not curve:
             continue
         places = [step * step_tokens for step in curve]
         curves.plot(places, list(curve.values()), marker="o", markersize=3, color=f"C{number}", label=arm.name)
-        shared = [step for step in curve if step in baseline]
-        if arm.name != plan.arms[0].name and len(shared) == len(curve):
-            gap = [curve[step] - baseline[step] for step in shared]
-            gaps.plot(places, gap, marker="o", markersize=3, color=f"C{number}", label=arm.name)
+        gap = _mean_gap(values, arm.name, plan.arms[0].name)
+        if number and list(gap) == list(curve):
+            gaps.plot(places, list(gap.values()), marker="o", markersize=3, color=f"C{number}", label=arm.name)
     curves.set(xlabel="million tokens", ylabel="validation loss (nats per token)", title="mean over the seeds")
     gaps.set(xlabel="million tokens", ylabel=f"loss minus {plan.arms[0].name}'s", title="arms of equal steps")
     gaps.axhline(0, color="black", linewidth=1)
@@ -260,7 +298,7 @@ def draw(plan: Plan, values: dict[str, Any], path: Path) -> None:
     intervals.axvline(0, color="black", linewidth=1)
     intervals.set(
         xlabel="difference of the final validation loss",
-        title=f"paired, {CONFIDENCE:.0%} intervals (bars: seeds; grey: not shown)",
+        title=f"{CONFIDENCE:.0%} intervals (ticks: seeds; grey: not shown)",
     )
     for axes in (curves, gaps, intervals):
         axes.grid(alpha=0.3)
@@ -280,6 +318,18 @@ def _mean_curve(values: dict[str, Any], arm: str) -> dict[int, float]:
             for step, loss in run["validation_curve"]:
                 points.setdefault(step, []).append(loss)
     return {step: st.fmean(found) for step, found in sorted(points.items())}
+
+
+def _mean_gap(values: dict[str, Any], arm: str, baseline: str) -> dict[int, float]:
+    """step -> mean difference of the validation losses over the seeds that both arms have."""
+    curves = {(run["arm"], run["seed"]): dict(run["validation_curve"]) for run in values["runs"]}
+    gaps: dict[int, list[float]] = {}
+    for (name, seed), curve in curves.items():
+        if name == arm:
+            other = curves.get((baseline, seed), {})
+            for step in curve.keys() & other.keys():
+                gaps.setdefault(step, []).append(curve[step] - other[step])
+    return {step: st.fmean(found) for step, found in sorted(gaps.items())}
 
 
 def _minutes(run: dict[str, Any]) -> float | None:

@@ -14,6 +14,7 @@ cover 0: that is when |m| > h, so h is the smallest difference that this plan, a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Mapping
@@ -78,6 +79,7 @@ def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> PairedD
     return PairedDifference(seeds, differences, mean, deviation, quantile * error, detectable)
 
 
+@functools.cache
 def t_quantile(probability: float, degrees: int) -> float:
     """The quantile of Student's t distribution with `degrees` degrees of freedom."""
     return float(stats.t.ppf(probability, degrees))

@@ -162,6 +162,7 @@ def draw(values: dict[str, Any], path: Path, *, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state; slow to import
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     mass = np.asarray(values["slot_mass"])
     filled = mass > 0
@@ -172,6 +173,8 @@ def draw(values: dict[str, Any], path: Path, *, title: str) -> None:
     norm = LogNorm(max(1e-5, float(mass[filled].min(initial=1.0))), max(2e-5, float(mass.max())))
     drawn = top.imshow(shown, norm=norm, aspect="auto", interpolation="nearest", cmap="viridis")
     top.set(xlabel=f"slot (entries of a layer: {', '.join(values['kinds'])})", ylabel="reading layer", title=title)
+    top.xaxis.set_major_locator(MaxNLocator(integer=True))
+    top.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(drawn, ax=top, label="mean probability")
     names = [name for name in values["losses"] if name != "none"]
     costs = [values["losses"][name] - values["losses"]["none"] for name in names]

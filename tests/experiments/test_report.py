@@ -34,6 +34,7 @@ def run(arm, seed, loss):
         "validation_curve": [[20, loss + 1], [40, loss]], "curve": [[20, loss + 1]], "depth_mass": [],
         "probes": None if arm == "none" else {
             "tokens": 512, "depth_mass": 0.25, "losses": {"none": loss, "all": loss + 0.5, "layer:0": loss + 0.125},
+            "slot_mass": [[0.0, 0.0], [0.25, 0.0], [0.125, 0.125]], "kinds": ["attention"], "entries_per_layer": 1,
         },
         "environment": {
             "device": "cpu", "jax": "1", "flax": "2", "python": "3.12", "commit": "abc", "date": "2026-01-01"
@@ -62,7 +63,8 @@ def test_the_tables_say_what_was_shown(values):
         "commit abc",
         "not tuned",
         "`none_time`: 50 steps",
-        "### On held_out",
+        "### By source, and on documents held out",
+        "| **-0.0200 +- 0.0025** | **-0.0200 +- 0.0025** |",
     ):
         assert expected in text, expected
 
@@ -81,7 +83,8 @@ def test_report_merges_returns_and_writes_all_three(values, tmp_path, capsys):
     assert results.load(tmp_path / "out" / "table6.json") == values
     text = (tmp_path / "out" / "table6.md").read_text()
     assert text == report.markdown(PLAN, values) == capsys.readouterr().out[:-1]
-    assert (tmp_path / "out" / "table6.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("table6", "table6_depth_probes", "table6_depth_ffn_probes"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_results_yet(tmp_path, capsys):

@@ -50,6 +50,7 @@ def starts(workdir, arm, seed):
     return (workdir / "small" / arm / f"seed_{seed}" / "starts.txt").read_text().count("start")
 
 
+@pytest.mark.slow
 def test_killed_in_mid_plan_the_same_command_does_nothing_twice_and_loses_nothing(tmp_path, data):
     workdir = tmp_path / "work"
     first = start(workdir, data)

@@ -14,17 +14,29 @@ from pallas_kernels import moda_attention
 LAYERS, ROWS, TOKENS = 4, 2, 12
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["depth", "depth_ffn"])
-def model(request):
-    config = tiny_run_config(model={"num_layers": LAYERS, "depth_ffn_kv": request.param}).model
+@pytest.fixture(scope="module")
+def model():
+    config = tiny_run_config(model={"num_layers": LAYERS}).model
     function, params = random_model(config)
-    random = np.random.default_rng(0)
-    tokens = random.integers(0, 257, (ROWS, TOKENS)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, 257, (ROWS, TOKENS)).astype(np.int32)
     segment_ids = np.repeat([[0] * 7 + [1] * 5], ROWS, axis=0).astype(np.int32)
-    probe = jax.jit(
-        lambda choice: probed_hidden(function.module(params), tokens, segment_ids, None, choice), compiler_options=QUICK
-    )
-    return function.module(params), tokens, segment_ids, probe
+
+    def quick(of, *arguments):
+        return jax.jit(of, compiler_options=QUICK)(params, *arguments)
+
+    def probe(visible):
+        return quick(
+            lambda params, choice: probed_hidden(function.module(params), tokens, segment_ids, None, choice),
+            SlotChoice.of(visible),
+        )
+
+    def plain():
+        return quick(lambda params: function.hidden(params, tokens, segment_ids))
+
+    def walked(visible):
+        return quick(lambda params: by_hand(function.module(params), tokens, segment_ids, visible))
+
+    return config, probe, plain, walked
 
 
 def by_hand(module, tokens, segment_ids, visible):
@@ -33,48 +45,46 @@ def by_hand(module, tokens, segment_ids, visible):
     x = module.embedding(tokens)
     positions = default_positions(x)
     keys, values, masses = [], [], []
-    graph_layers = [jax.tree.map(lambda leaf, i=i: leaf[i], module.layers) for i in range(LAYERS - 1)]
-    for layer, block in enumerate([*graph_layers, module.last_layer]):
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], module.layers) for i in range(LAYERS - 1)]
+    for layer, block in enumerate([*layers, module.last_layer]):
         query, key, value = block.before(x, positions)
         seen = [slot for slot in range(len(keys)) if visible[layer, slot]]
-        depth = [jnp.stack([stack[s] for s in seen], axis=2) if seen else None for stack in (keys, values)]
+        depth = [jnp.stack([stack[slot] for slot in seen], axis=2) if seen else None for stack in (keys, values)]
         attended, lse = moda_attention(
             query, key, value, *depth, segment_ids=segment_ids, implementation="reference", return_lse=True
         )
-        mass = np.zeros(config.depth_slots)
-        for place, slot in enumerate(seen):
-            logits = np.einsum(
-                "btkgh,btkh->btkg", np.asarray(query).reshape(*tokens.shape, config.num_kv_heads, -1, config.head_dim),
-                np.asarray(depth[0][:, :, place]),
-            ) * config.head_dim**-0.5  # fmt: skip
-            mass[slot] = np.exp(logits.reshape(*tokens.shape, -1) - np.asarray(lse)).mean()
+        grouped = query.reshape(ROWS, TOKENS, config.num_kv_heads, -1, config.head_dim)
+        mass = jnp.zeros(config.depth_slots)
+        for slot in seen:
+            logits = jnp.einsum("btkgh,btkh->btkg", grouped, keys[slot]) * config.head_dim**-0.5
+            mass = mass.at[slot].set(jnp.exp(logits.reshape(ROWS, TOKENS, -1) - lse).mean())
         masses.append(mass)
         x, entries = block.after(x, key, value, attended, positions)
         for entry_key, entry_value in entries:
             keys.append(entry_key)
             values.append(entry_value)
-    return np.asarray(module.final_norm(x)), np.array(masses)
+    return module.final_norm(x), jnp.stack(masses)
 
 
 def test_with_every_slot_it_is_the_model(model):
-    module, tokens, segment_ids, probe = model
-    hidden, mass = probe(SlotChoice.of(filled_slots(module.config)))
-    expected = jax.jit(lambda: module.hidden(tokens, segment_ids), compiler_options=QUICK)()
-    np.testing.assert_allclose(hidden, expected, rtol=2e-5, atol=2e-5)
-    assert mass.shape == (LAYERS, module.config.depth_slots)
-    np.testing.assert_array_equal(np.asarray(mass) > 0, filled_slots(module.config))
+    config, probe, plain, _ = model
+    hidden, mass = probe(filled_slots(config))
+    np.testing.assert_allclose(hidden, plain(), rtol=2e-5, atol=2e-5)
+    assert mass.shape == (LAYERS, config.depth_slots)
+    np.testing.assert_array_equal(np.asarray(mass) > 0, filled_slots(config))
     assert float(depth_mass(mass)) == pytest.approx(np.asarray(mass)[1:].sum() / (LAYERS - 1), rel=1e-5)
 
 
 def test_hidden_slots_take_no_part(model):
-    module, tokens, segment_ids, probe = model
-    filled = filled_slots(module.config)
-    random = np.random.default_rng(1)
-    for visible in (filled & (random.random(filled.shape) < 0.5), np.zeros_like(filled)):
-        hidden, mass = probe(SlotChoice.of(visible))
-        expected, expected_mass = by_hand(module, tokens, segment_ids, visible)
-        np.testing.assert_allclose(hidden, expected, rtol=2e-4, atol=2e-5)
-        np.testing.assert_allclose(mass, expected_mass, rtol=1e-3, atol=1e-6)
+    config, probe, _, walked = model
+    filled = filled_slots(config)
+    visible = filled & (np.random.default_rng(1).random(filled.shape) < 0.6)
+    visible[1] = False  # a layer that reads nothing
+    assert 0 < visible[2].sum() < filled[2].sum() and 0 < visible[3].sum() < filled[3].sum()
+    hidden, mass = probe(visible)
+    expected, expected_mass = walked(visible)
+    np.testing.assert_allclose(hidden, expected, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(mass, expected_mass, rtol=1e-3, atol=1e-6)
 
 
 def test_who_wrote_a_slot():
