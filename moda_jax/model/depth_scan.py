@@ -7,7 +7,7 @@ buffer with its own `length`. The reverse loop therefore keeps that one buffer a
 1. hands layer l the gradient of the entries that it wrote (its slots, complete once all later layers are reversed),
 2. receives in place what layer l's read contributes to the slots of earlier layers.
 
-Per layer only what `remat` names is stored (DESIGN.md decision 3), never the buffer.
+Per layer only what `remat` names is stored, never the buffer.
 
 Two kinds of block:
 

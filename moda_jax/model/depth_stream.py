@@ -1,7 +1,7 @@
 """The depth stream: keys and values that the layers so far wrote, a fixed number of slots beside every token.
 
 A slot is one entry of one token. The buffer is allocated once per step; layers fill its slots in order and read the
-filled ones (paper section 3; DESIGN.md decision 3). Everything in it is per token: nothing here ever mixes two tokens.
+filled ones (paper section 3). Everything in it is per token: nothing here ever mixes two tokens.
 """
 
 from __future__ import annotations

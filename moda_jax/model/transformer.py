@@ -1,8 +1,7 @@
 """The decoder-only transformer: OLMo 2's block, with a depth mechanism in it.
 
 Axes: B batch, T tokens, D model width, V vocabulary, L layers. The first L-1 layers are stacked parameters under one
-loop; the last stands apart, because it writes nothing to the depth stream and has no extra projections (DESIGN.md
-decision 2).
+loop; the last stands apart, because it writes nothing to the depth stream and has no extra projections.
 """
 
 from __future__ import annotations
