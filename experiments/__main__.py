@@ -2,10 +2,12 @@
 
     python -m experiments PLAN [--devices=all] [--seeds=0,1] [--arms=none,depth] [--workdir=DIR] [--tokens=N] [--tiny]
                                [--data=FILE.tar.xz | --corpus=DIR [--tokenizer=FILE]] [--return=DIR]
+    python -m experiments speed PLAN [the same] [--steps=200] [--output=FILE]
     python -m experiments prepare PLAN --corpus=DIR --output=FILE.tar.xz [--tokenizer=FILE]
     python -m experiments report PLAN [--from=FILE ...] [--output=DIR]
 
-A run that is done is not done again; interrupted, the same command goes on. See docs/experiments.md.
+A run that is done is not done again; interrupted, the same command goes on. `speed` measures the tokens per second that
+arms of equal time are planned from. See docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -18,10 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import corpus as corpus_lib
-from experiments.plan import Plan, load_plan, plan_names
-
-RESULTS = Path(__file__).parent / "results"
-COMMANDS = ("prepare", "report")
+from experiments.plan import PLANS, Plan, load_plan, plan_names
+from experiments.runner import Runner, find_devices
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _prepare(arguments[1:])
         if arguments[:1] == ["report"]:
             return _report(arguments[1:])
+        if arguments[:1] == ["speed"]:
+            return _speed(arguments[1:])
         return _run(arguments)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -42,8 +44,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from experiments.runner import Runner, find_devices
+    flags = _run_flags().parse_args(arguments)
+    return _runner(_plan(flags), flags).run()
 
+
+def _speed(arguments: Sequence[str]) -> int:
+    """Short runs of every arm, and the record of their speeds."""
+    from experiments.results import load, write_json
+
+    parser = _run_flags()
+    parser.add_argument("--steps", type=int, default=200, help="of each run (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="default: experiments/plans/PLAN.json, which the plan reads")
+    flags = parser.parse_args(arguments)
+    runner = _runner(_plan(flags).speed_trial(flags.steps), flags)
+    code = runner.run()
+    runs = load(runner.results_file)["runs"]
+    if code == 0:
+        environment = runs[0]["environment"]
+        record = {
+            "tokens_per_second": {run["arm"]: run["tokens_per_second"] for run in runs},
+            **{name: environment[name] for name in ("device", "date", "commit", "jax")},
+            "how": f"median over the second half of {flags.steps} steps; {len(runner.devices)} runs side by side",
+        }
+        write_json(flags.output or PLANS / f"{flags.plan}.json", record)
+        print(record["tokens_per_second"])
+    return code
+
+
+def _run_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,12 +87,19 @@ def _run(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", type=Path, help="with --corpus: a tokenizer.json; default: one is trained")
     parser.add_argument("--return", dest="returned", type=Path, help="put the small results there, too")
     parser.add_argument("--commit", help="of this tree, where there is no git")
-    flags = parser.parse_args(arguments)
-    plan = chosen(load_plan(flags.plan), tiny=flags.tiny, tokens=flags.tokens, seeds=flags.seeds, arms=flags.arms)
+    return parser
+
+
+def _plan(flags: argparse.Namespace) -> Plan:
+    return chosen(load_plan(flags.plan), tiny=flags.tiny, tokens=flags.tokens, seeds=flags.seeds, arms=flags.arms)
+
+
+def _runner(plan: Plan, flags: argparse.Namespace) -> Runner:
+    """The runner of a plan, once the corpus is there."""
     devices = find_devices(flags.devices)
     workdir = flags.workdir.absolute()
     data = _data(plan, flags, workdir)
-    return Runner(plan, workdir, devices, data, commit=flags.commit, returned=flags.returned).run()
+    return Runner(plan, workdir, devices, data, commit=flags.commit, returned=flags.returned)
 
 
 def chosen(

@@ -120,7 +120,8 @@ class Plan:
         seeds: of the runs.
         budget, corpus: see there.
         learning_rate_note: how the learning rate was found.
-        probes: depth probes at the end of a run with a depth stream.
+        evaluates: every run ends with the losses on whole sets, and with what `probes` says.
+        probes: see there.
         speeds: {arm: tokens per second}, measured; None where no arm needs it. `speed_record` says on what.
         note: what a reader of the report must know besides.
         is_tiny: see `tiny`.
@@ -135,6 +136,7 @@ class Plan:
     budget: Budget
     corpus: Corpus
     learning_rate_note: str = ""
+    evaluates: bool = True
     probes: bool = True
     speeds: dict[str, float] | None = None
     speed_record: dict[str, Any] | None = None
@@ -248,6 +250,18 @@ class Plan:
         """What results must agree in to be of one plan: the budget and each arm's model and steps."""
         arms = {arm.name: {"steps": self.steps(arm), "model": dataclasses.asdict(self.model(arm))} for arm in self.arms}
         return {"budget": dataclasses.asdict(self.budget), "arms": arms, "tiny": self.is_tiny}
+
+    def speed_trial(self, steps: int) -> Plan:
+        """A plan that measures tokens per second: one short run of every arm that is not given another's time."""
+        arms = tuple(arm for arm in self.arms if arm.time_of is None)
+        budget = dataclasses.replace(
+            self.budget, steps=steps, warmup_steps=min(self.budget.warmup_steps, steps), evaluations=1,
+            evaluation_batches=1,
+        )  # fmt: skip
+        return dataclasses.replace(
+            self, name=f"{self.name}_speed", arms=arms, comparisons=(), seeds=self.seeds[:1], budget=budget,
+            speeds=None, speed_record=None, evaluates=False, probes=False,
+        )  # fmt: skip
 
     def tiny(self) -> Plan:
         """Every arm as a toy: two seeds, a few steps, a small vocabulary. The speeds are made up."""

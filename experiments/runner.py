@@ -96,7 +96,7 @@ class Runner:
         self._plan = plan
         self._directory = workdir / (f"{plan.name}_tiny" if plan.is_tiny else plan.name)
         self._lock = WorkdirLock(self._directory)
-        self._devices = list(devices)
+        self.devices = list(devices)
         self._data = data
         self._cache = workdir / "cache"
         self._commit = commit or _git_commit()
@@ -111,6 +111,11 @@ class Runner:
             for arm in sorted(plan.chosen_arms, key=plan.cost, reverse=True)
         ]
         self._corpus = corpus_lib.facts(data)
+
+    @property
+    def results_file(self) -> Path:
+        """Where the plan's results are kept."""
+        return self._directory / f"{self._plan.name}.json"
 
     def run(self) -> int:
         """Runs everything that is missing. Exit code: 0 all done, 1 some failed, 75 stopped."""
@@ -127,10 +132,10 @@ class Runner:
         self._collect()
         waiting = [job for job in self.jobs if not job.is_done]
         done = len(self.jobs) - len(waiting)
-        _logger.info("%s: %d runs, %d done before, on %s", self._plan.name, len(self.jobs), done, self._devices)
+        _logger.info("%s: %d runs, %d done before, on %s", self._plan.name, len(self.jobs), done, self.devices)
         running: list[Job] = []
         while running or (waiting and not self._stop_signals):
-            free = [device for device in self._devices if device not in {job.device for job in running}]
+            free = [device for device in self.devices if device not in {job.device for job in running}]
             for device in free if not self._stop_signals else ():
                 job = next((job for job in waiting if not _is_locked(job.directory)), None)
                 if job is None:
@@ -166,7 +171,7 @@ class Runner:
             "commit": self._commit,
             "evaluation": {
                 name: str(self._data / corpus_lib.EVALUATION / entry["directory"])
-                for name, entry in self._corpus["evaluation"].items()
+                for name, entry in (self._corpus["evaluation"].items() if self._plan.evaluates else ())
             },
             "probes": self._plan.probes,
             "probe_tokens": _TINY_PROBE_TOKENS if self._plan.is_tiny else _PROBE_TOKENS,
@@ -206,11 +211,10 @@ class Runner:
         """Brings the plan's results up to date, here and in the directory that is given back: all that lie here."""
         places = [path for arm in self._plan.arms for path in (self._directory / arm.name).glob(f"*/{RESULT_FILE}")]
         found = [json.loads(path.read_text()) for path in places]
-        path = self._directory / f"{self._plan.name}.json"
-        results_lib.save(path, results_lib.results_of(self._plan, found))
+        results_lib.save(self.results_file, results_lib.results_of(self._plan, found))
         if self._returned is not None:
             self._returned.mkdir(parents=True, exist_ok=True)
-            results_lib.copy(path, self._returned / path.name)
+            results_lib.copy(self.results_file, self._returned / self.results_file.name)
 
     def _stop(self, number: int, frame: object) -> None:
         """Passes a stop on. A second one ends the runs at once."""
@@ -251,7 +255,7 @@ class Runner:
         done = [job for job in self.jobs if job.is_done]
         failed = [job for job in self.jobs if job.failure]
         seconds = self._seconds_per_cost(done)
-        eta = duration(left * seconds / len(self._devices)) if seconds else "?"
+        eta = duration(left * seconds / len(self.devices)) if seconds else "?"
         lines.append(
             f"{self._plan.name}: {len(done)} done, {len(running)} running, {len(waiting)} waiting"
             + (f", {len(failed)} failed: {', '.join(job.name for job in failed)}" if failed else "")

@@ -77,11 +77,12 @@ def main() -> int:
     config = run.config
     del run  # and with it the optimizer's state on the device
     began = time.monotonic()
-    loaded = _load(directory, config)
-    evaluation = evaluate(loaded, order["evaluation"])
-    _logger.info("evaluated in %.1f s", time.monotonic() - began)
-    probes = None
-    if order["probes"] and config.model.depth_slots:
+    evaluation, probes = {}, None
+    if order["evaluation"]:
+        loaded = _load(directory, config)
+        evaluation = evaluate(loaded, order["evaluation"])
+        _logger.info("evaluated in %.1f s", time.monotonic() - began)
+    if order["probes"] and order["evaluation"] and config.model.depth_slots:
         began = time.monotonic()
         batches = depth_probes.probe_batches(loaded, order["probe_tokens"])
         loaded = dataclasses.replace(loaded, params=inference_params(loaded.params, config.model))

@@ -64,6 +64,16 @@ def test_an_arm_with_anothers_time_needs_measured_speeds():
         plan.steps(plan.arm("none_time"))
 
 
+def test_speeds_are_measured_by_short_runs_of_the_arms_themselves():
+    plan = load_plan("table6")
+    trial = plan.speed_trial(50)
+    assert [arm.name for arm in trial.arms] == ["none", "depth", "depth_ffn", "none_wide"]
+    for arm in trial.arms:
+        short, whole = (p.config(arm, 0, DATA, CACHE) for p in (trial, plan))
+        assert short.model == whole.model and short.train.batch_size == whole.train.batch_size
+        assert short.train.num_steps == 50
+
+
 def test_the_command_line_changes_a_plan():
     plan = load_plan("table6")
     changed = chosen(plan, tokens=327_680 * 10, seeds="7,2", arms="depth,none")
