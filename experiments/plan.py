@@ -120,8 +120,8 @@ class Plan:
         seeds: of the runs.
         budget, corpus: see there.
         learning_rate_note: how the learning rate was found.
-        evaluates: every run ends with the losses on whole sets, and with what `probes` says.
-        probes: see there.
+        evaluates: every run ends with the losses on whole sets.
+        probes: and one with a depth stream with depth probes.
         speeds: {arm: tokens per second}, measured; None where no arm needs it. `speed_record` says on what.
         note: what a reader of the report must know besides.
         is_tiny: see `tiny`.
