@@ -23,7 +23,7 @@ from moda_jax.inference.evaluation import (
 )
 from moda_jax.inference.load import load_run, read_run_config
 from moda_jax.training import runtime
-from moda_jax.training.console import run_command, user_errors
+from moda_jax.training.console import print_result, run_command, user_errors
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")
@@ -31,7 +31,7 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where the run's tokenizer.j
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for JSON and pictures.")
 _CONTEXT = flags.DEFINE_integer("context", None, "Tokens that the model reads; by default data.sequence_length.")
 _DATA = flags.DEFINE_multi_string("data", [], "NAME=PATH of a domain for perplexity.")
-_FEATURE = flags.DEFINE_string("feature", "text", "The text field of a .jsonl line.")
+_FEATURE = flags.DEFINE_string("feature", "text", "The text field of a JSON line, the column of a .parquet file.")
 _STRIDE = flags.DEFINE_integer("stride", None, "Predictions per window; by default half of the context.")
 _TASKS = flags.DEFINE_list("tasks", [], "Downstream tasks, separated by commas.")
 _TASK_DIR = flags.DEFINE_string("task-dir", None, "Directory with tasks of your own, as lm-eval's YAML files.")
@@ -53,20 +53,21 @@ def main() -> None:
             )
         domains = check_perplexity(_DATA.value, _FEATURE.value)
         runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
+        runtime.require_device()
         run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
         output, context = Path(_OUTPUT.value or run.workdir / "evaluation"), _CONTEXT.value
         if domains:
-            print(run_perplexity(run, domains, output, context=context, stride=_STRIDE.value), flush=True)
+            print_result(run_perplexity(run, domains, output, context=context, stride=_STRIDE.value))
         if _TASKS.value:
             table = run_tasks(
                 run, _TASKS.value, output, task_directory=_TASK_DIR.value, num_fewshot=_FEWSHOT.value,
                 limit=_LIMIT.value, context=context,
             )  # fmt: skip
-            print(table, flush=True)
+            print_result(table)
         if _MAPS.value:
-            print(run_attention_maps(run, domains, output, context=context), flush=True)
+            print_result(run_attention_maps(run, domains, output, context=context))
         if _PROBES.value:
-            print(run_depth_probes(run, output, tokens=_PROBE_TOKENS.value), flush=True)
+            print_result(run_depth_probes(run, output, tokens=_PROBE_TOKENS.value))
 
 
 if __name__ == "__main__":

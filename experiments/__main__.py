@@ -22,6 +22,7 @@ from pathlib import Path
 from experiments import corpus as corpus_lib
 from experiments.plan import PLANS, Plan, load_plan, plan_names
 from experiments.runner import Runner, find_devices
+from moda_jax.exit_codes import ExitCode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return ExitCode.USER_ERROR
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -59,7 +60,7 @@ def _speed(arguments: Sequence[str]) -> int:
     runner = _runner(_plan(flags).speed_trial(flags.steps), flags)
     code = runner.run()
     runs = load(runner.results_file)["runs"]
-    if code == 0:
+    if code == ExitCode.FINISHED:
         environment = runs[0]["environment"]
         record = {
             "tokens_per_second": {run["arm"]: run["tokens_per_second"] for run in runs},

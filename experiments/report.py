@@ -83,8 +83,8 @@ def markdown(plan: Plan, values: dict[str, Any]) -> str:
         "## Paired differences",
         f"First arm's loss minus the second one's, seed by seed (same batches, same initial values). Interval: "
         f"{CONFIDENCE:.0%}, Student's t. *Shown* is a difference whose interval does not cover 0: one larger than "
-        f"its half-width. Detectable: the true difference that such a plan shows with probability {POWER:.0%}. No "
-        "correction is made for the number of comparisons.",
+        f"its half-width. Detectable: the true difference that such a plan shows with probability {POWER:.0%}. Shown "
+        "among N: still so when all N comparisons together may err once in twenty plans (Bonferroni).",
         comparisons_table(plan, values, VALIDATION),
         _sets_section(plan, values, [name for name in sets if name != VALIDATION]),
         _probes_section(plan, values),
@@ -165,14 +165,15 @@ def arms_table(plan: Plan, values: dict[str, Any]) -> str:
 def comparisons_table(plan: Plan, values: dict[str, Any], evaluation: str) -> str:
     """A row per comparison."""
     header = ["comparison", "seeds", "difference", "sd", "95 % interval", "detectable", "the first arm's loss is"]
-    rows = []
-    for (a, b), d in compare(plan, values, evaluation).items():
+    rows, compared = [], compare(plan, values, evaluation)
+    header.append(f"shown among {len(compared)}")
+    for (a, b), d in compared.items():
         row = [f"`{a}` - `{b}`", str(len(d.seeds)), f"{d.mean:+.4f}"]
         if d.interval is None:
             row += [_NO_VALUE] * 3
         else:
             row += [f"{d.deviation:.4f}", f"{d.interval[0]:+.4f} .. {d.interval[1]:+.4f}", f"{d.detectable:.4f}"]
-        rows.append([*row, d.verdict])
+        rows.append([*row, d.verdict, "yes" if d.is_shown_among(len(compared)) else "no"])
     return _table(header, rows, left=1)
 
 
@@ -296,6 +297,10 @@ def draw(plan: Plan, values: dict[str, Any], path: Path) -> None:
     names = [f"{a} - {b}" for a, b in reversed(compared)]
     intervals.set_yticks(range(len(names)), names)
     intervals.axvline(0, color="black", linewidth=1)
+    sizes = sorted(abs(d.mean) for d in compared.values())
+    if sizes and sizes[-1] > 5 * sizes[len(sizes) // 2]:  # one large difference would hide the others
+        intervals.set_xscale("symlog", linthresh=2 * sizes[len(sizes) // 2])
+        intervals.tick_params(axis="x", labelrotation=45, labelsize=7)
     intervals.set(
         xlabel="difference of the final validation loss",
         title=f"{CONFIDENCE:.0%} intervals (ticks: seeds; grey: not shown)",

@@ -29,7 +29,8 @@ from typing import TextIO
 from experiments import corpus as corpus_lib
 from experiments import results as results_lib
 from experiments.plan import Arm, Plan
-from experiments.worker import EXIT_STOPPED, ORDER_FILE, RESULT_FILE
+from experiments.worker import ORDER_FILE, RESULT_FILE
+from moda_jax.exit_codes import ExitCode
 from moda_jax.training.console import duration, quantity
 from moda_jax.training.lock import LOCK_FILE, WorkdirLock
 from moda_jax.training.metrics import read_metrics
@@ -117,8 +118,8 @@ class Runner:
         """Where the plan's results are kept."""
         return self._directory / f"{self._plan.name}.json"
 
-    def run(self) -> int:
-        """Runs everything that is missing. Exit code: 0 all done, 1 some failed, 75 stopped."""
+    def run(self) -> ExitCode:
+        """Runs everything that is missing: FINISHED all done, CANNOT_GO_ON some failed, STOPPED."""
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._run()
@@ -127,7 +128,7 @@ class Runner:
                 signal.signal(number, handler)
             self._lock.release()
 
-    def _run(self) -> int:
+    def _run(self) -> ExitCode:
         self._cache.mkdir(parents=True, exist_ok=True)
         self._collect()
         waiting = [job for job in self.jobs if not job.is_done]
@@ -156,8 +157,8 @@ class Runner:
             _logger.error("failed: %s (%s), log %s", job.name, job.failure, job.directory / LOG_FILE)
         if missing:
             _logger.warning("stopped: %d runs are not finished; the same command goes on", len(missing))
-            return EXIT_STOPPED
-        return 1 if failed else 0
+            return ExitCode.STOPPED
+        return ExitCode.CANNOT_GO_ON if failed else ExitCode.FINISHED
 
     def _start(self, job: Job, device: str) -> None:
         job.directory.mkdir(parents=True, exist_ok=True)
@@ -195,10 +196,10 @@ class Runner:
         """Takes note of a process that has ended; whether the run is to be started again."""
         code, seconds = job.process.returncode, duration(time.monotonic() - job.began)
         job.device = ""
-        if code == 0 and job.is_done:
+        if code == ExitCode.FINISHED and job.is_done:
             _logger.info("done %s in %s", job.name, seconds)
             self._collect()
-        elif code == EXIT_STOPPED or self._stop_signals:
+        elif code == ExitCode.STOPPED or self._stop_signals:
             _logger.info("stopped %s after %s", job.name, seconds)
             return not self._stop_signals
         else:

@@ -45,6 +45,13 @@ class PairedDifference:
     half_width: float | None
     detectable: float | None
 
+    def is_shown_among(self, comparisons: int) -> bool:
+        """Whether it is still shown when the chance of a false one is shared out over so many (Bonferroni)."""
+        if self.deviation is None:
+            return False
+        quantile = t_quantile(1 - (1 - CONFIDENCE) / 2 / comparisons, len(self.seeds) - 1)
+        return abs(self.mean) > quantile * self.deviation / math.sqrt(len(self.seeds))
+
     @property
     def interval(self) -> tuple[float, float] | None:
         """(low, high); None with one seed."""

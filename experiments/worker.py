@@ -3,8 +3,7 @@
     python -m experiments.worker DIRECTORY
 
 DIRECTORY is the run's (an ordinary one) and holds order.json, see `experiments.runner`. Whatever of the work is done
-already is not done again. Exit code 0: result.json is written; 75: stopped and saved, run again; 2: a mistake that
-another try would meet again; anything else: failed.
+already is not done again. The exit code is as train.py's: FINISHED says that result.json is written.
 """
 
 from __future__ import annotations
@@ -29,13 +28,16 @@ from moda_jax.data.cache import cache_directory
 from moda_jax.data.pipeline import validation_batches
 from moda_jax.data.token_store import open_tokens
 from moda_jax.data.tokenizer import load_tokenizer
+from moda_jax.exit_codes import ExitCode
 from moda_jax.inference import depth_probes
 from moda_jax.inference.decode import inference_params
 from moda_jax.inference.load import LoadedRun, restore_params
 from moda_jax.model.accounting import param_count
 from moda_jax.training import runtime
 from moda_jax.training.checkpoint import newest_good_step
+from moda_jax.training.console import user_errors
 from moda_jax.training.metrics import read_metrics
+from moda_jax.training.signals import stops_before_training
 from moda_jax.training.state import model_function
 from moda_jax.training.train_step import make_eval_step
 from moda_jax.training.trainer import TrainingRun
@@ -44,7 +46,6 @@ from moda_jax.training.workdir import CHECKPOINT_DIRECTORY
 ORDER_FILE = "order.json"
 TRAINING_FILE = "training.json"
 RESULT_FILE = "result.json"
-EXIT_STOPPED = 75
 _RECORDED_VERSIONS = ("jax", "jaxlib", "flax", "optax")
 _VALIDATION = "validation/"
 
@@ -57,18 +58,16 @@ def main() -> int:
     logging.getLogger("moda_jax").setLevel(logging.INFO)
     directory = Path(sys.argv[1])
     order = json.loads((directory / ORDER_FILE).read_text())
-    try:
+    with user_errors(), stops_before_training():
         config = Config.from_dict(order["config"])
         runtime.prepare(cache_directory(config.data), deterministic=config.train.deterministic)
+        runtime.require_device()
         run = TrainingRun(config, directory)
-    except (ValueError, NotImplementedError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
     if not run.is_finished:
         began = time.monotonic()
         result = run.train()
-        if result.step < result.num_steps:
-            return EXIT_STOPPED
+        if result.exit_code != ExitCode.FINISHED:
+            return result.exit_code
         memory = jax.devices()[0].memory_stats() or {}
         _write(directory / TRAINING_FILE, {
             "peak_bytes": memory.get("peak_bytes_in_use"), "seconds": time.monotonic() - began,
@@ -89,7 +88,7 @@ def main() -> int:
         probes = depth_probes.probe(loaded, batches)
         _logger.info("probed in %.1f s", time.monotonic() - began)
     _write(directory / RESULT_FILE, result_of(directory, order, config, evaluation, probes))
-    return 0
+    return ExitCode.FINISHED
 
 
 def _load(directory: Path, config: Config) -> LoadedRun:

@@ -8,6 +8,7 @@ only.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -22,6 +23,10 @@ LAYER_LOOPS = ("scan", "unroll")
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
 FAULT_POLICIES = ("fail", "skip")
+# A URL, or one of remote storage after `Path` took a slash from it; a data source's kind may stand before.
+_REMOTE = re.compile(
+    r"(tfds:|tokens:)?([A-Za-z][A-Za-z0-9+.-]*://|(gs|gcs|s3[an]?|hdfs|viewfs|abfss?|wasbs?|az|adl|oss|https?|hf):/)"
+)
 LARGEST_INT = 2**31 - 1  # what a device counts with; also keeps sizes that no machine has away from JAX
 
 
@@ -29,6 +34,38 @@ def _require(condition: bool, field: str, came: Any, expected: str) -> None:
     """Raises the ValueError that every bad field gets: its name, what came, what was expected."""
     if not condition:
         raise ValueError(f"{field}={came!r}: expected {expected}")
+
+
+def check_local(name: str, place: str) -> None:
+    """Checks that a place is one of this machine's file system: nothing here reads or writes remote storage.
+
+    Args:
+        name: of the field or flag, for the message.
+        place: as the user wrote it; a prefix that names the kind of a data source ("tfds:") may stand before it.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    if _REMOTE.match(str(place)):
+        raise ValueError(
+            f"{name}={str(place)!r}: is remote, and only local paths are read and written; mount it as a folder (as "
+            "gcsfuse, s3fs or an NFS client do), or copy it, and name that folder"
+        )
+
+
+def check_text(text: str, field: str) -> None:
+    """Checks that a string from a command line is text.
+
+    Raises:
+        ValueError: it came as bytes that are not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # Python keeps such bytes as halves of surrogate pairs
+        raise ValueError(
+            f"{field}={text[:40]!r}: expected UTF-8; character {error.start} is none. A shell or file in another "
+            "encoding has to be converted"
+        ) from error
 
 
 def _require_positive(section: str, config: Any, *fields: str) -> None:
@@ -131,13 +168,17 @@ class DataConfig:
     """Where the text comes from and how it becomes rows of tokens.
 
     Attributes:
-        source: "python_stdlib" (built in); a directory of .txt, .jsonl and .jsonl.gz files; or "tfds:NAME[:VERSION]" or
-            "tfds:DIRECTORY", a TFDS dataset that is prepared as array_record; or "tokens:DIRECTORY", splits `train` and
-            `validation` as the cache holds them, tokenised elsewhere.
-        feature: the text or token feature of a TFDS dataset, the text field of a .jsonl line.
+        source: "python_stdlib" (built in); a directory of .txt, .md, .jsonl, .json (lines) and .parquet files, .jsonl
+            and .json also as .gz; one such file; or "tfds:NAME[:VERSION]" or "tfds:DIRECTORY", a TFDS dataset that is
+            prepared as array_record; or "tokens:DIRECTORY", splits `train` and `validation` as the cache holds
+            them, tokenised elsewhere.
+        feature: the text or token feature of a TFDS dataset, the text field of a JSON line, the column of a .parquet.
         train_split, validation_split: names of a TFDS dataset's splits; other sources are split by a hash of the
-            document's name (its path; for .jsonl also the line).
-        validation_fraction: share of the documents that the hash of their names sends to validation.
+            document's name (its path; where a file holds several also the number of the line, row or part). A source of
+            one .txt or .md file is split by position.
+        validation_fraction: share of the documents that the hash of their names sends to validation; of one text file
+            the share at its end.
+        document_separator: parts a .txt or .md file into documents; None: a file is one.
         tokenizer: "bytes", or the path of a Hugging Face tokenizer.json.
         end_of_text: the tokenizer.json's token that ends a document; None: the first that is known of
             "<|endoftext|>", "</s>", "<eos>".
@@ -158,6 +199,7 @@ class DataConfig:
     train_split: str = "train"
     validation_split: str = "validation"
     validation_fraction: float = 0.05
+    document_separator: str | None = None
     tokenizer: str = "bytes"
     end_of_text: str | None = None
     sequence_length: int = 512
@@ -181,7 +223,17 @@ class DataConfig:
             "at most 2**30 (a record holds less than 2 GiB)",
         )  # fmt: skip
         _require(bool(self.source), "data.source", self.source, "a built-in name, a directory or tfds:...")
+        for field in ("end_of_text", "document_separator"):
+            check_text(getattr(self, field) or "", f"data.{field}")
+        separator = self.document_separator
+        _require(separator != "", "data.document_separator", separator, "text that stands between documents, or None")
+        _require(
+            separator is None or not (self.source == "python_stdlib" or self.source.startswith("tfds:")),
+            "data.document_separator", separator, f"None with data.source={self.source!r}, which has documents",
+        )  # fmt: skip
         _require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or the path of a tokenizer.json')
+        for field in ("source", "tokenizer", "cache_dir"):
+            check_local(f"data.{field}", getattr(self, field) or "")
         _require(
             0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "a share in (0, 1)"
         )
@@ -237,6 +289,8 @@ class TrainConfig:
         loss_spike_deviations: a loss so many (robust) standard deviations above the median of the last steps counts as
             a spike in the metrics; 0: none does.
         watchdog_seconds: when no step was done for so long, every thread's stack goes to stderr; 0: never.
+        peer_timeout_seconds: of a run of many processes: so long after one was lost (it died, or gave no sign of life)
+            the others have ended.
         deterministic: on a GPU, take only operations of XLA that give the same bits every time (the kernels always do).
             False lets XLA choose among all of them.
     """
@@ -252,15 +306,20 @@ class TrainConfig:
     max_skipped_in_a_row: int = 10
     loss_spike_deviations: float = 6.0
     watchdog_seconds: float = 600.0
+    peer_timeout_seconds: float = 30.0
     deterministic: bool = True
 
     def __post_init__(self) -> None:
         _check_types("train", self)
         _require_positive("train", self, "num_steps", "batch_size", "accumulation_steps", "log_interval_steps")
+        _require(
+            self.peer_timeout_seconds >= 10, "train.peer_timeout_seconds", self.peer_timeout_seconds, "at least 10"
+        )
         _require_not_negative(
             "train", self, "seed", "z_loss", "sample_tokens", "max_skipped_in_a_row", "loss_spike_deviations",
             "watchdog_seconds",
         )  # fmt: skip
+        check_text(self.sample_prompt, "train.sample_prompt")
         _require(
             self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
             f"a divisor of train.batch_size={self.batch_size}",

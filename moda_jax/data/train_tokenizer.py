@@ -1,6 +1,6 @@
 """Trains a byte-level BPE on the train split of a text source and writes a Hugging Face tokenizer.json.
 
-python -m moda_jax.data.tokenizer train --vocab-size=8192 --output=tokenizer.json [--source=python_stdlib]
+    python -m moda_jax.data.tokenizer train --vocab-size=8192 --output=tokenizer.json [--source=python_stdlib]
 
 Byte-level: every byte is in the vocabulary, so any text can be encoded and nothing is unknown. The token
 "<|endoftext|>" ends documents.
@@ -9,17 +9,21 @@ Byte-level: every byte is in the vocabulary, so any text can be encoded and noth
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
-from tqdm import tqdm
 
-from moda_jax.config import DataConfig
+from moda_jax.config import DataConfig, check_local
 from moda_jax.data.sources import find_split
 from moda_jax.data.token_store import DocumentSource
 from moda_jax.data.tokenizer import END_OF_TEXT_NAMES, HuggingFaceTokenizer
+from moda_jax.paths import expand_home
+from moda_jax.progress import progress_bar
+
+_logger = logging.getLogger(__name__)
 
 _MIN_VOCAB_SIZE = 257  # the bytes and the end-of-text token
 
@@ -40,7 +44,7 @@ def train_bpe(config: DataConfig, vocab_size: int, output: str | Path) -> Huggin
     """
     if vocab_size < _MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size={vocab_size}: expected at least {_MIN_VOCAB_SIZE}, the bytes and end-of-text")
-    output = Path(output).expanduser()
+    output = expand_home(output, "output")
     if not output.parent.is_dir():
         raise ValueError(f"output={str(output)!r}: there is no directory {str(output.parent)!r}")
     source = find_split(config, "train")
@@ -80,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--cache-dir", default=defaults.cache_dir, help="as data.cache_dir (default: the user's)")
     flags = parser.parse_args(arguments)
     try:
+        check_local("--output", flags.output)
         config = DataConfig(source=flags.source, feature=flags.feature, cache_dir=flags.cache_dir)
         tokenizer = train_bpe(config, flags.vocab_size, flags.output)
     except ValueError as error:
@@ -89,5 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _texts(documents: DocumentSource, name: str) -> Iterator[str]:
-    for index in tqdm(range(len(documents)), unit=" documents", desc=f"Reading {name}"):
-        yield documents[index].decode("utf-8", "replace")
+    """The documents that are text; says how many are not."""
+    passed_over = 0
+    for index in progress_bar(range(len(documents)), unit=" documents", desc=f"Reading {name}"):
+        try:
+            yield documents[index].decode("utf-8")
+        except UnicodeDecodeError:
+            passed_over += 1
+    if passed_over:
+        _logger.warning("%s: %d documents are not UTF-8 and were passed over", name, passed_over)

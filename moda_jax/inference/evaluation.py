@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from moda_jax.data.pipeline import open_dataset
 from moda_jax.inference import attention_maps as maps_lib
 from moda_jax.inference import depth_probes
 from moda_jax.inference import perplexity as perplexity_lib
 from moda_jax.inference.load import LoadedRun
+from moda_jax.progress import progress_bar
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def run_perplexity(
 ) -> str:
     """Evaluates, writes perplexity.json, and returns the table. Arguments as in `perplexity.evaluate_domains`."""
     context, stride = perplexity_lib.checked_windows(run, context, stride)
-    with tqdm(desc="Perplexity", unit=" tokens", unit_scale=True) as bar:
+    with progress_bar(desc="Perplexity", unit=" tokens", unit_scale=True) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -88,7 +88,10 @@ def run_tasks(
     model = harness.HarnessModel(run, context)
     results = harness.run_tasks(model, tasks, manager, num_fewshot=num_fewshot, limit=limit)
     kept = {key: results[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in results}
-    _write(output / TASKS_FILE, _header(run) | {"context": context, "limit": limit} | kept)
+    _write(
+        output / TASKS_FILE,
+        _header(run) | {"context": context, "limit": limit, "cuts": dataclasses.asdict(model.cuts)} | kept,
+    )
     return harness.format_results(results)
 
 
@@ -133,7 +136,7 @@ def run_depth_probes(run: LoadedRun, output: Path, *, tokens: int = depth_probes
     """
     rules = depth_probes.hidings(run.config.model)
     batches = depth_probes.probe_batches(run, tokens)
-    with tqdm(desc="Depth probes", total=len(rules) * len(batches)) as bar:
+    with progress_bar(desc="Depth probes", total=len(rules) * len(batches)) as bar:
         values = depth_probes.probe(run, batches, rules, progress=bar.update)
     _write(output / depth_probes.PROBES_FILE, _header(run) | values)
     picture = output / depth_probes.PICTURE_FILE

@@ -30,7 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from moda_jax.config import CheckpointConfig
+from moda_jax.config import CheckpointConfig, check_local
 from moda_jax.training.checksums import MANIFEST_FILE, find_damage, flush, total_bytes, write_manifest
 from moda_jax.training.faults import RunStoppedError
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY
@@ -336,6 +336,7 @@ def verify(workdir: Path) -> tuple[str, bool]:
     Raises:
         ValueError: no such run.
     """
+    check_local("workdir", str(workdir))
     directory = workdir / CHECKPOINT_DIRECTORY
     if not directory.is_dir():
         raise ValueError(f"workdir={str(workdir)!r}: holds no {CHECKPOINT_DIRECTORY}/")

@@ -1,5 +1,6 @@
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,11 @@ def values():
 
 def test_the_tables_say_what_was_shown(values):
     text = report.markdown(PLAN, values)
-    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    lines = {row.split("|")[1].strip(): row for row in reversed(rows)}  # of two the first
     shown = lines["`depth_ffn` - `none`"]
-    assert "-0.0200" in shown and shown.endswith("| lower |")
-    assert lines["`depth` - `none`"].endswith("| not shown |")
+    assert "-0.0200" in shown and "| lower |" in shown
+    assert lines["`depth` - `none`"].endswith("| not shown | no |")
     assert "2.0667 (0.2082)" in lines["`none`"] and "3.0667" in lines["`none`"]
     assert "+0.5000 | +0.5000" in lines["all"]
     assert "`none_time` - " not in text  # no run, no row
@@ -71,7 +73,7 @@ def test_the_tables_say_what_was_shown(values):
 
 def test_a_single_seed_has_no_interval(values):
     one = values | {"runs": [r for r in values["runs"] if r["seed"] == 0]}
-    assert "| -0.0190 | - | - | - | one seed |" in report.comparisons_table(PLAN, one, "validation")
+    assert "| -0.0190 | - | - | - | one seed | no |" in report.comparisons_table(PLAN, one, "validation")
 
 
 def test_report_merges_returns_and_writes_all_three(values, tmp_path, capsys):
@@ -100,3 +102,14 @@ def test_the_committed_table_is_that_of_the_committed_results(name, tmp_path):
     main(["report", name, f"--output={tmp_path}"])
     committed = {suffix: (report.RESULTS / f"{name}{suffix}").read_text() for suffix in (".md", ".json")}
     assert {suffix: (Path(tmp_path) / f"{name}{suffix}").read_text() for suffix in (".md", ".json")} == committed
+
+
+def test_readme_quotes_the_committed_results():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    plan, committed = load_plan("table6"), results.load(report.RESULTS / "table6.json")
+    for arm in plan.arms:
+        loss = statistics.fmean(report.losses(committed, arm.name, "validation").values())
+        assert f"| {loss:.4f} |" in readme, arm.name
+    for (a, b), d in report.compare(plan, committed, "validation").items():
+        if b == "none" or a == "depth_ffn":
+            assert f"{d.mean:+.4f} ± {d.half_width:.4f}" in readme or (a, b) == ("depth_ffn", "depth"), (a, b)

@@ -38,6 +38,14 @@ def test_a_difference_is_shown_when_the_interval_does_not_cover_0(sign, verdict)
     assert d.verdict == verdict
 
 
+def test_a_difference_that_is_shown_alone_may_not_be_shown_among_many():
+    d = paired_difference({0: -0.1, 1: -0.2, 2: -0.15, 3: -0.1}, dict.fromkeys(range(4), 0.0))
+    assert d.verdict == "lower" and d.is_shown_among(1)
+    # t = mean / (sd / 2) = 5.745; t(1 - 0.025 / n, 3) is 4.857 for n = 3 and 5.84 for n = 5
+    assert d.is_shown_among(3) and not d.is_shown_among(5)
+    assert not paired_difference({0: -1.0}, {0: 0.0}).is_shown_among(1)
+
+
 def test_one_seed_has_no_interval_and_no_seed_no_difference():
     one = paired_difference({3: 1.0}, {3: 1.5})
     assert (one.mean, one.deviation, one.half_width, one.detectable, one.interval) == (-0.5, None, None, None, None)
