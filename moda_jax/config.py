@@ -170,7 +170,8 @@ class DataConfig:
     Attributes:
         source: "python_stdlib" (built in); a directory of .txt, .md, .jsonl, .json (lines) and .parquet files, .jsonl
             and .json also as .gz; one such file; or "tfds:NAME[:VERSION]" or "tfds:DIRECTORY", a TFDS dataset that is
-            prepared as array_record.
+            prepared as array_record; or "tokens:DIRECTORY", splits `train` and `validation` as the cache holds
+            them, tokenised elsewhere.
         feature: the text or token feature of a TFDS dataset, the text field of a JSON line, the column of a .parquet.
         train_split, validation_split: names of a TFDS dataset's splits; other sources are split by a hash of the
             document's name (its path; where a file holds several also the number of the line, row or part). A source of
@@ -332,10 +333,13 @@ class EvalConfig:
     Attributes:
         interval_steps: evaluate every so many steps, and at the end; 0: never.
         num_batches: batches of `train.batch_size` rows per evaluation, spread evenly over the split; 0: all of it.
+        depth_mass: for a model with a depth stream, an evaluation also logs the attention's mass on the depth slots
+            over one micro-batch (mean over tokens, heads and the layers that see a slot); on one device only.
     """
 
     interval_steps: int = 500
     num_batches: int = 16
+    depth_mass: bool = True
 
     def __post_init__(self) -> None:
         _check_types("eval", self)

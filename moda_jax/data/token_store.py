@@ -111,7 +111,30 @@ def prepare_tokens(
     skipped = SkippedDocuments(DataConfig()) if skipped is None else skipped
     prepare_once(directory, lambda new: _write(new, open_documents(), tokenizer, name, skipped), f"Tokens of {name}")
     log_skipped(name, directory, read_skipped(directory))
-    meta = json.loads((directory / "meta.json").read_text())
+    return _map(directory, json.loads((directory / "meta.json").read_text()), name)
+
+
+def open_tokens(directory: Path, tokenizer: Tokenizer) -> TokenDataset:
+    """Opens a split that `prepare_tokens` made, maybe on another machine.
+
+    Raises:
+        ValueError: no such directory, it holds something else, or another tokenizer made the tokens.
+    """
+    directory = directory.expanduser()
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.source: {directory} holds no prepared tokens ({error})") from error
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise ValueError(
+            f"data.tokenizer: is not the tokenizer that made the tokens in {directory} ({tokenizer.fingerprint}, "
+            f"theirs is {meta['tokenizer']})"
+        )
+    return _map(directory, meta, meta["name"])
+
+
+def _map(directory: Path, meta: dict, name: str) -> TokenDataset:
+    """The arrays of a finished directory."""
     losses = Losses(**meta.get("losses", {}))
     if losses != Losses():
         _logger.warning("%s: the tokenizer lost text: %s (of %d tokens)", name, losses, meta["num_tokens"])

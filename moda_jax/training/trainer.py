@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import io
+import itertools
 import logging
 import math
 import time
@@ -316,12 +317,17 @@ class TrainingRun:
         batches = self._components.validation_batches()
         place = self._distribution.place
         loss_sum, num_targets = 0.0, 0.0
+        values = {}
+        if self._components.depth_mass is not None:
+            batch = next(batches)
+            batches = itertools.chain([batch], batches)
+            values["depth_mass"] = float(self._components.depth_mass(self._state.params, batch))
         for sums in _one_late(self._components.eval_step(self._state.params, place(batch)) for batch in batches):
             self._watchdog.beat()
             loss_sum, num_targets = loss_sum + float(sums.loss), num_targets + float(sums.num_targets)
         loss = loss_sum / max(num_targets, 1.0)
         _logger.info("step %d: validation loss %.4f nats per %s", step, loss, self._unit)
-        return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
+        return {"validation_loss": loss, "validation_perplexity": perplexity(loss), **values}
 
     def _save(self) -> None:
         self._metrics.sync()
