@@ -93,7 +93,8 @@ def test_what_the_function_and_the_data_depend_on_may_not_change():
         if not may_change(f"{section}.{key}")
     }  # fmt: skip
     assert {field for field in fixed if not field.startswith(("model.", "optimizer."))} == {
-        "data.document_separator", "data.feature", "data.train_split", "data.validation_split", "data.validation_fraction",
+        "data.document_separator", "data.feature", "data.train_split", "data.validation_split",
+        "data.validation_fraction",
         "data.sequence_length", "data.shuffle", "data.on_damage", "data.on_invalid_utf8", "data.max_document_bytes",
         "train.batch_size", "train.seed", "train.z_loss",
     }  # fmt: skip
