@@ -1,9 +1,11 @@
 """A split as one flat array of tokens on disk, made once and memory-mapped: any row of any length at any time.
 
-tokens.npy   [N] uint16 when the vocabulary fits, else uint32: every document's tokens, then its end-of-text
-offsets.npy  [documents + 1] int64: document d is tokens[offsets[d]:offsets[d + 1]]
-meta.json    counts and the fingerprint
-skipped.jsonl  documents that were left out, by name; no such file: none was
+The directory of a split holds:
+
+    tokens.npy     [N] uint16 when the vocabulary fits, else uint32: every document's tokens, then its end-of-text
+    offsets.npy    [documents + 1] int64: document d is tokens[offsets[d]:offsets[d + 1]]
+    meta.json      counts and the fingerprint
+    skipped.jsonl  documents that were left out, by name; no such file: none was
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trains a byte-level BPE on the train split of a text source and writes a Hugging Face tokenizer.json.
 
-python -m moda_jax.data.tokenizer train --vocab-size=8192 --output=tokenizer.json [--source=python_stdlib]
+    python -m moda_jax.data.tokenizer train --vocab-size=8192 --output=tokenizer.json [--source=python_stdlib]
 
 Byte-level: every byte is in the vocabulary, so any text can be encoded and nothing is unknown. The token
 "<|endoftext|>" ends documents.

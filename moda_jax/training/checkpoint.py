@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moda_jax.config import CheckpointConfig, check_local
+from moda_jax.training import event_loops
 from moda_jax.training.checksums import MANIFEST_FILE, find_damage, flush, total_bytes, write_manifest
 from moda_jax.training.faults import RunStoppedError
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY
@@ -148,6 +149,7 @@ class Checkpoints:
                 self._remove_leftovers()
         except OSError as error:
             raise CheckpointError(f"{self._directory}: cannot be written ({error})") from error
+        event_loops.install()
         self._checkpointer = _new_checkpointer()
         self._committer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="commit checkpoint")
 

@@ -1,6 +1,8 @@
 """Several runs side by side: their loss curves on one plot, and a table of their final values.
 
-python -m moda_jax.training.metrics compare RUN RUN ... [--output=comparison.png]
+Runs as a command too:
+
+    python -m moda_jax.training.metrics compare RUN RUN ... [--output=comparison.png]
 """
 
 from __future__ import annotations

@@ -1,10 +1,14 @@
 """A step that stopped the run, kept so that one command does it again and names what is not finite.
 
-<workdir>/faults/<step>/batch.npz       the batch, one array per field of `Batch`
-<workdir>/faults/<step>/fault.json      step, loss, gradient norm, the tensors that are not finite
-<workdir>/faults/<step>/checkpoints/    the state that met the batch
+What is kept:
 
-python -m moda_jax.training.replay WORKDIR/faults/STEP
+    <workdir>/faults/<step>/batch.npz       the batch, one array per field of `Batch`
+    <workdir>/faults/<step>/fault.json      step, loss, gradient norm, the tensors that are not finite
+    <workdir>/faults/<step>/checkpoints/    the state that met the batch
+
+The command:
+
+    python -m moda_jax.training.replay WORKDIR/faults/STEP
 """
 
 from __future__ import annotations
