@@ -11,7 +11,6 @@ save and end; killed outright, its runs do so by themselves. The same command th
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import fcntl
 import json
@@ -46,7 +45,6 @@ LIVE_SECONDS = 1.0
 _PROBE_TOKENS = 2**17
 _TINY_PROBE_TOKENS = 2**9
 _LOG_LINES = 12  # of a failed run, in the runner's own log
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass
@@ -84,7 +82,8 @@ class Runner:
         commit: of the tree, for the results; None: asked of git.
         returned: a directory that gets the small results, beside the plan's own.
         stream: where the table goes.
-        worker: the program that does one run, as Python's arguments before the run's directory.
+        worker: the program that does one run, as Python's arguments; the run's directory and this process's
+            id are added.
 
     Raises:
         ValueError: another runner works here; or the directory holds results of another budget.
@@ -185,8 +184,8 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = device
         with (job.directory / LOG_FILE).open("ab") as log:
             job.process = subprocess.Popen(
-                [sys.executable, *self._worker, str(job.directory)], env=environment,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent,
+                [sys.executable, *self._worker, str(job.directory), str(os.getpid())], env=environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 cwd=Path(__file__).parents[1],
             )  # fmt: skip
         job.device, job.began = device, time.monotonic()
@@ -321,11 +320,6 @@ def _is_locked(directory: Path) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def _die_with_parent() -> None:
-    """In the child: a SIGTERM when the runner is gone, however it went."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _git_commit() -> str:

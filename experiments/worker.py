@@ -1,9 +1,10 @@
 """One run of a plan in a process of its own: train, evaluate, probe, write result.json.
 
-    python -m experiments.worker DIRECTORY
+    python -m experiments.worker DIRECTORY [PARENT]
 
 DIRECTORY is the run's (an ordinary one) and holds order.json, see `experiments.runner`. Whatever of the work is done
-already is not done again. The exit code is as train.py's: FINISHED says that result.json is written.
+already is not done again. PARENT is the process to end with, see `experiments.lifeline`. The exit code is train.py's:
+FINISHED says that result.json is written.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 
+from experiments.lifeline import end_with
 from moda_jax.config import Config, TransformerConfig
 from moda_jax.data.cache import cache_directory
 from moda_jax.data.pipeline import validation_batches
@@ -56,6 +58,8 @@ def main() -> int:
     """The command line; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s")
     logging.getLogger("moda_jax").setLevel(logging.INFO)
+    if len(sys.argv) > 2 and not end_with(int(sys.argv[2])):
+        return ExitCode.STOPPED
     directory = Path(sys.argv[1])
     order = json.loads((directory / ORDER_FILE).read_text())
     with user_errors(), stops_before_training():

@@ -89,7 +89,8 @@ def test_the_queue_is_by_seed_and_the_longest_first(tmp_path, data):
         Runner(plan, tmp_path / "work", ["cpu"], data)
 
 
-def test_results_of_another_budget_are_refused(tmp_path, data):
+def test_results_of_another_budget_are_refused(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the worker
     workdir = tmp_path / "work"
     plan = small_plan("a", steps=1, seeds=(0,))
     assert Runner(plan, workdir, ["cpu"], data, worker=(str(WORKER),)).run() == 0

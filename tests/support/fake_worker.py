@@ -11,15 +11,19 @@ import sys
 import time
 from pathlib import Path
 
+from experiments.lifeline import end_with
+
 SECONDS_PER_STEP = 0.05
 
 
 def main() -> int:
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    if not end_with(int(sys.argv[2])):
+        return 75
     directory = Path(sys.argv[1])
     lock = (directory / "lock").open("a")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    stopped = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     order = json.loads((directory / "order.json").read_text())
     with (directory / "starts.txt").open("a") as file:
         file.write("start\n")
