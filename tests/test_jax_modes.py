@@ -127,7 +127,9 @@ def test_the_layer_in_a_remat_scan_outside_of_jit(mode):
     _assert_finite(_gradient(block, [_scanned])(*arguments), arguments)
 
 
-@each_mode
+@pytest.mark.parametrize(
+    "mode", [MODES["x64"], MODES["rank_promotion"] | MODES["dtype_promotion"]], ids=["x64", "promotion"], indirect=True
+)
 def test_a_training_step_is_traced(mode, tmp_path):
     """Which a run does before it begins, with its evaluation's."""
     config = tiny_config(write_corpus(tmp_path / "corpus", files=6), tmp_path / "cache")
