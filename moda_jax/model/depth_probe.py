@@ -1,0 +1,146 @@
+"""The model's forward pass with a hand on the depth slots: which of them each layer reads, and what mass they get.
+
+A layer reads any choice of the slots that are filled when its turn comes. The chosen slots are gathered and the op
+runs over them alone, so what is hidden takes no part in the softmax, exactly as if it had never been written. The
+choice is an argument of the compiled function: one compilation serves every choice.
+
+Axes: B batch, T tokens, L layers, S depth slots, D model width, N query heads, K key/value heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moda_jax.config import TransformerConfig
+from moda_jax.model.attention import default_positions
+from moda_jax.model.depth_stream import DepthStream
+from moda_jax.model.precision import dot_precision
+from moda_jax.model.transformer import Block, Transformer
+from moda_jax.parallel.attention import Options, attention_forward
+
+Array = jax.Array
+
+
+class SlotChoice(NamedTuple):
+    """The slots that each layer reads: `order[l, :count[l]]` in layer l.
+
+    Attributes:
+        order: int32 [L, S], in every row a permutation of the slots.
+        count: int32 [L].
+    """
+
+    order: Array | np.ndarray
+    count: Array | np.ndarray
+
+    @classmethod
+    def of(cls, visible: np.ndarray) -> SlotChoice:
+        """From visible [L, S] bool; a slot that is not filled when layer l reads must be False in row l."""
+        order = np.argsort(~visible, axis=1, kind="stable")
+        return cls(order.astype(np.int32), visible.sum(axis=1).astype(np.int32))
+
+
+def filled_slots(config: TransformerConfig) -> np.ndarray:
+    """bool [L, S]: the slots that are filled when layer l reads, which is what it reads in the model."""
+    layer, slot = np.arange(config.num_layers)[:, None], np.arange(config.depth_slots)
+    return slot < layer * config.depth_entries_per_layer
+
+
+def slot_writers(config: TransformerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Of every slot, int [S]: the layer that writes it, and which of that layer's entries it is (0: attention's)."""
+    slot = np.arange(config.depth_slots)
+    entries = max(1, config.depth_entries_per_layer)
+    return slot // entries, slot % entries
+
+
+def check_has_depth(config: TransformerConfig) -> None:
+    """Raises ValueError for a model without a slot to read."""
+    if config.depth_slots == 0:
+        raise ValueError(
+            f"model.depth={config.depth!r} with model.num_layers={config.num_layers}: there is no depth slot to "
+            "probe; expected a model with a depth stream and at least 2 layers"
+        )
+
+
+def probed_hidden(
+    module: Transformer,
+    tokens: Array,
+    segment_ids: Array | None,
+    positions: Array | None,
+    choice: SlotChoice,
+) -> tuple[Array, Array]:
+    """`Transformer.hidden` with every layer reading the chosen slots, and the probability on every slot.
+
+    Args:
+        module: a model with a depth stream that is read by the attention op.
+        tokens: [B, T] int32.
+        segment_ids, positions: [B, T] int32 or None, as in `Transformer.__call__`.
+        choice: the slots.
+
+    Returns:
+        The final norm's output [B, T, D], and float32 [L, S]: the mean over tokens and heads of a slot's probability.
+
+    Raises:
+        ValueError: a model without depth slots.
+        NotImplementedError: its mechanism reads the stream elsewhere than in the attention op.
+    """
+    config = module.config
+    check_has_depth(config)
+    if not module.last_layer.depth.reads_in_operator:
+        raise NotImplementedError(f"depth probes: model.depth={config.depth!r} reads outside of the attention op")
+    x = module.embedding(tokens)  # [B, T, D]
+    positions = default_positions(x) if positions is None else positions
+    stream = DepthStream.empty(*tokens.shape, config.depth_slots, config.num_kv_heads, config.head_dim, x.dtype)
+    stream = dataclasses.replace(stream, length=jnp.int32(0))
+    graph, layers = nnx.split(module.layers)
+    order, count = (jnp.asarray(array, jnp.int32) for array in choice)
+
+    def body(carry, layer):
+        params, order, count = layer
+        x, stream, mass = _probed_layer(nnx.merge(graph, params), *carry, positions, segment_ids, order, count)
+        return (x, stream), mass
+
+    (x, stream), masses = jax.lax.scan(body, (x, stream), (layers, order[:-1], count[:-1]))
+    x, _, mass = _probed_layer(module.last_layer, x, stream, positions, segment_ids, order[-1], count[-1])
+    return module.final_norm(x), jnp.concatenate([masses, mass[None]])
+
+
+def depth_mass(slot_mass: Array) -> Array:
+    """From `probed_hidden`'s masses [L, S]: the mass on the depth part, mean over the layers that can see a slot."""
+    return jnp.sum(slot_mass[1:], axis=-1).mean()
+
+
+def _probed_layer(
+    block: Block,
+    x: Array,
+    stream: DepthStream,
+    positions: Array,
+    segment_ids: Array | None,
+    order: Array,
+    count: Array,
+) -> tuple[Array, DepthStream, Array]:
+    """One layer: (x, stream, mass [S])."""
+    query, key, value = block.before(x, positions)
+    depth_key, depth_value = (jnp.take(array, order, axis=2) for array in (stream.key, stream.value))
+    options = Options(query.shape[-1] ** -0.5, block.config.attention_implementation)
+    attended, lse = attention_forward(query, key, value, depth_key, depth_value, count, segment_ids, options)
+    mass = _mass(query, depth_key, lse, count, options.scale)
+    x, entries = block.after(x, key, value, attended, positions)
+    return x, block.depth.write(stream, entries), jnp.zeros_like(mass).at[order].set(mass)
+
+
+def _mass(query: Array, depth_key: Array, lse: Array, count: Array, scale: float) -> Array:
+    """exp(logit - lse) of each slot [S], its mean over rows, tokens and heads; lse [B, T, N] is that of the softmax."""
+    B, T, S, K, H = depth_key.shape
+    grouped = query.reshape(B, T, K, -1, H)
+    logits = jnp.einsum(
+        "btkgh,btskh->btkgs", grouped, depth_key,
+        precision=dot_precision(query.dtype), preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    probability = jnp.exp(logits * scale - lse.reshape(B, T, K, -1)[..., None])
+    return jnp.where(jnp.arange(S) < count, probability.mean(axis=(0, 1, 2, 3)), 0.0)
