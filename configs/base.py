@@ -19,7 +19,12 @@ def get_config() -> ConfigDict:
 
 def _section(section: type) -> dict[str, typing.Any]:
     hints = typing.get_type_hints(section)
-    return {field.name: _default(field.default, hints[field.name]) for field in dataclasses.fields(section)}
+    values = {}
+    for field in dataclasses.fields(section):
+        nested = dataclasses.is_dataclass(field.default_factory)
+        values[field.name] = _section(field.default_factory) if nested else _default(field.default, hints[field.name])
+    # Other names of a field, unset: an older config file may set them.
+    return values | {alias: config_dict.placeholder(bool) for alias in getattr(section, "ALIASES", ())}
 
 
 def _default(value: typing.Any, hint: typing.Any) -> typing.Any:

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.inference import decode
 from moda_jax.inference.sampling import SamplingConfig, row_keys
-from moda_jax.training.state import ModelFunction
+from moda_jax.model.function import ModelFunction
 
 CHUNK = 8  # tokens between two looks of the host: what is streamed at once, and at most wasted behind a stop
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -116,13 +116,11 @@ def generate(
 
     Raises:
         ValueError: no prompt, one without tokens, one that does not fit the model's context, or an empty stop string.
-        NotImplementedError: see `decode.check_decodable`.
     """
     longest = decode.model_config(model, params).max_sequence_length
     ids = encode_prompts(tokenizer, prompts, max_tokens, longest)
     if "" in stop:
         raise ValueError("stop='': expected a string of at least one character")
-    decode.check_decodable(model, params)
     params = decode.decode_params(params)
     sampling = SamplingConfig() if sampling is None else sampling
     key = jax.random.key(0) if key is None else key

@@ -55,19 +55,22 @@ class Change(NamedTuple):
 
 def may_change(field: str) -> bool:
     """Whether a resumed run may differ in this field: nothing that a finished step depends on may."""
-    section, key = field.split(".")
+    section, *_, key = field.split(".")
     return section in ("mesh", "checkpoint") or key.endswith("interval_steps") or field in _MAY_CHANGE
 
 
 def config_changes(old: Config, new: Config) -> list[Change]:
     """The fields that differ, in the order of the config."""
-    before, after = old.to_dict(), new.to_dict()
-    return [
-        Change(f"{section}.{key}", before[section][key], value)
-        for section, values in after.items()
-        for key, value in values.items()
-        if before[section][key] != value
-    ]
+    before, after = _flat(old.to_dict()), _flat(new.to_dict())
+    return [Change(field, before[field], value) for field, value in after.items() if before[field] != value]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level: "model.moda.ffn_kv"."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def read_config(workdir: Path) -> Config | None:
