@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-# Finite stand-in for -inf inside the softmax (CONVENTIONS rule 8); anything below HIDDEN_LIMIT saw no key.
+# Finite stand-in for -inf inside the softmax; anything below HIDDEN_LIMIT saw no key.
 HIDDEN = -1.0e30
 HIDDEN_LIMIT = -1.0e29
 

@@ -1,7 +1,7 @@
 """An independent MoDA transformer for comparison: unrolled layers, Python lists of K and V, dense attention, plain
 autodiff.
 
-Written from PAPER.md alone and from a model's parameter tree; it imports nothing of `moda_jax` or `pallas_kernels`.
+Written from the paper alone and from a model's parameter tree; it imports nothing of `moda_jax` or `pallas_kernels`.
 """
 
 import jax

@@ -88,7 +88,7 @@ def test_accumulating_backward_under_scan():
 
 
 def test_gradients_under_shard_map():
-    """Batch over `data`, KV heads with their query heads over `tensor`: depth needs no collective (decision 6)."""
+    """Batch over `data`, KV heads with their query heads over `tensor`: depth needs no collective."""
     mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     heads, depth = P("data", None, "tensor"), P("data", None, None, "tensor")
     sharded = jax.shard_map(

@@ -1,0 +1,113 @@
+"""README and the pages in docs/ are true: their Python blocks run, their commands and links exist, and no file of the
+project cites a document that is not in it."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moda_jax.training.console import check_config_arguments
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
+PROJECT = ("moda_jax", "pallas_kernels", "benchmarks", "configs", "tests", "docs", ".ci")
+
+every_document = pytest.mark.parametrize("name", TEXTS)
+
+
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def run_python_blocks(name):
+    """The blocks of a document as printed, in order, in one namespace, which is returned."""
+    namespace = {}
+    for block in python_blocks(TEXTS[name]):
+        exec(compile(block, name, "exec"), namespace)
+    return namespace
+
+
+def commands(text):
+    """The arguments after every `python` of a document: in code blocks, and between backquotes."""
+    text = text.replace("\\\n", " ")
+    found = re.findall(r"python ((?:-m [\w.]+|\w+\.py)[^\n`|&]*)", text)
+    return [shlex.split(re.sub(r"\s{2,}#.*", "", command.replace("$'", "'").rstrip('" ')), posix=True)
+            for command in found if not command.startswith("-m pip")]  # fmt: skip
+
+
+def test_python_blocks_run():
+    namespaces = {name: run_python_blocks(name) for name in TEXTS}
+    assert len(python_blocks(TEXTS["README.md"])) == 3
+    namespace = namespaces["README.md"]
+    assert namespace["stream"].length == 8
+    gradients = jax.tree.leaves(namespace["gradients"])
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in gradients)
+    # The last layers' writes are read by nobody: every other gradient is there.
+    assert all(jnp.any(leaf[:-1] != 0) for leaf in gradients)
+    assert "attention_1" in namespace["variables"]["params"]
+
+
+def test_the_first_screen_holds_the_two_commands():
+    first_screen = TEXTS["README.md"].splitlines()[:30]
+    assert "python -m pip install -e . && python train.py --config=configs/quickstart.py" in first_screen
+    assert 'python -m pip install -e ".[test]" && python -m pytest' in first_screen
+
+
+def test_the_commands_are_found():
+    found = [" ".join(command) for text in TEXTS.values() for command in commands(text)]
+    assert "train.py --config=configs/quickstart.py" in found
+    assert any(command.startswith("train.py") and command.endswith("--workdir=/shared/moda") for command in found), (
+        "the command inside sbatch's --wrap"
+    )
+    assert any(command.startswith("-m moda_jax.training.checkpoint verify") for command in found)
+    assert any(command.startswith("evaluate.py") and command.endswith("--attention-maps") for command in found)
+
+
+@every_document
+def test_a_documents_commands_exist(name):
+    """Scripts and modules are there, every flag is one of theirs, config files and the keys of `--config.` too."""
+    for command in commands(TEXTS[name]):
+        shown = f"{name}: python {' '.join(command)}"
+        if command[0] == "-m":
+            if command[1] in ("pytest", "sphinx"):
+                continue
+            specification = importlib.util.find_spec(command[1])
+            assert specification is not None, shown
+            sources = list(Path(specification.origin).parent.glob("*.py"))  # a command may hand on to a neighbour
+        else:
+            sources = [ROOT / command[0]]
+            assert sources[0].is_file(), shown
+        source = "".join(path.read_text() for path in sources)
+        arguments = [argument.strip("[]") for argument in command if argument.strip("[").startswith("--")]
+        arguments = [argument for argument in arguments if "SECTION.KEY" not in argument]
+        for argument in arguments:
+            flag = argument.removeprefix("--").partition("=")[0]
+            if not flag.startswith("config."):
+                names = (f'"{flag}"', f'"--{flag}"', f'"{flag.replace("-", "_")}"')
+                assert any(name in source for name in names), f"{shown}: no flag --{flag}"
+        check_config_arguments(
+            [argument for argument in arguments if "config=FILE" not in argument and "/CONFIG.py" not in argument]
+        )
+
+
+@every_document
+def test_a_documents_links_lead_to_files(name):
+    for target in re.findall(r"\]\(([^)#\s]+)", TEXTS[name]):
+        if "://" not in target:
+            assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
+
+
+def test_no_file_cites_a_document_that_is_not_there():
+    paths = [*DOCUMENTS, ROOT / "pyproject.toml", *ROOT.glob("*.py")]
+    for directory in PROJECT:
+        paths += [p for p in (ROOT / directory).rglob("*") if p.suffix in (".py", ".sh", ".yaml", ".toml", "")]
+    for path in paths:
+        if not path.is_file():
+            continue
+        for cited in re.findall(r"\b(?:[A-Z][A-Z_]+|docs/[\w/]+)\.md\b", path.read_text()):
+            assert (ROOT / cited).exists(), f"{path.relative_to(ROOT)} cites {cited}"
