@@ -18,6 +18,7 @@ from flax import nnx
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.precision import contract
 from moda_jax.parallel import vocabulary
+from moda_jax.parallel.manual import varying_like
 from moda_jax.parallel.mesh import constrain, current_mesh
 from moda_jax.parallel.norm import rms_norm_backward
 from moda_jax.row_sums import sum_rows
@@ -75,7 +76,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x of any shape [..., features]."""
-        return rms_norm(x, self.scale[...], self.epsilon, self.implementation)
+        return rms_norm(x, varying_like(self.scale[...], x), self.epsilon, self.implementation)
 
 
 class HeadsNorm(RMSNorm):
@@ -89,7 +90,7 @@ class HeadsNorm(RMSNorm):
         """x and the result [B, T, heads, H]; positions, theta: as in `rotate`; theta None: no rotation."""
         if theta is None:
             return super().__call__(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
-        scale = self.scale[...].reshape(x.shape[-2:])
+        scale = varying_like(self.scale[...], x).reshape(x.shape[-2:])
         return norm_rotate(x, scale, positions, self.epsilon, theta, self.implementation)
 
 
@@ -122,7 +123,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x and the result: [B, T, D]."""
-        kernels = (p.kernel[...].astype(p.dtype) for p in (self.gate, self.up, self.down))
+        kernels = (varying_like(p.kernel[...].astype(p.dtype), x) for p in (self.gate, self.up, self.down))
         return swiglu(self.keep_hidden, x.astype(self.gate.dtype), *kernels)
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 
 from moda_jax.model.depth.mechanism import ATTENTION, FFN, OUTPUT, DepthMechanism, SubLayer
 from moda_jax.model.depth.operations import Operation
-from moda_jax.model.depth.reads import HiddenStream, SoftmaxMixture, joined, mixture_logit
+from moda_jax.model.depth.reads import MASKED, HiddenStream, SoftmaxMixture, joined, mixture_logit
 from moda_jax.model.depth.stream import Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
 
@@ -129,7 +129,7 @@ class BlockAttentionResiduals(DepthMechanism):
         if opens is True or self.block_size == 1:
             return result[0]
         logit, _ = mixture_logit(self._direction(site), carry, EPSILON)
-        return joined(result, jnp.where(opens, -jnp.inf, logit), carry)
+        return joined(result, jnp.where(opens, MASKED, logit), carry)
 
 
 def _done(site: str, layer: Array | int) -> Array | int:

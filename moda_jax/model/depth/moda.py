@@ -105,8 +105,7 @@ class MixtureOfDepths(DepthMechanism):
 
     def begin(self, config: TransformerConfig, x: Array, spare: int = 0) -> tuple[Array, DepthStream]:
         slots = self.slots(config) + spare
-        stream = DepthStream.empty(*x.shape[:2], slots, config.num_kv_heads, config.head_dim, x.dtype)
-        return x, stream.constrained()
+        return x, DepthStream.like(x, slots, config.num_kv_heads, config.head_dim).constrained()
 
     def entries(self, sublayer: SubLayer) -> tuple[Entry, ...]:
         """The sequence key and value themselves, or the projection that replaces them; the FFN's, projected."""

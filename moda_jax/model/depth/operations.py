@@ -133,6 +133,10 @@ class SoftmaxAttention(Operation):
     ) -> tuple[tuple, tuple[Array, ...]]:
         """As `Operation.backward`; the kernels add to the buffers in place."""
         query, key, value = request
+        # From the rounded output. The op by itself (`__call__`) adds what rounding took from it, which here would be
+        # one more array of the output's size for every layer. It matters in the op's own gradients where a softmax is
+        # peaked over few tokens: ten times the error at T <= 3. In a model's bfloat16 gradients it does not show: a
+        # relative error of 1.07e-2 both ways at T = 1024, within 3 % of each other with sharpened queries too.
         delta = jnp.sum(dresult.astype(jnp.float32) * result.astype(jnp.float32), axis=-1)  # [B, T, N]
         depth = self._depth(stream)
         reads = depth[0] is not None

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moda_jax.model.depth.operations import Operation, filled_slots
-from moda_jax.model.depth.stream import DepthStream, Entry, Stream
+from moda_jax.model.depth.stream import DepthStream, Entry, Stream, empty_slots
 from moda_jax.parallel.attention import Options, depth_backward, depth_forward
 
 Array = jax.Array
@@ -44,8 +44,7 @@ class HiddenStream(Stream):
     @classmethod
     def starting_with(cls, x: Array, slots: int) -> HiddenStream:
         """A stream of `slots` slots for x's tokens, whose first entry is x [B, T, D]."""
-        buffer = jnp.zeros((*x.shape[:2], slots, x.shape[2]), x.dtype)
-        return cls(buffer, np.int32(0)).constrained().write(Entry((x,)))
+        return cls(empty_slots(x, slots, x.shape[2:]), np.int32(0)).constrained().write(Entry((x,)))
 
 
 class Read(Operation):
@@ -141,7 +140,7 @@ def joined(result: tuple[Array, Array], logit: Array, source: Array) -> Array:
 
     Args:
         result: a read's mixture [..., D] and log-sum-exp [...].
-        logit: the source's, [...] float32; -inf: it does not count.
+        logit: the source's, [...] float32; MASKED: it does not count.
         source: [..., D].
 
     Returns:

@@ -149,6 +149,21 @@ class DepthStream(Stream):
             raise ValueError(f"DepthStream.empty: sizes must not be negative, got [B, T, S, K, H] = {list(shape)}")
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), np.int32(0))
 
+    @classmethod
+    def like(
+        cls, x: Array, slots: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype | str | None = None
+    ) -> DepthStream:
+        """A stream of empty slots for x's tokens, split over devices as x is.
+
+        Args:
+            x: [B, T, ...]. Under a mesh with explicit axes, or with manual ones (`jax.shard_map`), the stream has x's
+                sharding of B and T, and varies over the axes that x varies over.
+            slots, num_kv_heads, head_dim: S, K, H.
+            dtype: None: x's.
+        """
+        buffer = empty_slots(x, slots, (num_kv_heads, head_dim), dtype)
+        return cls(buffer, buffer, np.int32(0))
+
     def append(self, key: Array, value: Array) -> DepthStream:
         """The stream with one more entry.
 
@@ -168,6 +183,13 @@ class DepthStream(Stream):
         if not is_traced(self.length) and int(self.length) >= self.slots:
             raise ValueError(f"DepthStream.append: all {self.slots} slots are filled")
         return self.write(Entry((key, value)))
+
+
+def empty_slots(x: Array, slots: int, entry: tuple[int, ...], dtype: jnp.dtype | str | None = None) -> Array:
+    """Zeros [B, T, S, *entry] for the tokens of x [B, T, ...], split over devices as x is."""
+    x = x[(slice(None), slice(None), *(0,) * (x.ndim - 2))]
+    zeros = jnp.zeros_like(x, dtype)  # of x nothing is left but where it lies
+    return jnp.broadcast_to(zeros.reshape(*x.shape, *(1,) * (1 + len(entry))), (*x.shape, slots, *entry))
 
 
 def is_traced(length: Array | np.int32) -> bool:

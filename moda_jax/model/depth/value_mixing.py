@@ -65,9 +65,7 @@ class ValueMixing(DepthMechanism):
         return {VALUE: DepthAttention(config.attention_implementation)}
 
     def begin(self, config: TransformerConfig, x: Array, spare: int = 0) -> tuple[Array, DepthStream]:
-        slots = self.slots(config)
-        stream = DepthStream.empty(*x.shape[:2], slots, config.num_kv_heads, config.head_dim, x.dtype)
-        return x, stream.constrained()
+        return x, DepthStream.like(x, self.slots(config), config.num_kv_heads, config.head_dim).constrained()
 
     def value_request(self, query: Array, key: Array, value: Array, layer: Array | int) -> Array:
         return _group_mean(query, key)
