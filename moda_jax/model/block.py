@@ -130,27 +130,41 @@ class Block(nnx.Module):
 
     def _after_attention(self, values: Values, positions: Array) -> tuple[PyTree, tuple[Entry, ...]]:
         x, prefix = values["x"], "mixed_" if "mixed_key" in values else ""
-        y = self.attention.output(values["attended"])
-        y = self.attention_norm(y) if self.config.norm == "post" else y
-        carry = self.depth.residual(ATTENTION, x, values.get("attention_context"), y, values.get("layer"))
-        return carry, self._entries(
-            ATTENTION, lambda: self._input(ATTENTION, values, x)[0], values[f"{prefix}key"], values[f"{prefix}value"],
-            y, carry, positions, values,
+
+        def run() -> tuple[Array, PyTree]:
+            y = self.attention.output(values["attended"])
+            y = self.attention_norm(y) if self.config.norm == "post" else y
+            context = values.get("attention_context")
+            return y, self.depth.residual(ATTENTION, x, context, y, values.get("layer"))
+
+        sublayer = SubLayer(
+            ATTENTION, self.attention, lambda: self._input(ATTENTION, values, x)[0], values[f"{prefix}key"],
+            values[f"{prefix}value"], run, positions, values.get("layer"),
         )  # fmt: skip
+        entries = self._entries(sublayer)
+        return sublayer.carry, entries
 
     def _after_middle(self, carry: PyTree, values: Values, positions: Array) -> tuple[PyTree, tuple[Entry, ...]]:
         inputs, context = self._input(FFN, values, carry)
-        y = self.ffn(inputs)
-        y = self.ffn_norm(y) if self.config.norm == "post" else y
-        carry = self.depth.residual(FFN, carry, context, y, values.get("layer"))
-        return carry, self._entries(FFN, lambda: inputs, None, None, y, carry, positions, values)
 
-    def _entries(self, site, inputs, key, value, output, carry, positions, values) -> tuple[Entry, ...]:
-        sublayer = SubLayer(site, self.attention, inputs, key, value, output, carry, positions, values.get("layer"))
+        def run() -> tuple[Array, PyTree]:
+            y = self.ffn(inputs)
+            y = self.ffn_norm(y) if self.config.norm == "post" else y
+            return y, self.depth.residual(FFN, carry, context, y, values.get("layer"))
+
+        sublayer = SubLayer(FFN, self.attention, lambda: inputs, None, None, run, positions, values.get("layer"))
+        entries = self._entries(sublayer)
+        return sublayer.carry, entries
+
+    def _entries(self, sublayer: SubLayer) -> tuple[Entry, ...]:
         entries = self.depth.entries(sublayer)
-        if site == ATTENTION and self.depth.writes_own_key_value:
+        if sublayer.site == ATTENTION and self.depth.writes_own_key_value:
             # What stands in that slot is taken for the softmax's own by the backward and in decoding.
-            own = entries and entries[0].when is None and all(map(operator.is_, entries[0].values, (key, value)))
+            own = (
+                entries
+                and entries[0].when is None
+                and all(map(operator.is_, entries[0].values, (sublayer.key, sublayer.value)))
+            )
             if not own:
                 raise ValueError(
                     f"model.depth={self.config.depth!r}: writes_own_key_value is True, expected the key and value of "

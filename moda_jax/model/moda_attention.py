@@ -120,7 +120,7 @@ class MoDAAttention(Attention):
         value: Array | None = None,
     ) -> DepthStream:
         """The stream with what the mechanism writes behind a sub-layer."""
-        sublayer = SubLayer(site, self, lambda: inputs, key, value, inputs, inputs, positions, None)
+        sublayer = SubLayer(site, self, lambda: inputs, key, value, lambda: (inputs, inputs), positions, None)
         for entry in self.depth.entries(sublayer):
             stream = stream.append(*entry.values)
         return stream

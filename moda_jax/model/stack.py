@@ -9,6 +9,7 @@ Axes: B batch, T tokens, D model width, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -146,6 +147,7 @@ class Stack(nnx.Module):
                 carry, stream, left_l, held = _scanned(layer, params, carry, stream, shared, step, held)
                 left.append(left_l)
         layer, params = last.cut()
+        layer = dataclasses.replace(layer, prepare=lambda params: params)  # gathered already
         if step is None:
             carry, stream = run_layer(layer, params, carry, stream, config.num_layers - 1, shared)
         else:

@@ -23,6 +23,7 @@ reads it, with a backward of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -47,17 +48,16 @@ ATTENTION, VALUE, FFN, OUTPUT = "attention", "value", "ffn", "output"
 SITES = (ATTENTION, VALUE, FFN, OUTPUT)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class SubLayer:
-    """What a mechanism may write from, once a sub-layer has run.
+    """What a mechanism may write from.
 
     Attributes:
         site: "attention" or "ffn".
         attention: the layer's attention module, whose key norm and rotation depth keys get.
         inputs: () -> what the sub-layer's first matmul received, [B, T, D].
         key, value: as the softmax had them, [B, T, K, H]; None behind the FFN.
-        output: of the sub-layer, behind its norm if that stands there, [B, T, D].
-        carry: behind the sub-layer.
+        run: () -> the sub-layer's `output` and the `carry` behind it.
         positions: [B, T] int32.
         layer: the layer's number, int32; None for a mechanism that is not `numbered`.
     """
@@ -67,10 +67,23 @@ class SubLayer:
     inputs: Callable[[], Array]
     key: Array | None
     value: Array | None
-    output: Array
-    carry: PyTree
+    run: Callable[[], tuple[Array, PyTree]]
     positions: Array
     layer: Array | None
+
+    @property
+    def output(self) -> Array:
+        """Of the sub-layer, behind its norm if that stands there, [B, T, D]. Computed when it is asked for first."""
+        return self._ran[0]
+
+    @property
+    def carry(self) -> PyTree:
+        """Behind the sub-layer."""
+        return self._ran[1]
+
+    @functools.cached_property
+    def _ran(self) -> tuple[Array, PyTree]:
+        return self.run()
 
 
 class DepthMechanism(nnx.Module):
