@@ -23,7 +23,7 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where the run's tokenizer.j
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for JSON and pictures.")
 _CONTEXT = flags.DEFINE_integer("context", None, "Tokens that the model reads; by default data.sequence_length.")
 _DATA = flags.DEFINE_multi_string("data", [], "NAME=PATH of a domain for perplexity.")
-_FEATURE = flags.DEFINE_string("feature", "text", "The text field of a .jsonl line.")
+_FEATURE = flags.DEFINE_string("feature", "text", "The text field of a JSON line, the column of a .parquet file.")
 _STRIDE = flags.DEFINE_integer("stride", None, "Predictions per window; by default half of the context.")
 _TASKS = flags.DEFINE_list("tasks", [], "Downstream tasks, separated by commas.")
 _TASK_DIR = flags.DEFINE_string("task-dir", None, "Directory with tasks of your own, as lm-eval's YAML files.")
@@ -41,6 +41,7 @@ def main() -> None:
             raise ValueError("nothing to do; give --data=NAME=PATH, --tasks=NAME,... or --attention-maps")
         domains = check_perplexity(_DATA.value, _FEATURE.value)
         runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
+        runtime.require_device()
         run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
         output, context = Path(_OUTPUT.value or run.workdir / "evaluation"), _CONTEXT.value
         if domains:

@@ -24,7 +24,9 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: always the likeliest t
 _TOP_K = flags.DEFINE_integer("top-k", None, "Draw from the k likeliest tokens only.")
 _TOP_P = flags.DEFINE_float("top-p", None, "Draw from the fewest tokens whose probabilities reach p.")
 _STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the continuation; may be given several times.")
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "The same seed gives the same text.", lower_bound=-(2**63), upper_bound=2**63 - 1
+)
 
 
 def main() -> None:
@@ -34,6 +36,7 @@ def main() -> None:
             raise ValueError("--workdir: missing; name the directory of a run, as in --workdir=runs/quickstart")
         sampling = SamplingConfig(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
         runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
+        runtime.require_device()
         run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
         shown = OrderedText(_PROMPT.value, sys.stdout)
         generate(

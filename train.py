@@ -31,6 +31,7 @@ def main() -> None:
             config, name = config_from_flag(_CONFIG)
         start_processes()
         runtime.prepare(cache_directory(config.data), deterministic=config.train.deterministic)
+        runtime.require_device()
         run = TrainingRun(config, _WORKDIR.value or Path("runs") / name)
     result = run.train()
     if jax.process_index() == 0:

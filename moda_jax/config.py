@@ -30,6 +30,21 @@ FAULT_POLICIES = ("fail", "skip")
 _CLASS_PATH = re.compile(r"[\w.]+:\w+")  # "package.module:Class"
 
 
+def check_text(text: str, field: str) -> None:
+    """Checks that a string from a command line is text.
+
+    Raises:
+        ValueError: it came as bytes that are not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # Python keeps such bytes as halves of surrogate pairs
+        raise ValueError(
+            f"{field}={text[:40]!r}: expected UTF-8; character {error.start} is none. A shell or file in another "
+            "encoding has to be converted"
+        ) from error
+
+
 def _with_aliases(**aliases: tuple[str, str]) -> Callable[[type], type]:
     """A class decorator: keyword arguments and properties that are another name of a section's field.
 
@@ -165,12 +180,16 @@ class DataConfig:
     """Where the text comes from and how it becomes rows of tokens.
 
     Attributes:
-        source: "python_stdlib" (built in); a directory of .txt, .jsonl and .jsonl.gz files; or "tfds:NAME[:VERSION]" or
-            "tfds:DIRECTORY", a TFDS dataset that is prepared as array_record.
-        feature: the text or token feature of a TFDS dataset, the text field of a .jsonl line.
+        source: "python_stdlib" (built in); a directory of .txt, .md, .jsonl, .json (lines) and .parquet files, .jsonl
+            and .json also as .gz; one such file; or "tfds:NAME[:VERSION]" or "tfds:DIRECTORY", a TFDS dataset that is
+            prepared as array_record.
+        feature: the text or token feature of a TFDS dataset, the text field of a JSON line, the column of a .parquet.
         train_split, validation_split: names of a TFDS dataset's splits; other sources are split by a hash of the
-            document's name (its path; for .jsonl also the line).
-        validation_fraction: share of the documents that the hash of their names sends to validation.
+            document's name (its path; where a file holds several also the number of the line, row or part). A source of
+            one .txt or .md file is split by position.
+        validation_fraction: share of the documents that the hash of their names sends to validation; of one text file
+            the share at its end.
+        document_separator: parts a .txt or .md file into documents; None: a file is one.
         tokenizer: "bytes", or the path of a Hugging Face tokenizer.json.
         end_of_text: the tokenizer.json's token that ends a document; None: the first that is known of
             "<|endoftext|>", "</s>", "<eos>".
@@ -191,6 +210,7 @@ class DataConfig:
     train_split: str = "train"
     validation_split: str = "validation"
     validation_fraction: float = 0.05
+    document_separator: str | None = None
     tokenizer: str = "bytes"
     end_of_text: str | None = None
     sequence_length: int = 512
@@ -214,6 +234,14 @@ class DataConfig:
             "at most 2**30 (a record holds less than 2 GiB)",
         )  # fmt: skip
         _require(bool(self.source), "data.source", self.source, "a built-in name, a directory or tfds:...")
+        for field in ("end_of_text", "document_separator"):
+            check_text(getattr(self, field) or "", f"data.{field}")
+        separator = self.document_separator
+        _require(separator != "", "data.document_separator", separator, "text that stands between documents, or None")
+        _require(
+            separator is None or not (self.source == "python_stdlib" or self.source.startswith("tfds:")),
+            "data.document_separator", separator, f"None with data.source={self.source!r}, which has documents",
+        )  # fmt: skip
         _require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or the path of a tokenizer.json')
         _require(
             0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "a share in (0, 1)"
@@ -294,6 +322,7 @@ class TrainConfig:
             "train", self, "seed", "z_loss", "sample_tokens", "max_skipped_in_a_row", "loss_spike_deviations",
             "watchdog_seconds",
         )  # fmt: skip
+        check_text(self.sample_prompt, "train.sample_prompt")
         _require(
             self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
             f"a divisor of train.batch_size={self.batch_size}",

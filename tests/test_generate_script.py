@@ -44,8 +44,13 @@ def test_prompts_are_continued_and_the_seed_decides(workdir):
             "error: prompt='" + "x" * 37 + "...': has 70 tokens, but the model's context is 64 "
             "(model.max_sequence_length), prompt and continuation together; shorten it",
         ),
+        (
+            ["--workdir=RUN", "--prompt=a", "--seed=18446744073709551616"],
+            "error: flag --seed=18446744073709551616: seed must be an integer in the range [-9223372036854775808, "
+            "9223372036854775807]",
+        ),
     ],
-    ids=["no workdir", "long prompt"],
+    ids=["no workdir", "long prompt", "long seed"],
 )
 def test_a_wrong_command_ends_in_one_line(workdir, arguments, line):
     done = generate(*(argument.replace("RUN", str(workdir)) for argument in arguments))

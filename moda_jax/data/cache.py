@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moda_jax.config import DataConfig
+from moda_jax.paths import expand_home
 
 _logger = logging.getLogger(__name__)
 
@@ -31,9 +32,16 @@ def cache_directory(config: DataConfig) -> Path:
         ValueError: it cannot be created or written.
     """
     if config.cache_dir is not None:
-        directory = Path(config.cache_dir).expanduser().absolute()
+        directory = expand_home(config.cache_dir, "data.cache_dir").absolute()
     else:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "moda_jax"
+        try:
+            caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        except RuntimeError as error:
+            raise ValueError(
+                f"data.cache_dir=None: user {os.getuid()} has no home directory to keep a cache in; set "
+                "data.cache_dir, or the variable XDG_CACHE_HOME or HOME"
+            ) from error
+        directory = caches.absolute() / "moda_jax"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         writable = os.access(directory, os.W_OK | os.X_OK)

@@ -16,6 +16,14 @@ SKIPPED_FILE = "skipped.jsonl"
 _NAMES_IN_LOG = 5
 
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file that begins so only points to its content: a clone without Git LFS leaves such files."""
+    return head.startswith(_LFS_POINTER)
+
+
 class DamageError(ValueError):
     """A document, or the rest of a file, that cannot be used; the message names it, and the config field."""
 

@@ -24,22 +24,25 @@ from moda_jax.data.tokenizer import Tokenizer
 _READ_THREADS = 2  # building a row is short work under the GIL; a second thread hides a page that must come from disk
 
 
-def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer) -> TokenDataset:
+def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer, *, as_before: bool = False) -> TokenDataset:
     """The tokenised split of `data.source`; prepares what the cache does not hold, with progress on stderr.
 
     Args:
         config: the data section.
         split: "train" or "validation".
         tokenizer: from `load_tokenizer`.
+        as_before: by the first version's rules of what is a document, for a run that was begun with them.
 
     Raises:
         ValueError: a source that is missing, empty or not usable, or a split too small for one row; the message names
             the config field.
     """
-    source = find_split(config, split)
+    source = find_split(config, split, as_before=as_before)
+    # Tokens that were made before the end-of-text token was kept out of text stay where they are.
+    hidden_end = {"hides_end_of_text": True} if tokenizer.hides_end_of_text and not as_before else {}
     key = cache_key(
         documents=source.identity, tokenizer=tokenizer.fingerprint, version=TOKENS_VERSION,
-        on_damage=config.on_damage, on_invalid_utf8=config.on_invalid_utf8,
+        on_damage=config.on_damage, on_invalid_utf8=config.on_invalid_utf8, **hidden_end,
     )  # fmt: skip
     directory = cache_directory(config) / "tokens" / key
     dataset = prepare_tokens(directory, source.open, tokenizer, source.name, SkippedDocuments(config))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from moda_jax.config import DataConfig
 from moda_jax.data import corpus
 from moda_jax.data.faults import DamageError, SkippedDocuments, read_skipped
+from moda_jax.paths import expand_home
 
 ARRAY_RECORD = "array_record"
 
@@ -33,6 +34,7 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         config: the data section.
         skipped: told what is left out.
         bar: the progress bar, in bytes of the files.
+        as_before: see `corpus.split_documents`.
         **builder_arguments: of a TFDS builder.
     """
 
@@ -41,8 +43,9 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # imports importlib_resources, which TFDS 4.9.10 does not declare as a dependency.
     code_path = None
 
-    def __init__(self, *, files, config, skipped, bar, **builder_arguments):
+    def __init__(self, *, files, config, skipped, bar, as_before, **builder_arguments):
         self._files, self._config, self._skipped, self._bar = files, config, skipped, bar
+        self._as_before = as_before
         super().__init__(**builder_arguments)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -50,7 +53,7 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(builder=self, description="Documents from files.", features=features)
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        split_of, splits = corpus.split_documents(self._files, self._config)
+        split_of, splits = corpus.split_documents(self._files, self._config, as_before=self._as_before)
         return {split: self._generate_examples(split_of, split) for split in splits}
 
     def _generate_examples(self, split_of, split) -> Iterator[tuple[bytes, dict[str, bytes]]]:
@@ -62,7 +65,9 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self._bar.set_postfix_str(f"{split}: writing")
 
 
-def write_text_corpus(directory: Path, files: list[corpus.SourceFile], config: DataConfig) -> None:
+def write_text_corpus(
+    directory: Path, files: list[corpus.SourceFile], config: DataConfig, *, as_before: bool = False
+) -> None:
     """Writes files of documents as a TFDS dataset into `directory`, with a progress bar.
 
     TFDS orders the documents by a hash of their names, so any beginning of a split is a fair sample of it. Documents
@@ -72,7 +77,8 @@ def write_text_corpus(directory: Path, files: list[corpus.SourceFile], config: D
     total = 2 * sum(file.size for file in files)  # each split passes over all files
     with tqdm(total=total, unit="B", unit_scale=True, desc="Preparing the corpus") as bar, _quiet_tfds():
         builder = TextCorpus(
-            files=files, config=config, skipped=skipped, bar=bar, data_dir=directory, file_format=ARRAY_RECORD
+            files=files, config=config, skipped=skipped, bar=bar, as_before=as_before, data_dir=directory,
+            file_format=ARRAY_RECORD,
         )  # fmt: skip
         builder.download_and_prepare()
     shutil.rmtree(directory / "downloads", ignore_errors=True)  # TFDS makes it, empty
@@ -175,7 +181,7 @@ def open_tfds(config: DataConfig) -> tfds.core.DatasetBuilder:
         ValueError: no such dataset, or it is not prepared as array_record.
     """
     address = config.source.removeprefix("tfds:")
-    directory = Path(address).expanduser()
+    directory = expand_home(address, "data.source")
     # A folder that happens to have a dataset's name is not meant, unless it holds a dataset itself.
     is_path = address.startswith(("/", "./", "../", "~")) or ("/" in address and directory.is_dir())
     if is_path or (directory / "dataset_info.json").is_file():

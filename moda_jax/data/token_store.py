@@ -25,6 +25,7 @@ from moda_jax.data.cache import prepare_once
 from moda_jax.data.faults import DamageError, FileGuard, SkippedDocuments, log_skipped, read_skipped
 from moda_jax.data.packing import count_rows
 from moda_jax.data.tokenizer import Tokenizer
+from moda_jax.data.tokenizer_file import Losses
 
 _logger = logging.getLogger(__name__)
 
@@ -109,6 +110,9 @@ def prepare_tokens(
     prepare_once(directory, lambda new: _write(new, open_documents(), tokenizer, name, skipped), f"Tokens of {name}")
     log_skipped(name, directory, read_skipped(directory))
     meta = json.loads((directory / "meta.json").read_text())
+    losses = Losses(**meta.get("losses", {}))
+    if losses != Losses():
+        _logger.warning("%s: the tokenizer lost text: %s (of %d tokens)", name, losses, meta["num_tokens"])
     # An empty file cannot be mapped; the array of an empty split can be read.
     tokens = np.load(directory / "tokens.npy", mmap_mode="r" if meta["num_tokens"] else None)
     offsets = np.load(directory / "offsets.npy", mmap_mode="r")
@@ -127,9 +131,10 @@ def _write(
     digest = hashlib.blake2b(tokenizer.fingerprint.encode(), digest_size=16)
     offsets = array.array("q", [0])
     skipped.reasons.update(getattr(documents, "skipped", {}))
+    losses: list[Losses] = []
     with (directory / "tokens.npy").open("wb") as file:
         _write_header(file, 0, dtype)
-        for encoded in _encode(documents, tokenizer, name, skipped):
+        for encoded in _encode(documents, tokenizer, name, skipped, losses):
             pieces = [np.zeros(0, dtype)]
             for document in encoded:
                 if len(document) == 0:  # a tokenizer that makes nothing of something
@@ -150,6 +155,7 @@ def _write(
         "num_tokens": offsets[-1],
         "num_documents": len(offsets) - 1,
         "num_skipped_documents": len(skipped.reasons),
+        "losses": dataclasses.asdict(sum(losses, Losses())),
         "tokenizer": tokenizer.fingerprint,
         "fingerprint": digest.hexdigest(),
     }
@@ -159,26 +165,47 @@ def _write(
 
 
 def _encode(
-    documents: DocumentSource, tokenizer: Tokenizer, name: str, skipped: SkippedDocuments
+    documents: DocumentSource, tokenizer: Tokenizer, name: str, skipped: SkippedDocuments, losses: list[Losses]
 ) -> Iterator[list[np.ndarray]]:
     """Chunks of tokenised documents, with a progress bar."""
     with tqdm(total=len(documents), unit=" documents", desc=f"Tokenizing {name}") as bar:
-        chunk, size = [], 0
+        chunk, size = {}, 0
         for index in range(len(documents)):
             document = _document(documents, index, tokenizer, name, skipped)
             if document is not None:
-                chunk.append(document)
+                chunk[index] = document
                 size += len(document)
             if len(chunk) == _CHUNK_DOCUMENTS or size >= _CHUNK_BYTES or index == len(documents) - 1:
                 if documents.holds_tokens:
-                    for document in chunk:
+                    for document in chunk.values():
                         _check_token_ids(document, tokenizer, name)
-                    yield chunk
+                    yield list(chunk.values())
                 else:
-                    encoded, _ = tokenizer.encode_batch(chunk)
-                    yield encoded
+                    yield _encode_chunk(documents, chunk, tokenizer, name, skipped, losses)
                 bar.update(index + 1 - bar.n)
-                chunk, size = [], 0
+                chunk, size = {}, 0
+
+
+def _encode_chunk(
+    documents: DocumentSource, chunk: dict[int, bytes], tokenizer: Tokenizer, name: str, skipped: SkippedDocuments,
+    losses: list[Losses],
+) -> list[np.ndarray]:  # fmt: skip
+    """The chunk's tokens; a document that the tokenizer has no tokens for is left out, where that is allowed."""
+    try:
+        encoded, lost = tokenizer.encode_batch(list(chunk.values()))
+        losses.append(lost)
+        return encoded
+    except DamageError:  # does not say which one
+        kept = []
+    for index, document in chunk.items():
+        try:
+            (tokens,), lost = tokenizer.encode_batch([document])
+            losses.append(lost)
+            kept.append(tokens)
+        except DamageError as error:
+            document_name = documents.name_of(index)
+            skipped.damaged(document_name, DamageError(f"{name}, document {document_name}: {error}"))
+    return kept
 
 
 def _document(

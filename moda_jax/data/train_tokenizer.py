@@ -9,6 +9,7 @@ Byte-level: every byte is in the vocabulary, so any text can be encoded and noth
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ from moda_jax.config import DataConfig
 from moda_jax.data.sources import find_split
 from moda_jax.data.token_store import DocumentSource
 from moda_jax.data.tokenizer import END_OF_TEXT_NAMES, HuggingFaceTokenizer
+from moda_jax.paths import expand_home
+
+_logger = logging.getLogger(__name__)
 
 _MIN_VOCAB_SIZE = 257  # the bytes and the end-of-text token
 
@@ -40,7 +44,7 @@ def train_bpe(config: DataConfig, vocab_size: int, output: str | Path) -> Huggin
     """
     if vocab_size < _MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size={vocab_size}: expected at least {_MIN_VOCAB_SIZE}, the bytes and end-of-text")
-    output = Path(output).expanduser()
+    output = expand_home(output, "output")
     if not output.parent.is_dir():
         raise ValueError(f"output={str(output)!r}: there is no directory {str(output.parent)!r}")
     source = find_split(config, "train")
@@ -89,5 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _texts(documents: DocumentSource, name: str) -> Iterator[str]:
+    """The documents that are text; says how many are not."""
+    passed_over = 0
     for index in tqdm(range(len(documents)), unit=" documents", desc=f"Reading {name}"):
-        yield documents[index].decode("utf-8", "replace")
+        try:
+            yield documents[index].decode("utf-8")
+        except UnicodeDecodeError:
+            passed_over += 1
+    if passed_over:
+        _logger.warning("%s: %d documents are not UTF-8 and were passed over", name, passed_over)

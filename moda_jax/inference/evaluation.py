@@ -87,7 +87,10 @@ def run_tasks(
     model = harness.HarnessModel(run, context)
     results = harness.run_tasks(model, tasks, manager, num_fewshot=num_fewshot, limit=limit)
     kept = {key: results[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in results}
-    _write(output / TASKS_FILE, _header(run) | {"context": context, "limit": limit} | kept)
+    _write(
+        output / TASKS_FILE,
+        _header(run) | {"context": context, "limit": limit, "cuts": dataclasses.asdict(model.cuts)} | kept,
+    )
     return harness.format_results(results)
 
 

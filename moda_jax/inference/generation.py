@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TextIO
 
@@ -9,10 +10,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moda_jax.config import check_text
 from moda_jax.data.tokenizer import Tokenizer
+from moda_jax.data.tokenizer_file import Losses
 from moda_jax.inference import decode
 from moda_jax.inference.sampling import SamplingConfig, row_keys
 from moda_jax.model.function import ModelFunction
+
+_logger = logging.getLogger(__name__)
 
 CHUNK = 8  # tokens between two looks of the host: what is streamed at once, and at most wasted behind a stop
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -88,7 +93,7 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Sequence[str | np.ndarray],
     *,
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     sampling: SamplingConfig | None = None,
     stop: Sequence[str] = (),
     key: jax.Array | None = None,
@@ -104,7 +109,8 @@ def generate(
         params: from `decode.inference_params`.
         tokenizer: of the training data.
         prompts: texts, or their token ids, of at least one token each.
-        max_tokens: tokens per continuation; with the prompt at most `max_sequence_length` of the model.
+        max_tokens: tokens of a continuation, one number for all rows or one per row; with the prompt at most
+            `max_sequence_length` of the model.
         sampling: None: `SamplingConfig()`.
         stop: strings that end a continuation.
         key: a typed PRNG key; equal keys give equal text. None: `jax.random.key(0)`.
@@ -118,19 +124,22 @@ def generate(
         ValueError: no prompt, one without tokens, one that does not fit the model's context, or an empty stop string.
     """
     longest = decode.model_config(model, params).max_sequence_length
-    ids = encode_prompts(tokenizer, prompts, max_tokens, longest)
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    ids = encode_prompts(tokenizer, prompts, limits, longest)
     if "" in stop:
         raise ValueError("stop='': expected a string of at least one character")
+    for text in stop:
+        check_text(text, "stop")
     params = decode.decode_params(params)
     sampling = SamplingConfig() if sampling is None else sampling
     key = jax.random.key(0) if key is None else key
     tokens, start = pad_prompts(ids, longest)
-    capacity = tokens.shape[1] + -(-max_tokens // CHUNK) * CHUNK
+    capacity = tokens.shape[1] + -(-max(limits) // CHUNK) * CHUNK
     logits, cache = decode.prefill(model, params, tokens, start, capacity=capacity, padded=bool(start.any()))
     choice = {"sampling": sampling, "vocab_size": tokenizer.vocab_size}
     state = decode.start(logits, cache, row_keys(key, ids), **choice)
 
-    rows = [_Row(tokenizer, prompt, stop, max_tokens) for prompt in ids]
+    rows = [_Row(tokenizer, prompt, stop, limit) for prompt, limit in zip(ids, limits, strict=True)]
     while any(row.reason is None for row in rows):
         state, tokens = decode.decode(model, params, state, num_steps=CHUNK, **choice)
         for i, (row, new) in enumerate(zip(rows, _to_host(tokens), strict=True)):
@@ -180,21 +189,25 @@ class OrderedText:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str | np.ndarray], max_tokens: int, max_sequence_length: int
+    tokenizer: Tokenizer, prompts: Sequence[str | np.ndarray], limits: Sequence[int], max_sequence_length: int
 ) -> list[np.ndarray]:
-    """Token ids of each prompt.
+    """Token ids of each prompt; `limits` are the tokens that may follow each.
 
     Raises:
         ValueError: as `generate`.
     """
     if not prompts:
         raise ValueError("prompt: none given, expected at least one")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
+    if len(limits) != len(prompts):
+        raise ValueError(f"max_tokens: {len(limits)} numbers for {len(prompts)} prompts, expected one per prompt")
     encoded = []
-    for prompt in prompts:
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt, np.int32)
+    for prompt, max_tokens in zip(prompts, limits, strict=True):
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
+        if isinstance(prompt, str):
+            check_text(prompt, "prompt")
         shown = f"{prompt if len(prompt) <= 40 else prompt[:37] + '...'!r}" if isinstance(prompt, str) else "tokens"
+        ids = np.asarray(prompt, np.int32) if not isinstance(prompt, str) else _encode(tokenizer, prompt, shown)
         if len(ids) == 0:
             raise ValueError(f"prompt={shown}: gives no tokens")
         if len(ids) >= max_sequence_length:
@@ -209,6 +222,14 @@ def encode_prompts(
             )
         encoded.append(ids)
     return encoded
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, shown: str) -> np.ndarray:
+    """The prompt's tokens, int32 [n]; says what the tokenizer loses."""
+    (ids,), losses = tokenizer.encode_batch([prompt.encode("utf-8")])
+    if losses != Losses():
+        _logger.warning("prompt=%s: the tokenizer lost text: %s", shown, losses)
+    return np.asarray(ids, np.int32)
 
 
 def padded_length(length: int, longest: int) -> int:

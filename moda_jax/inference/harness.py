@@ -9,8 +9,10 @@ ARC-challenge, COPA, MMLU).
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from moda_jax.inference.scoring import Window, score_windows
 try:
     import lm_eval
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as missing:
@@ -42,19 +45,44 @@ MAX_GENERATED_TOKENS = 256  # where a task names no number
 GENERATION_ROWS = 32  # prompts that are continued together
 
 
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Cuts:
+    """What did not fit the context. A score of a task with many cuts says little about the model.
+
+    Attributes:
+        contexts, contexts_cut: of the questions whose answers are given, and of these the ones that lost their
+            beginning.
+        prompts, prompts_cut: the same of the tasks that generate text.
+        limits_lowered: continuations that may be shorter than their task asks.
+    """
+
+    contexts: int = 0
+    contexts_cut: int = 0
+    prompts: int = 0
+    prompts_cut: int = 0
+    limits_lowered: int = 0
+
+
 class HarnessModel(TemplateLM):
     """A run as lm-eval's model.
 
     Args:
         run: the model.
-        context: tokens that the model reads at most; what is longer loses its beginning. None: `data.sequence_length`,
-            the length that the model was trained at.
+        context: tokens that the model reads at most; what is longer loses its beginning, counted and said. None:
+            `data.sequence_length`, the length that the model was trained at.
+
+    Attributes:
+        cuts: what did not fit, over all requests so far.
     """
 
     def __init__(self, run: LoadedRun, context: int | None = None) -> None:
         super().__init__()
         self._run = run
         self.max_length = run.config.data.sequence_length if context is None else context
+        self.cuts = Cuts()
 
     @property
     def eot_token_id(self) -> int:
@@ -71,11 +99,16 @@ class HarnessModel(TemplateLM):
         return self._run.tokenizer.encode(string).tolist()
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        rolling: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """(log-probability, is greedy) of each (cache key, context, continuation), in order."""
-        windows = []
+        windows, cut = [], 0
         for _, context, continuation in requests:
+            cut += len(context) + len(continuation) > self.max_length + 1
             if len(continuation) > self.max_length:
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens does not fit the context of {self.max_length}; set "
@@ -93,6 +126,10 @@ class HarnessModel(TemplateLM):
                 progress=bar.update,
             )
         answers = [(float(score.log_probs.sum()), score.greedy) for score in scores]
+        if not rolling:  # windows over a long text lose nothing
+            self.cuts.contexts += len(requests)
+            self.cuts.contexts_cut += cut
+            self._say_lost("contexts", cut, len(requests))
         for (key, _, _), answer in zip(requests, answers, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)
@@ -110,7 +147,7 @@ class HarnessModel(TemplateLM):
             pieces = [(None, *make_disjoint_window(piece)) for piece in pieces]
             windows += pieces
             counts.append(len(pieces))
-        answers = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
+        answers = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm, rolling=True))
         totals = []
         for request, count in zip(requests, counts, strict=True):
             totals.append(float(sum(next(answers)[0] for _ in range(count))))
@@ -118,40 +155,78 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context, up to the first of its stop strings."""
+        """The continuation of each context, up to the first of its stop strings.
+
+        The prompt comes first: a continuation is cut to what the prompt leaves of the context. Only a prompt that
+        leaves nothing loses its beginning; it then makes room for the continuation that its task asks for, at most half
+        of the context.
+        """
+        if requests and self.max_length < 2:
+            raise ValueError(f"--context={self.max_length}: expected at least 2 for a task that generates text")
         texts: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}  # by their options; in a group the long ones first
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        cut = lowered = 0
         with tqdm(total=len(requests), desc="Generating", unit=" texts", disable=disable_tqdm) as bar:
             for options, indices in groups.items():
-                stop, max_tokens, sampling = self._generation_options(json.loads(options))
-                room = self.max_length - max_tokens
-                prompts = {i: self._prompt(requests[i].args[0])[-room:] for i in indices}
+                stop, limit, sampling = generation_options(json.loads(options))
+                whole = {i: self._prompt(requests[i].args[0]) for i in indices}
+                prompts = {i: self._fitting(whole[i], limit) for i in indices}
+                limits = {i: min(limit, self.max_length - len(prompts[i])) for i in indices}
+                cut += sum(len(prompts[i]) < len(whole[i]) for i in indices)
+                lowered += sum(limits[i] < limit for i in indices)
                 indices.sort(key=lambda i, prompts=prompts: -len(prompts[i]))
                 for begin in range(0, len(indices), GENERATION_ROWS):
                     rows = indices[begin : begin + GENERATION_ROWS]
                     completions = generate(
                         self._run.model, self._run.params, self._run.tokenizer, [prompts[i] for i in rows],
-                        max_tokens=max_tokens, sampling=sampling, stop=stop,
+                        max_tokens=[limits[i] for i in rows], sampling=sampling, stop=stop,
                     )  # fmt: skip
                     for i, completion in zip(rows, completions, strict=True):
                         texts[i] = completion.text
                         self.cache_hook.add_partial("generate_until", requests[i].args, completion.text)
                     bar.update(len(rows))
+        self.cuts.prompts += len(requests)
+        self.cuts.prompts_cut += cut
+        self.cuts.limits_lowered += lowered
+        self._say_lost("prompts", cut, len(requests))
+        if lowered:
+            _logger.warning(
+                "%d of %d continuations may be shorter than their task asks: prompt and continuation share the "
+                "context of %d tokens (--context)", lowered, len(requests), self.max_length,
+            )  # fmt: skip
         return texts
 
     def _prompt(self, text: str) -> np.ndarray:
         return np.asarray(self.tok_encode(text) or [self.prefix_token_id], np.int32)
 
-    def _generation_options(self, options: dict[str, Any]) -> tuple[list[str], int, SamplingConfig]:
-        """(stop strings, tokens, sampling) of a task's generation_kwargs."""
-        until = options.get("until") or []
-        until = [until] if isinstance(until, str) else list(until)
-        max_tokens = int(options.get("max_gen_toks", MAX_GENERATED_TOKENS))
-        max_tokens = max(1, min(max_tokens, self.max_length - 1))
-        temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-        return until, max_tokens, SamplingConfig(temperature, options.get("top_k") or None, options.get("top_p"))
+    def _fitting(self, prompt: np.ndarray, limit: int) -> np.ndarray:
+        """The prompt, or what is kept of one that leaves no room for a single token."""
+        if len(prompt) < self.max_length:
+            return prompt
+        return prompt[-(self.max_length - min(limit, self.max_length // 2)) :]
+
+    def _say_lost(self, what: str, cut: int, total: int) -> None:
+        if cut:
+            _logger.warning(
+                "%d of %d %s lost their beginning: they are longer than the context of %d tokens (--context); their "
+                "scores count in the table", cut, total, what, self.max_length,
+            )  # fmt: skip
+
+
+def generation_options(options: dict[str, Any]) -> tuple[list[str], int, SamplingConfig]:
+    """(stop strings, most tokens, sampling) of a task's generation_kwargs, in any spelling that lm-eval knows.
+
+    Raises:
+        ValueError: a limit without tokens.
+    """
+    known: dict[str, Any] = dict(normalize_gen_kwargs(options, default_max_gen_toks=MAX_GENERATED_TOKENS))
+    if known["max_gen_toks"] < 1:
+        raise ValueError(f"generation_kwargs: a limit of {known['max_gen_toks']} tokens; expected at least 1")
+    temperature = float(known.get("temperature") or 0.0) if known["do_sample"] else 0.0
+    stop = [text for text in known["until"] if text]
+    return stop, known["max_gen_toks"], SamplingConfig(temperature, known.get("top_k") or None, known.get("top_p"))
 
 
 def find_tasks(names: Sequence[str], task_directory: str | Path | None = None) -> tuple[list[str], TaskManager]:

@@ -16,7 +16,7 @@ from moda_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from moda_jax.inference.decode import inference_params
 from moda_jax.model.function import ModelFunction, model_function, split_model
 from moda_jax.training.checkpoint import CheckpointError, check_step, find_good_step, saved_steps, warn_of_skipped
-from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, read_config
+from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, TOKENIZER_FILE, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,8 @@ def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | N
     Args:
         workdir: the run's directory.
         step: of the checkpoint; None: the newest good one, and newer ones are named in the log with what is wrong.
-        tokenizer: where the run's tokenizer.json is now, if not at `data.tokenizer`.
+        tokenizer: the run's tokenizer.json; None: the copy in the run's directory, or the one at `data.tokenizer` if
+            there is none.
 
     Raises:
         ValueError: no run or no checkpoint there, `step` is damaged or, with None, every one is; or a tokenizer that is
@@ -64,7 +65,7 @@ def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | N
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_implementation=None))
     directory = workdir / CHECKPOINT_DIRECTORY
     step = _chosen_step(workdir, directory, step)
-    loaded = load_tokenizer(config.data)
+    loaded = load_tokenizer(config.data, workdir / TOKENIZER_FILE if tokenizer is None else None)
     _check_tokenizer(loaded, config, directory / str(step))
     params = restore_params(directory / str(step), config)
     model = model_function(config.model)

@@ -13,6 +13,7 @@ tokens before it. Per domain, with nats summed over its documents:
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from moda_jax.config import DataConfig
-from moda_jax.data.corpus import SourceFile, list_files, read_documents
+from moda_jax.data.corpus import SUFFIXES, SourceFile, list_files, read_documents
+from moda_jax.data.tokenizer_file import Losses
 from moda_jax.inference.load import LoadedRun
 from moda_jax.inference.scoring import Window, score_windows
+from moda_jax.paths import expand_home
 from moda_jax.training.metrics import perplexity
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,22 +64,23 @@ def read_domain(argument: str, feature: str = "text") -> Domain:
     """Reads the domain that "NAME=PATH" names.
 
     Args:
-        argument: PATH is a file, or a directory of .txt, .jsonl and .jsonl.gz files. A .jsonl file has a document per
-            line, any other file is one document.
-        feature: the text field of a .jsonl line.
+        argument: PATH is a file, or a directory of files as `data.source` takes them. A file of JSON lines has a
+            document per line and a .parquet file one per row; any other file is one document.
+        feature: the text field of a JSON line, the column of a .parquet file.
 
     Raises:
         ValueError: not of this form, no such file, or no text in it.
+        NotImplementedError: a .parquet file, and pyarrow is not installed.
     """
     name, equals, place = argument.partition("=")
     if not (name and equals and place):
         raise ValueError(f"--data={argument}: expected NAME=PATH, as in --data=wiki=wiki.txt")
-    path = Path(place).expanduser()
+    path = expand_home(place, f"--data={name}")
     if not path.exists():
         raise ValueError(f"--data={argument}: no such file or directory; expected NAME=PATH of a text file")
     config = DataConfig(source=place, feature=feature)
     try:
-        files = list_files(config) if path.is_dir() else [_source_file(path)]
+        files = list_files(config) if path.is_dir() or place.lower().endswith(SUFFIXES) else [_source_file(path)]
         documents = [document.text for document in read_documents(files, config, lambda name: "all", "all")]
     except ValueError as error:
         raise ValueError(f"--data={argument}: {str(error).removeprefix(f'data.source={place!r}: ')}") from error
@@ -123,9 +129,7 @@ def evaluate_domains(
     """
     context, stride = checked_windows(run, context, stride)
     end = np.array([run.tokenizer.end_of_text_id], np.int32)
-    encoded = [
-        [np.concatenate([run.tokenizer.encode(text), end]) for text in domain.documents] for domain in domains
-    ]  # fmt: skip
+    encoded = [[np.concatenate([tokens, end]) for tokens in _encode(run, domain)] for domain in domains]
     windows = [[w for tokens in documents for w in domain_windows(tokens, context, stride)] for documents in encoded]
     total, done = sum(window.scored for domain in windows for window in domain), 0
 
@@ -175,6 +179,21 @@ def format_table(results: Sequence[DomainResult]) -> str:
         for r in results
     ]
     return "\n".join(lines)
+
+
+def _encode(run: LoadedRun, domain: Domain) -> list[np.ndarray]:
+    """Tokens of each document; says what the tokenizer loses.
+
+    Raises:
+        ValueError: a text that the tokenizer has no tokens for.
+    """
+    try:
+        encoded, losses = run.tokenizer.encode_batch(domain.documents)
+    except ValueError as error:
+        raise ValueError(f"--data={domain.name}=...: {error}") from error
+    if losses != Losses():
+        _logger.warning("--data=%s=...: the tokenizer lost text: %s", domain.name, losses)
+    return encoded
 
 
 def _source_file(path: Path) -> SourceFile:

@@ -28,6 +28,7 @@ from moda_jax.config import Config, TransformerConfig
 from moda_jax.inference.load import load_run, restore_params
 from moda_jax.interop.depth_init import OPEN_FIELDS, add_depth
 from moda_jax.interop.exchange import TOKENIZER_FILE, export_model, is_olmo2, load_model
+from moda_jax.training import runtime
 from moda_jax.training.console import config_from_flag, quantity, run_command, user_errors
 from moda_jax.training.trainer import TrainingRun
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE
@@ -44,13 +45,13 @@ def export_run() -> None:
     """`export`."""
     with user_errors():
         workdir, output = _required(_WORKDIR, "runs/quickstart"), Path(_required(_OUTPUT, "exported"))
+        runtime.require_device()
         run = load_run(workdir, step=_STEP.value)
         config = run.config.model
         params = restore_params(run.workdir / CHECKPOINT_DIRECTORY / str(run.step), run.config)
-        source = run.config.data.tokenizer
         export_model(
             config, params, output, dtype=_DTYPE.value, end_of_text_id=run.tokenizer.end_of_text_id,
-            tokenizer_file=None if source == "bytes" else Path(source).expanduser(),
+            tokenizer_file=getattr(run.tokenizer, "path", None),
         )  # fmt: skip
     kind = "transformers reads it as Olmo2ForCausalLM" if is_olmo2(config) else f"depth={config.depth!r}, own format"
     print(f"{output}: step {run.step} of {run.workdir}, {_DTYPE.value}; {kind}")
@@ -62,6 +63,7 @@ def import_model() -> None:
         directory, workdir = Path(_required(_CHECKPOINT, "olmo2")), Path(_required(_WORKDIR, "runs/olmo2"))
         if (workdir / CONFIG_FILE).exists():
             raise ValueError(f"--workdir={workdir}: holds a run already; name a new directory")
+        runtime.require_device()
         try:
             base, model = load_model(directory)
         except FileNotFoundError as error:

@@ -77,7 +77,11 @@ def export_model(
     values |= {"bos_token_id": None, "pad_token_id": None}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
+        weights = directory / SINGLE_FILE
+        weights.touch()
+        mode = weights.stat().st_mode  # as the umask says; the library makes its files for their owner alone
+        save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod(mode)
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, directory / TOKENIZER_FILE)
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
@@ -109,7 +113,7 @@ def _own_type(path: pathlib.Path) -> dict[str, Any] | None:
         raise ValueError(f"{path.parent}: holds no {CONFIG_FILE}; expected a directory of config.json and safetensors")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict) or values.get("model_type") != OWN_TYPE:
         return None

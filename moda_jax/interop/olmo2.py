@@ -25,6 +25,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from moda_jax.config import TransformerConfig
+from moda_jax.data.faults import is_lfs_pointer
 from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.transformer import Transformer
 
@@ -51,6 +52,29 @@ LAYER_TENSORS = {
     "ffn.up.kernel": ("mlp.up_proj.weight", 1),
     "ffn.down.kernel": ("mlp.down_proj.weight", 1),
     "ffn_norm.scale": ("post_feedforward_layernorm.weight", 0),
+}
+
+
+# Fields of config.json that change the function, in OLMo 2's relatives and descendants: values that leave it as it is.
+OTHER_FUNCTIONS: dict[str, tuple[tuple, str]] = {
+    "clip_qkv": ((None,), "null, queries, keys and values are not clipped"),
+    "attn_logit_softcapping": ((None,), "null, attention's logits are not capped"),
+    "final_logit_softcapping": ((None,), "null, the logits are not capped"),
+    "query_pre_attn_scalar": ((None,), "null, the scale of attention is head_dim ** -0.5"),
+    "attention_multiplier": ((None,), "null, the scale of attention is head_dim ** -0.5"),
+    "embedding_multiplier": ((None, 1), "1, the embedding is not scaled"),
+    "scale_embeddings": ((None, False), "false, the embedding is not scaled"),
+    "residual_multiplier": ((None, 1), "1, a sub-layer's output is not scaled"),
+    "logits_scaling": ((None, 1), "1, the logits are not scaled"),
+    "logit_scale": ((None, 1), "1, the logits are not scaled"),
+    "mlp_bias": ((None, False), "false, this model has no biases"),
+    "use_qk_norm": ((None, True), "true, queries and keys are normalised"),
+    "qk_norm": ((None, True), "true, queries and keys are normalised"),
+    "alibi": ((None, False), "false, positions are rotations"),
+    "num_experts": ((None,), "null, this model has no experts"),
+    "num_local_experts": ((None,), "null, this model has no experts"),
+    "use_bidirectional_attention": ((None, False), "false, attention is causal"),
+    "is_causal": ((None, True), "true, attention is causal"),
 }
 
 
@@ -90,6 +114,8 @@ def read_transformer(directory: pathlib.Path, config: TransformerConfig) -> Tran
     sources = {path: sources_of(path, shape, config) for path, shape in shapes.items()}
     with contextlib.ExitStack() as stack:
         files = _open_files(directory, stack)
+        if config.tie_embeddings:
+            _drop_copied_head(files)
         _check_tensors(directory, files, [tensor for tensors in sources.values() for tensor in tensors])
         # One parameter at a time, so that the peak is the model and one of its (stacked) parameters.
         arrays = {path: jnp.asarray(_read(files, sources[path], shape)) for path, shape in shapes.items()}
@@ -112,9 +138,11 @@ def _read_config(path: pathlib.Path) -> TransformerConfig:
         ("partial_rotary_factor", None, (None, 1.0), "1, all channels are rotated"),
         ("quantization_config", None, (None,), "none, this model reads floating-point weights"),
         ("tie_word_embeddings", False, (False, True), "True or False"),
+        *((field, known[0], known, expected) for field, (known, expected) in OTHER_FUNCTIONS.items()),
     ):
         if values.get(field, default) not in known:
             raise ValueError(f"{where}{field}={values.get(field)!r}: expected {expected}")
+    _check_windows(values, where)
 
     def positive_int(field: str, default: int | None = None) -> int:
         value = default if values.get(field) is None else values[field]
@@ -140,6 +168,19 @@ def _read_config(path: pathlib.Path) -> TransformerConfig:
         return TransformerConfig(norm="post", depth="none", depth_ffn_kv=False, qk_norm=True, **fields)
     except ValueError as error:  # names our field; say which file led there
         raise ValueError(f"{where}{error}") from error
+
+
+def _check_windows(values: Mapping[str, Any], where: str) -> None:
+    """Every layer sees all tokens before it; a window that is switched off or no shorter than the context is none."""
+    kinds = values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {"full_attention"}):
+        raise ValueError(f"{where}layer_types={kinds!r}: expected 'full_attention' for every layer")
+    for field in ("sliding_window", "attention_window", "local_attention_window", "attention_chunk_size"):
+        window, longest = values.get(field), values.get("max_position_embeddings")
+        whole = type(window) is int and type(longest) is int and window >= longest
+        if window is None or whole or values.get("use_sliding_window") is False:
+            continue
+        raise ValueError(f"{where}{field}={window!r}: expected null, every token sees all before it")
 
 
 def _rope_theta(values: Mapping[str, Any], where: str) -> float:
@@ -177,9 +218,12 @@ def _positive_number(values: Mapping[str, Any], field: str, where: str) -> float
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    if is_lfs_pointer(content):
+        raise ValueError(f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or UTF-8
+        values = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got a JSON {type(values).__name__}, expected an object")
@@ -252,6 +296,11 @@ def _open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[st
         try:
             reader = stack.enter_context(safe_open(path, framework="numpy"))
         except SafetensorError as error:
+            with path.open("rb") as file:
+                if is_lfs_pointer(file.read(256)):
+                    raise ValueError(
+                        f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+                    ) from error
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
         held = reader.keys()
         for tensor in held:
@@ -259,6 +308,19 @@ def _open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[st
                 raise ValueError(f"tensor {tensor}: stands in both {tensors[tensor][0].name} and {name}")
             tensors[tensor] = (path, reader)
     return tensors
+
+
+def _drop_copied_head(files: dict[str, tuple[pathlib.Path, Any]]) -> None:
+    """Takes the output projection of a tied checkpoint for the copy of the embedding that it is, if it is one."""
+    head, table = OUTER_TENSORS["head.kernel"][0], OUTER_TENSORS["embedding.table"][0]
+    if head not in files or table not in files:
+        return
+    slices = [files[name][1].get_slice(name) for name in (head, table)]
+    if len({(tuple(part.get_shape()), part.get_dtype()) for part in slices}) > 1:
+        return
+    pairs = (files[name][1].get_tensor(name) for name in (head, table))
+    if np.array_equal(*pairs, equal_nan=True):
+        del files[head]
 
 
 def _check_tensors(directory: pathlib.Path, files: Mapping[str, tuple[pathlib.Path, Any]], wanted: list[Tensor]):

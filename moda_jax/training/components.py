@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -35,6 +36,7 @@ class Components:
     Args:
         config: the run, from `resolve`.
         distribution: of its arrays.
+        carried_tokenizer: where the run keeps a copy of its tokenizer.json, or will.
 
     Raises:
         ValueError: a mistake in config or data; the message names the field.
@@ -50,8 +52,8 @@ class Components:
         eval_step: (params, batch) -> sums, jitted.
     """
 
-    def __init__(self, config: Config, distribution: Distribution):
-        self._config = config
+    def __init__(self, config: Config, distribution: Distribution, carried_tokenizer: Path | None = None):
+        self._config, self._carried_tokenizer = config, carried_tokenizer
         self._distribution = distribution
         self._open_data()
         self._check_sample()
@@ -101,7 +103,7 @@ class Components:
 
     def _open_data(self) -> None:
         config = self._config
-        self.tokenizer = load_tokenizer(config.data)
+        self.tokenizer = load_tokenizer(config.data, self._carried_tokenizer)
         check_vocabulary(self.tokenizer, config.model.vocab_size, config.data)
         unused = config.model.vocab_size - self.tokenizer.vocab_size
         if unused > _PADDING * config.model.vocab_size:
@@ -112,6 +114,27 @@ class Components:
         self.train_data = open_dataset(config.data, "train", self.tokenizer)
         evaluates = config.eval.interval_steps > 0
         self.validation_data = open_dataset(config.data, "validation", self.tokenizer) if evaluates else None
+
+    def accept_older_data(self, fingerprint: str) -> bool:
+        """Takes the source as the first version read it, if that gives the data that a checkpoint speaks of.
+
+        Since then more kinds of files are read, hidden names are not, and one text file is split by position.
+        """
+        config = self._config.data
+        try:
+            older = open_dataset(config, "train", self.tokenizer, as_before=True)
+            if older.fingerprint != fingerprint:
+                return False
+            if self.validation_data is not None:
+                self.validation_data = open_dataset(config, "validation", self.tokenizer, as_before=True)
+        except ValueError:  # not a source of that version
+            return False
+        self.train_data = older
+        _logger.warning(
+            "data.source=%r: this run was begun when other files of it were read, or shared out otherwise; it goes on "
+            "with the documents it began with", config.source,
+        )  # fmt: skip
+        return True
 
     def _check_sample(self) -> None:
         """The sample is the last thing that a run does: a prompt that does not fit must not wait until then."""

@@ -89,8 +89,10 @@ class _ProgressSafeHandler(logging.Handler):
     """Writes log lines to stderr without tearing a progress line, ours or tqdm's, apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        ProgressLine.hide_shown()
-        tqdm.write(self.format(record), file=sys.stderr)
+        # A pipe that was closed, a terminal that is gone, a log file on a full disk: a run goes on without its log.
+        with contextlib.suppress(OSError):
+            ProgressLine.hide_shown()
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def duration(seconds: float) -> str:
@@ -122,12 +124,17 @@ def run_command(main: Callable[[], None]) -> None:
     def run(_: Sequence[str]) -> None:
         faulthandler.enable()  # a crash in native code says where
         _set_up_logging()
+        _write_any_text(sys.stdout)
         try:
             main()
         except RunStoppedError as error:
             if _DEBUG.value:
                 traceback.print_exc()
             sys.exit(_fail(str(error), exit_code=EXIT_RUN_STOPPED))
+        except BrokenPipeError:
+            _forget_closed_streams()
+            message = "the reader of the output closed it before all was written; what was to be saved is saved"
+            sys.exit(_fail(message, exit_code=EXIT_RUN_STOPPED))
         except KeyboardInterrupt:
             sys.exit(_fail("interrupted; the same command resumes from the newest checkpoint", exit_code=130))
 
@@ -234,6 +241,28 @@ class _Formatter(logging.Formatter):
         return f"{time.strftime('%H:%M:%S')} {level}{record.getMessage()}"
 
 
+def _write_any_text(stream: TextIO) -> None:
+    """Lets a stream of a narrow encoding take any text: what it lacks is written as an escape."""
+    try:
+        "\N{REPLACEMENT CHARACTER}".encode(stream.encoding)
+    except UnicodeEncodeError:
+        stream.reconfigure(errors="backslashreplace")
+        logging.getLogger("moda_jax").warning(
+            "stdout takes %s only: other characters are written as escapes; set PYTHONIOENCODING=utf-8", stream.encoding
+        )
+
+
+def _forget_closed_streams() -> None:
+    """Python flushes stdout and stderr at its end, and would complain once more of one that is closed."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _fail(message: str, exit_code: int = EXIT_USER_ERROR) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    with contextlib.suppress(OSError):  # of a stderr that is closed too
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
     return exit_code

@@ -44,6 +44,25 @@ def prepare(cache_directory: Path, *, deterministic: bool = False) -> None:
     _logger.info("compiled programs are kept in %s", jax.config.jax_compilation_cache_dir)
 
 
+def require_device() -> None:
+    """Meets the device; call it after `prepare`.
+
+    Raises:
+        ValueError: there is no device of the platform that JAX_PLATFORMS names.
+    """
+    platforms = jax.config.jax_platforms
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where a platform's plug-in is not installed
+        if not platforms:
+            raise
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise ValueError(
+            f"JAX_PLATFORMS={platforms!r}: JAX finds no such device{reason}; unset it to take what is there, or see "
+            'to the driver and to JAX\'s GPU part (python -m pip install "moda-jax[cuda]")'
+        ) from error
+
+
 def _may_have_gpu() -> bool:
     """Whether JAX may find a GPU, without asking it: flags for GPUs are an error where XLA has no GPU part."""
     platforms = jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")

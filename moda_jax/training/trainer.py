@@ -145,7 +145,8 @@ class TrainingRun:
         is_new = workdir_lib.read_config(self.workdir) is None
         if not is_new:
             self._lock_directory()
-        self._components = Components(self.config, self._distribution)
+        carried_tokenizer = self.workdir / workdir_lib.TOKENIZER_FILE
+        self._components = Components(self.config, self._distribution, carried_tokenizer)
         if is_new:
             self._lock_directory()
             changes = workdir_lib.check_config(self.workdir, self.config)  # another may have been quicker
@@ -173,6 +174,8 @@ class TrainingRun:
     def _write_config(self, changes: list[workdir_lib.Change]) -> None:
         if self._distribution.is_first:
             workdir_lib.write_config(self.workdir, self.config, changes)
+            if self.config.data.tokenizer != "bytes":
+                workdir_lib.carry_tokenizer(self.workdir, self._components.tokenizer.path)
 
     def _restore_or_initialize(self, found: int | None, skipped: list[SkippedStep]) -> None:
         self._position = 0
@@ -184,7 +187,9 @@ class TrainingRun:
         saved, record = self._checkpoints.restore(found, wanted, is_checked=True)
         self._state = self._distribution.restored(saved)
         for name, value in self._components.fingerprints().items():
-            if record[name] != value:
+            if record[name] != value and not (
+                name == "dataset_fingerprint" and self._components.accept_older_data(record[name])
+            ):
                 data = self.config.data
                 raise CheckpointError(
                     f"{self._checkpoint_directory / str(self.step)}: was trained on other data: its {name} is "

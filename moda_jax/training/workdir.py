@@ -3,6 +3,7 @@
 What lies in it:
 
     config.json      the resolved config
+    tokenizer.json   the run's tokenizer, unless it is "bytes", so that the run can be moved
     metrics.jsonl    a line per logged step
     tensorboard/     the same values as TensorBoard events
     checkpoints/     one directory per saved step
@@ -27,6 +28,7 @@ from moda_jax.config import Config
 _logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 CHECKPOINT_DIRECTORY = "checkpoints"
@@ -123,6 +125,23 @@ def check_config(workdir: Path, config: Config) -> list[Change]:
             f"{listing}"
         )
     return changes
+
+
+def carry_tokenizer(workdir: Path, tokenizer_file: Path) -> None:
+    """Copies the run's tokenizer.json into its directory, all or nothing, unless there is one.
+
+    Raises:
+        ValueError: the directory cannot be written.
+    """
+    path = workdir / TOKENIZER_FILE
+    if path.exists():
+        return
+    temporary = path.with_suffix(".json.new")
+    try:
+        temporary.write_bytes(tokenizer_file.read_bytes())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"workdir={str(workdir)!r}: the tokenizer cannot be copied there ({error})") from error
 
 
 def write_config(workdir: Path, config: Config, changes: list[Change]) -> None:

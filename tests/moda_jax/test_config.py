@@ -72,6 +72,8 @@ def test_model_mistakes_are_named(fields, message):
         ({"mesh": {"fsdp": 0}}, "mesh.fsdp=0: expected a positive number, or -1 for the rest"),
         ({"mesh": {"fsdp": -1}}, "mesh.data and mesh.fsdp=-1: expected -1 for one axis at most"),
         ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last=0: expected a positive number"),
+        ({"train": {"sample_prompt": "a\udcff"}}, r"train.sample_prompt='a\\udcff': expected UTF-8; character 1 is"),
+        ({"data": {"end_of_text": "\udcff"}}, r"data.end_of_text='\\udcff': expected UTF-8"),
         ({"eval": {"num_batches": -1}}, "eval.num_batches=-1"),
     ],
 )

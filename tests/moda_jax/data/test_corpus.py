@@ -1,10 +1,12 @@
 """Documents in files: which files, which split, what text; every way a source can be wrong."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
 import logging
 import os
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from support.documents import data_config, random_texts, write_texts
 
 from moda_jax.config import DataConfig
 from moda_jax.data import corpus
+from moda_jax.data.faults import DamageError
+from moda_jax.data.pipeline import open_dataset
+from moda_jax.data.tokenizer import ByteTokenizer
 
 
 def read_all(config):
@@ -41,7 +46,6 @@ def test_files_are_found_in_all_folders(tmp_path):
             "a/c.txt": b"22",
             "a/x/d.jsonl": [],
             "e.jsonl.gz": [],
-            "f.md": b"no",
             "txt": b"no",
             "g.gz": b"",
         },
@@ -122,8 +126,198 @@ def test_no_split_of_two_documents_is_empty(tmp_path, fraction, caplog):
 
 
 def test_one_document_is_for_training(tmp_path):
-    splits, _ = read_all(DataConfig(source=str(write_texts(tmp_path, {"a.txt": b"a"}))))
-    assert splits == {"train": {b"a.txt": b"a"}}
+    splits, _ = read_all(DataConfig(source=str(write_texts(tmp_path, {"a.jsonl": [{"text": "a"}]}))))
+    assert splits == {"train": {b"a.jsonl:1": b"a"}}
+
+
+TEXTS = {"README.txt": b"read me", "notes.md": b"# notes"}
+LINES = [{"text": "one"}, {"text": "two"}]
+
+
+class TestWhatIsRead:
+    def test_every_kind_in_any_spelling(self, tmp_path, caplog):
+        names = ("a.jsonl", "b.JSONL", "c.jsonl.gz", "d.json", "e.json.gz", "f.Json")
+        write_texts(tmp_path, TEXTS | {name: LINES for name in names})
+        write_parquet(tmp_path / "g.parquet", ["one", "two"])
+        with caplog.at_level(logging.WARNING, "moda_jax"):
+            documents = merged(DataConfig(source=str(tmp_path)))
+        lines = {
+            f"{name}:{i}".encode(): text for name in (*names, "g.parquet") for i, text in ((1, b"one"), (2, b"two"))
+        }
+        assert documents == lines | {name.encode(): text for name, text in TEXTS.items()}
+        assert not caplog.records
+
+    def test_what_is_passed_over_is_said_by_ending_and_count(self, tmp_path, caplog):
+        others = dict.fromkeys(["a.pdf", "b/c.pdf", "d.csv.gz", "Makefile", "e.TSV"], b"x")
+        write_texts(tmp_path, TEXTS | others | {"info.json": b'{\n "text": 1\n}', "meta.json": b'{"id": 1}\n'})
+        with caplog.at_level(logging.WARNING, "moda_jax"):
+            for _ in range(2):
+                files = corpus.list_files(DataConfig(source=str(tmp_path)))
+        assert [file.name for file in files] == [b"README.txt", b"notes.md"]
+        (line,) = (record.getMessage() for record in caplog.records)  # both splits ask, one word is enough
+        _, _, parts = line.partition("passed over: ")
+        assert sorted(parts.split(", ")) == sorted([
+            "2 .pdf", "1 .csv.gz", "1 without ending", "1 .TSV",
+            "2 .json without 'text' (data.feature) in its first line; 2 files are read",
+        ])  # fmt: skip
+
+    def test_hidden_and_system_names_are_no_documents(self, tmp_path, caplog):
+        hidden = ["._a.txt", ".git/x.txt", ".ipynb_checkpoints/a.txt", "__MACOSX/a.txt", "b/.c.txt", "lost+found/a.txt"]
+        write_texts(tmp_path / ".corpus", {"a.txt": b"a", "b/d.txt": b"d"} | dict.fromkeys(hidden, b"copy"))
+        with caplog.at_level(logging.WARNING, "moda_jax"):
+            assert merged(DataConfig(source=str(tmp_path / ".corpus"))) == {b"a.txt": b"a", b"b/d.txt": b"d"}
+        assert "passed over: 6 hidden or system names, as " in caplog.text
+
+    def test_the_first_versions_rules_can_still_be_had(self, tmp_path):
+        write_texts(tmp_path, TEXTS | {"._a.txt": b"a", "b.jsonl": LINES, "c.JSONL": LINES})
+        files = corpus.list_files(DataConfig(source=str(tmp_path)), as_before=True)
+        assert [file.name for file in files] == [b"._a.txt", b"README.txt", b"b.jsonl"]
+
+    def test_without_pyarrow_the_error_says_what_to_install(self, tmp_path, monkeypatch):
+        write_texts(tmp_path, TEXTS | {"a.parquet": b""})
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        for source in (tmp_path, tmp_path / "a.parquet"):
+            with pytest.raises(NotImplementedError, match=r'1 \.parquet files takes pyarrow: .*"moda-jax\[parquet\]"'):
+                corpus.list_files(DataConfig(source=str(source)))
+
+
+def write_parquet(path, texts, **columns):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pa.parquet.write_table(pa.table({"text": texts} | columns), path)
+
+
+class TestParquet:
+    def test_text_passes_unchanged_in_every_form_of_string(self, tmp_path):
+        import pyarrow as pa
+
+        texts = ["naïve\n", "", "日本"]
+        array = pa.array(texts)
+        for i, form in enumerate((array, array.cast(pa.large_string()), array.dictionary_encode())):
+            write_parquet(tmp_path / f"{i}.parquet", form, number=[1, 2, 3])
+        raw = pa.Array.from_buffers(pa.string(), 1, [None, *pa.array([b"raw \xff"]).buffers()[1:]])
+        write_parquet(tmp_path / "3.parquet", raw)
+        expected = {f"{i}.parquet:{j}".encode(): text.encode() for i in range(3) for j, text in enumerate(texts, 1)}
+        assert merged(DataConfig(source=str(tmp_path))) == expected | {b"3.parquet:1": b"raw \xff"}
+
+    @pytest.mark.parametrize(
+        ("texts", "feature", "message"),
+        [
+            (
+                ["a", "b", None],
+                "text",
+                r"data\.feature='text': .*a\.parquet, row 3 holds nothing there; expected a string",
+            ),
+            ([1, 2, 3], "text", r"data\.feature='text': .*a\.parquet holds int64 there; expected strings"),
+            (["a", "b", "c"], "body", r"data\.feature='body': .*a\.parquet has no such column; it has \['text'\]"),
+            (["a", "b" * 11, "c"], "text", r"a\.parquet, row 2 is a document of 11 bytes; expected at most"),
+        ],
+    )
+    def test_rows_that_cannot_be_used(self, tmp_path, texts, feature, message):
+        write_parquet(tmp_path / "a.parquet", texts)
+        write_texts(tmp_path, {"b.txt": b"b"})
+        config = DataConfig(source=str(tmp_path), feature=feature, max_document_bytes=10)
+        with pytest.raises(DamageError, match=message):
+            read_all(config)
+        kept = merged(dataclasses.replace(config, on_damage="skip"))
+        assert len(kept) == {"text": 3, "body": 1}[feature] - 2 * (texts[0] == 1)
+
+    @pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
+    def test_a_file_cut_off(self, tmp_path, share):
+        write_parquet(tmp_path / "a.parquet", [f"text {i}" for i in range(100)])
+        os.truncate(tmp_path / "a.parquet", int(share * (tmp_path / "a.parquet").stat().st_size))
+        with pytest.raises(
+            DamageError, match=r"data\.source=.*a\.parquet cannot be read \(.*; 0 rows before that could"
+        ):
+            read_all(DataConfig(source=str(tmp_path)))
+
+
+class TestOneTextFile:
+    TEXT = b"".join(b"line %d\n" % i for i in range(100))
+
+    def splits(self, source, **fields):
+        splits, _ = read_all(DataConfig(source=str(source), **fields))
+        return {split: list(documents.values()) for split, documents in splits.items()}
+
+    @pytest.mark.parametrize("name", ["input.txt", "notes.MD"])
+    @pytest.mark.parametrize("as_folder", [False, True])
+    def test_its_beginning_is_for_training(self, tmp_path, name, as_folder):
+        write_texts(tmp_path, {name: self.TEXT, "other.pdf": b"x"})
+        splits = self.splits(tmp_path if as_folder else tmp_path / name, validation_fraction=0.1)
+        ((train,), (validation,)) = splits["train"], splits["validation"]
+        assert train + validation == self.TEXT
+        assert train.endswith(b"\n") and abs(len(validation) - 0.1 * len(self.TEXT)) < 10
+
+    def test_without_lines_it_is_cut_between_characters(self, tmp_path):
+        for text in ("日本語" * 100, "日本語" * 100 + "\n"):
+            write_texts(tmp_path, {"a.txt": text.encode()})
+            splits = self.splits(tmp_path, validation_fraction=0.334)
+            assert splits["train"][0].decode() + splits["validation"][0].decode() == text
+            assert abs(len(splits["validation"][0]) - 0.334 * len(text.encode())) < 4
+
+    @pytest.mark.parametrize(("fraction", "held"), [(0.25, 25), (1e-6, 1), (1 - 1e-6, 99)])
+    def test_a_separator_makes_documents(self, tmp_path, fraction, held):
+        stories = [f"story {i:03}\n" for i in range(100)]
+        text = "\n<|end|>".join([*stories[:50], " \n", *stories[50:]]) + "\n<|end|>"
+        write_texts(tmp_path, {"a.txt": text.encode()})
+        fields = {"document_separator": "\n<|end|>", "validation_fraction": fraction}
+        splits = self.splits(tmp_path / "a.txt", **fields)
+        assert [document.decode() for document in splits["train"] + splits["validation"]] == stories
+        assert len(splits["validation"]) == held
+        assert self.splits(tmp_path, **fields) == splits
+
+    def test_files_with_a_separator_are_shared_out_by_names(self, tmp_path):
+        texts = {f"{i}.txt": b"--".join(b"%d %d" % (i, j) for j in range(9)) for i in range(9)}
+        write_texts(tmp_path, texts)
+        splits, _ = read_all(DataConfig(source=str(tmp_path), document_separator="--", validation_fraction=0.3))
+        names = {f"{i}.txt:{j}".encode(): b"%d %d" % (i, j - 1) for i in range(9) for j in range(1, 10)}
+        assert splits["train"] | splits["validation"] == names
+        assert set(splits["validation"]) == {name for name in names if hash_as_number(name) < 0.3}
+
+    def test_a_long_document_is_refused_with_what_helps(self, tmp_path):
+        write_texts(tmp_path, {"a.txt": self.TEXT})
+        with pytest.raises(
+            DamageError, match=r"a\.txt holds a document of \d+ bytes; .*; data\.document_separator parts"
+        ):
+            read_all(DataConfig(source=str(tmp_path), max_document_bytes=100))
+        config = DataConfig(source=str(tmp_path), max_document_bytes=10, document_separator="\n")
+        assert len(merged(config)) == 100
+
+    def test_a_file_of_one_character_cannot_be_parted(self, tmp_path):
+        for text in (b"", b"a", "日".encode()):
+            write_texts(tmp_path, {"a.txt": text})
+            assert self.splits(tmp_path) == {"train": [text]}
+
+    def test_it_is_said_and_can_be_prepared(self, tmp_path, caplog):
+        write_texts(tmp_path, {"input.txt": self.TEXT})
+        config = data_config(tmp_path / "input.txt", tmp_path / "cache", validation_fraction=0.1)
+        with caplog.at_level(logging.WARNING, "moda_jax"):
+            datasets = [open_dataset(config, split, ByteTokenizer()) for split in ("train", "validation")]
+        assert b"".join(ByteTokenizer().decode(d.tokens[:-1]).encode() for d in datasets) == self.TEXT
+        assert "one text file, split by position: its first 0.9 are for training, the last 0.1 for" in caplog.text
+        before = open_dataset(
+            dataclasses.replace(config, source=str(tmp_path)), "train", ByteTokenizer(), as_before=True
+        )
+        assert before.num_tokens == len(self.TEXT) + 1  # the first version's: one document
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"document_separator": ""}, r"data\.document_separator='': expected text that stands between"),
+            (
+                {"document_separator": "x", "source": "python_stdlib"},
+                r"data\.document_separator='x': expected None with",
+            ),
+            (
+                {"document_separator": "x", "source": "tfds:a"},
+                r"data\.document_separator='x': expected None with data\.s",
+            ),
+        ],
+    )
+    def test_a_separator_that_has_no_use(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            DataConfig(**fields)
 
 
 class TestErrors:
@@ -132,15 +326,21 @@ class TestErrors:
             read_all(DataConfig(source=str(source), **fields))
 
     def test_no_such_directory(self, tmp_path):
-        self.check(tmp_path / "no", rf"data\.source='{tmp_path}/no': no such directory; expected 'python_stdlib'")
+        self.check(
+            tmp_path / "no", rf"data\.source='{tmp_path}/no': no such file or directory; expected 'python_stdlib'"
+        )
 
-    def test_a_file(self, tmp_path):
-        write_texts(tmp_path, {"a.txt": b"a"})
-        self.check(tmp_path / "a.txt", r"data\.source=.*a\.txt': is no directory")
+    def test_a_file_of_another_kind(self, tmp_path):
+        write_texts(tmp_path, {"a.pdf": b"a"})
+        self.check(tmp_path / "a.pdf", r"data\.source=.*a\.pdf': a file of no known ending; expected .*\.txt, \.md, ")
 
     def test_no_usable_file(self, tmp_path):
-        write_texts(tmp_path, {"a.md": b"a"})
-        self.check(tmp_path, r"data\.source=.*holds no file that ends in \.txt, \.jsonl, \.jsonl\.gz")
+        write_texts(tmp_path, {"a.pdf": b"a", "b.tar.gz": b"", "c.json": b"{}", ".git/d.txt": b"d"})
+        self.check(
+            tmp_path,
+            r"data\.source=.*holds no file that ends in \.txt, \.md, .*; it holds 1 \.pdf, 1 \.tar\.gz, 1 \.json "
+            r"without 'text' \(data\.feature\) in its first line, 1 hidden or system names, as .*\.git",
+        )
 
     def test_no_document(self, tmp_path):
         write_texts(tmp_path, {"a.jsonl": b"\n\n"})
@@ -160,6 +360,7 @@ class TestErrors:
             (b'{"text": ', r"data\.source=.*a\.jsonl, line 2 is not JSON"),
             (b"[1]", r"data\.source=.*a\.jsonl, line 2 is a JSON list; expected an object"),
             (b'{"id": 1, "body": 2}', r"data\.feature='text': .*line 2 has no such field; it has \['body', 'id'\]"),
+            (b"[" * 10**5, r"data\.source=.*a\.jsonl, line 2 is JSON that is nested too deeply"),
             (b'{"text": null}', r"data\.feature='text': .*line 2 holds a NoneType there; expected a string"),
         ],
     )
@@ -172,6 +373,18 @@ class TestErrors:
         write_texts(tmp_path, {"b.txt": b""})
         (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
         self.check(tmp_path, r"data\.source=.*a\.jsonl\.gz cannot be read \(Compressed file ended")
+
+    @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
+    def test_a_compressed_file_of_no_bytes(self, tmp_path, name):
+        write_texts(tmp_path, {"b.txt": b"b"})
+        (tmp_path / name).write_bytes(b"")
+        self.check(tmp_path, r"data\.source=.*\.gz has no bytes, which no compressed file is; its download was cut off")
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.json", "a.parquet"])
+    def test_a_git_lfs_pointer(self, tmp_path, name):
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 12345\n"
+        write_texts(tmp_path, {name: pointer, "b.txt": b"b"})
+        self.check(tmp_path, rf"data\.source=.*{name} is a Git LFS pointer, not the file itself; .*`git lfs pull`")
 
     def test_no_gzip_file(self, tmp_path):
         (tmp_path / "a.jsonl.gz").write_bytes(b'{"text": "plain"}\n')
@@ -188,6 +401,6 @@ class TestErrors:
             list(corpus.read_documents(files, config, lambda name: "train", "train"))
 
     def test_a_document_too_large(self, tmp_path):
-        write_texts(tmp_path, {"a.txt": b"a" * 11})
+        write_texts(tmp_path, {"a.txt": b"a" * 11, "b.txt": b"b"})
         message = r"data\.source=.*a\.txt is a document of 11 bytes; expected at most data\.max_document_bytes=10"
         self.check(tmp_path, message, max_document_bytes=10)

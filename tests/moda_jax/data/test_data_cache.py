@@ -10,8 +10,10 @@ from support.documents import data_config, random_texts, start_python, write_tex
 
 from moda_jax.config import DataConfig
 from moda_jax.data.cache import cache_directory, cache_key, prepare_once
+from moda_jax.data.listing import list_files
 from moda_jax.data.pipeline import open_dataset
-from moda_jax.data.tokenizer import ByteTokenizer
+from moda_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from moda_jax.inference.perplexity import read_domain
 
 pytestmark = pytest.mark.timeout(120)  # a process that waits for ever is what these tests look for
 
@@ -65,6 +67,29 @@ corpus.read_documents = stop_in_validation
 config = DataConfig(source=sys.argv[1], cache_dir=sys.argv[2], sequence_length=16)
 open_dataset(config, "train", ByteTokenizer())
 """
+
+
+def without_home(monkeypatch):
+    """As in a container under a user id that the system does not know."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+
+
+def test_a_user_without_a_home_directory_is_told_what_to_set(monkeypatch, tmp_path):
+    without_home(monkeypatch)
+    with pytest.raises(ValueError, match=r"data\.cache_dir=None: user 54321 has no home directory .*; set data"):
+        cache_directory(DataConfig())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory(DataConfig()) == tmp_path / "moda_jax"
+    for field, call in {
+        "data.cache_dir": lambda: cache_directory(DataConfig(cache_dir="~/cache")),
+        "data.source": lambda: list_files(DataConfig(source="~/corpus")),
+        "data.tokenizer": lambda: load_tokenizer(DataConfig(tokenizer="~/t.json")),
+        "--data=a": lambda: read_domain("a=~/text.txt"),
+    }.items():
+        with pytest.raises(ValueError, match=rf"{field}='~/.*': user 54321 has no home directory .*; write the pa"):
+            call()
 
 
 def kill(process):

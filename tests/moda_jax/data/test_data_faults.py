@@ -68,6 +68,21 @@ def spoil_json(directory):
     return {"a.jsonl:2": "is not JSON", "a.jsonl:4": "has no such field"}, {b"first", b"third"}
 
 
+def spoil_nesting(directory):
+    (directory / "a.jsonl").write_bytes(b'{"text": "first"}\n{"text": ' + b"[" * 10**5 + b'\n{"text": "third"}\n')
+    return {"a.jsonl:2": "is JSON that is nested too deeply"}, {b"first", b"third"}
+
+
+def spoil_download(directory):
+    (directory / "a.jsonl.gz").write_bytes(b"")
+    return {"a.jsonl.gz": "its download was cut off"}, set()
+
+
+def spoil_pointer(directory):
+    (directory / "a.txt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n")
+    return {"a.txt": "is a Git LFS pointer"}, set()
+
+
 def spoil_gzip(directory):
     whole = gzip_of(3000)
     (directory / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
@@ -90,7 +105,13 @@ def long_file(directory):
     return {"long.txt": f"is a document of {LONG} bytes; expected at most data.max_document_bytes=67108864"}, set()
 
 
-@pytest.mark.parametrize("spoil", [spoil_utf8, spoil_json, spoil_gzip, spoil_link, long_line, long_file])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_utf8, spoil_json, spoil_nesting, spoil_download, spoil_pointer, spoil_gzip, spoil_link, long_line,
+        long_file,
+    ],
+)  # fmt: skip
 def test_damage_is_refused_or_left_out_by_name(tmp_path, caplog, spoil):
     source = write_texts(tmp_path / "source", GOOD)
     damaged, others = spoil(source)

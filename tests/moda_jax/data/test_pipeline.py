@@ -109,9 +109,9 @@ class TestPreparation:
     @pytest.mark.parametrize(
         ("texts", "split", "message"),
         [
-            ({"a.txt": b"x" * 16}, "train", r"the train split has 17 tokens in 1 documents.*=17 needs 18"),
+            ({"a.jsonl": [{"text": "x" * 16}]}, "train", r"the train split has 17 tokens in 1 documents.*=17 needs 18"),
             ({"a.txt": b""}, "train", r"the train split has 0 tokens in 0 documents, too few for one row"),
-            ({"a.txt": b"x" * 99}, "validation", r"holds a single document; two splits need at least two"),
+            ({"a.jsonl": [{"text": "x" * 99}]}, "validation", r"holds a single document; two splits need at least two"),
         ],
     )
     def test_splits_that_are_too_small(self, tmp_path, texts, split, message):
@@ -156,7 +156,7 @@ class TestOrder:
         assert_equal(join(batches), join(singles))
 
     def test_one_row(self, tmp_path):
-        config = data_config(write_texts(tmp_path / "texts", {"a.txt": b"x" * T}), tmp_path / "cache")
+        config = data_config(write_texts(tmp_path / "texts", {"a.jsonl": [{"text": "x" * T}]}), tmp_path / "cache")
         dataset = open_dataset(config, "train", ByteTokenizer())
         batches, position = take(dataset, config, 3)
         assert position == 12

@@ -5,12 +5,14 @@ import logging
 
 import numpy as np
 import pytest
+from support.tiny_tokenizer import words_without_unknown
 
 from moda_jax.config import DataConfig
 from moda_jax.data import token_store
 from moda_jax.data.faults import DamageError, SkippedDocuments
 from moda_jax.data.token_store import prepare_tokens
 from moda_jax.data.tokenizer import ByteTokenizer
+from moda_jax.data.tokenizer_file import Losses
 
 
 class Documents(list):
@@ -32,7 +34,7 @@ class WideTokenizer(ByteTokenizer):
     fingerprint = "wide"
 
     def encode_batch(self, documents):
-        return [np.frombuffer(document, np.uint8).astype(np.int32) + 69000 for document in documents], 0
+        return [np.frombuffer(document, np.uint8).astype(np.int32) + 69000 for document in documents], Losses()
 
 
 class StrictTokenizer(ByteTokenizer):
@@ -73,6 +75,29 @@ def test_token_ids_outside_of_the_vocabulary(tmp_path, ids):
     with pytest.raises(ValueError, match=r"data\.feature: tokens holds token ids .*; data\.tokenizer has 0\.\.256"):
         prepare_tokens(tmp_path / "t", lambda: TokenDocuments([np.array(ids)]), ByteTokenizer(), "tokens")
     assert not (tmp_path / "t").exists()
+
+
+def test_a_document_without_tokens_is_refused_or_left_out_by_name(tmp_path):
+    tokenizer = words_without_unknown(tmp_path / "words.json")
+    documents = Documents([b"good text", b"bad text", b"text good"])
+    message = r"texts, document document 1: data\.tokenizer='.*words\.json': cannot encode a text \(.*needs an unknown"
+    with pytest.raises(DamageError, match=message):
+        prepare_tokens(tmp_path / "t", lambda: documents, tokenizer, "texts")
+    skipped = SkippedDocuments(DataConfig(on_damage="skip"))
+    dataset = prepare_tokens(tmp_path / "t", lambda: documents, tokenizer, "texts", skipped)
+    assert dataset.tokens.tolist() == [1, 2, 0, 2, 1, 0]
+    assert list(skipped.reasons) == ["document 1"] and "cannot encode" in skipped.reasons["document 1"]
+
+
+def test_what_the_tokenizer_loses_is_counted_and_said(tmp_path, caplog):
+    tokenizer = words_without_unknown(tmp_path / "words.json")
+    for _ in range(2):  # when the tokens are made, and whenever they are opened
+        with caplog.at_level(logging.WARNING, "moda_jax"):
+            prepare_tokens(tmp_path / "t", lambda: Documents([b"good text ", b"text"]), tokenizer, "texts")
+        assert "texts: the tokenizer lost text: 2 white-space characters stand in no token (of 5 tokens)" in caplog.text
+        caplog.clear()
+    prepare_tokens(tmp_path / "bytes", lambda: Documents([b"good text "]), ByteTokenizer(), "texts")
+    assert not caplog.records
 
 
 def test_chunks_do_not_show(tmp_path, monkeypatch):

@@ -3,11 +3,11 @@ import io
 import jax
 import pytest
 from support.saved_run import random_model, tiny_run_config
-from support.tiny_tokenizer import write_bpe
+from support.tiny_tokenizer import write_bpe, write_letters
 
 from moda_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from moda_jax.inference.decode import inference_params
-from moda_jax.inference.generation import OrderedText, TextStream, generate, padded_length
+from moda_jax.inference.generation import OrderedText, TextStream, encode_prompts, generate, padded_length
 from moda_jax.inference.sampling import GREEDY, SamplingConfig
 
 TEXT = "naïve 日本語 🙂🙃 end"
@@ -76,6 +76,18 @@ def test_a_prompt_is_not_repeated(tokenizer):
     assert stream.push(rest) + stream.finish() == "本語"
 
 
+def test_each_row_may_have_its_own_limit(model):
+    prompts = ["import os", "a", "def f(self):"]
+    whole = run(model, prompts, sampling=RANDOM)
+    cut = run(model, prompts, sampling=RANDOM, max_tokens=[20, 3, 7])  # the largest is that of the others: one program
+    assert [completion.num_tokens for completion in cut] == [
+        min(limit, completion.num_tokens) for limit, completion in zip([20, 3, 7], whole, strict=True)
+    ]
+    assert all(long.text.startswith(short.text.rstrip("\ufffd")) for long, short in zip(whole, cut, strict=True))
+    with pytest.raises(ValueError, match=r"max_tokens: 2 numbers for 3 prompts, expected one per prompt"):
+        run(model, prompts, max_tokens=[1, 2])
+
+
 def test_every_row_is_continued_as_alone_and_streamed_whole(model):
     prompts = ["import os", "a", "def f(self):"]
     pieces, ended = {0: "", 1: "", 2: ""}, []
@@ -115,6 +127,8 @@ def test_the_whole_context_can_be_used(model):
         ([""], {}, "prompt='': gives no tokens"),
         (["x" * 64], {}, r"prompt='x{37}\.\.\.': has 64 tokens, but the model's context is 64 .* shorten it"),
         (["x" * 50], {}, r"max_tokens=20: expected at most 14, because prompt='x{37}\.\.\.' has 50 tokens"),
+        (["a\udcff"], {}, r"prompt='a\\udcff': expected UTF-8; character 1 is none"),
+        (["x"], {"stop": ["\udcff"]}, r"stop='\\udcff': expected UTF-8; character 0 is none"),
         (["x"], {"max_tokens": 0}, "max_tokens=0: expected at least 1"),
         (["x"], {"stop": [""]}, "stop='': expected a string of at least one character"),
     ],
@@ -122,6 +136,14 @@ def test_the_whole_context_can_be_used(model):
 def test_mistakes_are_named(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         run(model, prompts, **options)
+
+
+def test_what_the_tokenizer_loses_of_a_prompt_is_said(tmp_path, caplog):
+    tokenizer = HuggingFaceTokenizer(write_letters(tmp_path / "letters.json"))
+    with caplog.at_level("WARNING", "moda_jax"):
+        (ids,) = encode_prompts(tokenizer, ["a!b"], [1], 64)
+    assert ids.tolist() == [1, 2]
+    assert "prompt='a!b': the tokenizer lost text: 1 characters stand in no token" in caplog.text
 
 
 def test_padded_lengths_are_few_and_never_too_short():

@@ -1,5 +1,6 @@
 """The adapter for lm-eval, on local tasks of its three kinds, without network."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from support.local_tasks import ANSWERS, QUESTIONS, TEXTS, write_tasks
 from support.saved_run import loaded_run, log_probs, tiny_run_config
 
 from moda_jax.inference import evaluation, harness
-from moda_jax.inference.generation import generate
+from moda_jax.inference.generation import Completion, generate
 from moda_jax.inference.sampling import GREEDY
 
 TASKS = ["keyword_choice", "keyword_rolling", "keyword_generate"]
@@ -20,12 +21,19 @@ def run():
 
 
 @pytest.fixture(scope="module")
-def results(run, tmp_path_factory):
+def evaluated(run, tmp_path_factory):
+    """The model and lm-eval's results."""
     directory = write_tasks(tmp_path_factory.mktemp("tasks") / "tasks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", directory / "cache")
         tasks, manager = harness.find_tasks(TASKS, directory)
-        return harness.run_tasks(harness.HarnessModel(run), tasks, manager, num_fewshot=None, limit=None)
+        model = harness.HarnessModel(run)
+        return model, harness.run_tasks(model, tasks, manager, num_fewshot=None, limit=None)
+
+
+@pytest.fixture(scope="module")
+def results(evaluated):
+    return evaluated[1]
 
 
 def log_probability(run, context, continuation):
@@ -39,10 +47,13 @@ class Request:
         self.args = args
 
 
-def test_log_likelihoods_are_those_of_the_forward_pass(run):
+def test_log_likelihoods_are_those_of_the_forward_pass(run, caplog):
     model = harness.HarnessModel(run)
     pairs = [("def f(x):", " return"), ("a", "b"), ("trailing  ", "space"), ("", "no context"), ("y" * 60, "cut left")]
-    answers = model.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
+    with caplog.at_level("WARNING", logger="moda_jax"):
+        answers = model.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
+    assert (model.cuts.contexts, model.cuts.contexts_cut) == (5, 1)
+    assert "1 of 5 contexts lost their beginning: they are longer than the context of 32 tokens" in caplog.text
     for (context, continuation), (came, greedy) in zip(pairs, answers, strict=True):
         spaces = len(context) - len(context.rstrip())  # lm-eval takes them for the continuation's
         context, continuation = context[: len(context) - spaces], " " * spaces + continuation
@@ -84,6 +95,10 @@ def test_a_rolling_task(run, results):
     assert came == pytest.approx(-total / size / math.log(2), abs=1e-5)
 
 
+def test_windows_over_a_long_text_are_no_cuts(evaluated):
+    assert evaluated[0].cuts == harness.Cuts(contexts=9, contexts_cut=1, prompts=2)  # a choice is too long
+
+
 def test_a_generating_task(run, results):
     assert 0 <= results["results"]["keyword_generate"]["exact_match,none"] <= 1
     model = harness.HarnessModel(run)
@@ -100,6 +115,86 @@ def test_a_generating_task(run, results):
             stop=list(request.args[1]["until"]),
         )  # fmt: skip
         assert text == expected.text
+
+
+@pytest.fixture
+def generated(run, monkeypatch):
+    """Requests to what the generator was asked for, [(prompt, most tokens)], and what the model counted."""
+    asked = []
+
+    def record(model, params, tokenizer, prompts, *, max_tokens, **options):
+        asked.extend(
+            (bytes(prompt.tolist()).decode(), limit) for prompt, limit in zip(prompts, max_tokens, strict=True)
+        )
+        return [Completion("", limit, "length") for limit in max_tokens]
+
+    monkeypatch.setattr(harness, "generate", record)
+
+    def call(requests, **options):
+        asked.clear()
+        model = harness.HarnessModel(run, **options)
+        model.generate_until(requests, disable_tqdm=True)
+        return sorted(asked), model.cuts
+
+    return call
+
+
+@pytest.mark.parametrize("spelling", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("limit", [32, 2048])
+def test_a_limit_as_large_as_the_context_leaves_the_prompt_whole(generated, caplog, spelling, limit):
+    prompts = ["def f(x):", "import os, sys", "q"]
+    with caplog.at_level("WARNING", logger="moda_jax"):
+        asked, cuts = generated([Request(prompt, {spelling: limit}) for prompt in prompts])
+    assert asked == [("def f(x):", 23), ("import os, sys", 18), ("q", 31)]
+    assert (cuts.prompts, cuts.prompts_cut, cuts.limits_lowered) == (3, 0, 3)
+    assert "3 of 3 continuations may be shorter than their task asks: prompt and continuation share" in caplog.text
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(4, 28), (16, 16), (32, 16), (1000, 16)])
+def test_a_prompt_that_loses_its_beginning_is_counted_and_said(generated, caplog, limit, kept):
+    """One that has to be cut leaves the continuation what the task asks for, at most half of the context."""
+    long = "".join(map(chr, range(40, 90)))
+    with caplog.at_level("WARNING", logger="moda_jax"):
+        asked, cuts = generated([Request(long, {"max_gen_toks": limit})])
+    assert asked == [(long[-kept:], 32 - kept)]
+    assert (cuts.prompts_cut, cuts.limits_lowered) == (1, int(limit > 16))
+    assert "1 of 1 prompts lost their beginning: they are longer than the context of 32 tokens" in caplog.text
+    asked, cuts = generated([Request(long[:31], {"max_gen_toks": limit})])  # fits, with one token to spare
+    assert asked == [(long[:31], 1)] and (cuts.prompts_cut, cuts.limits_lowered) == (0, 1)
+
+
+def test_a_context_of_one_token_is_no_place_to_generate(generated):
+    with pytest.raises(ValueError, match=r"--context=1: expected at least 2 for a task that generates text"):
+        generated([Request("a", {})], context=1)
+
+
+def test_the_cuts_stand_in_the_result_file(run, tmp_path, monkeypatch):
+    directory = write_tasks(tmp_path / "tasks")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", directory / "cache")
+    evaluation.run_tasks(run, ["keyword_generate"], tmp_path, task_directory=str(directory), context=8)
+    cuts = json.loads((tmp_path / "tasks.json").read_text())["cuts"]
+    assert cuts == {
+        "contexts": 0, "contexts_cut": 0, "prompts": 2, "prompts_cut": 1, "limits_lowered": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"until": None}, ([], 256, 0.0)),
+        ({"until": [None, "", "a"], "max_tokens": 3}, (["a"], 3, 0.0)),
+        ({"temperature": 0.5}, ([], 256, 0.5)),
+        ({"do_sample": False, "temperature": 0.5, "max_gen_toks": "7"}, ([], 7, 0.0)),
+    ],
+)
+def test_options_as_the_harness_reads_them(options, expected):
+    stop, limit, sampling = harness.generation_options(options)
+    assert (stop, limit, sampling.temperature) == expected
+
+
+def test_a_limit_without_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"generation_kwargs: a limit of 0 tokens; expected at least 1"):
+        harness.generation_options({"max_gen_toks": 0})
 
 
 def test_the_table_and_the_paper_group(results):

@@ -1,12 +1,15 @@
 import gzip
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from support.saved_run import loaded_run, log_probs, tiny_run_config
-from support.tiny_tokenizer import write_bpe
+from support.tiny_tokenizer import words_without_unknown, write_bpe, write_letters
 
+from moda_jax.data.tokenizer import HuggingFaceTokenizer
+from moda_jax.inference import perplexity
 from moda_jax.inference.perplexity import (
     Domain,
     checked_windows,
@@ -20,6 +23,18 @@ from moda_jax.inference.perplexity import (
 @pytest.fixture(scope="module")
 def run():
     return loaded_run(tiny_run_config())
+
+
+def test_what_the_tokenizer_loses_of_a_domain_is_said(tmp_path, caplog):
+    run = SimpleNamespace(tokenizer=HuggingFaceTokenizer(write_letters(tmp_path / "letters.json")))
+    with caplog.at_level("WARNING", "moda_jax"):
+        (tokens,) = perplexity._encode(run, Domain("own", [b"a b, c"]))
+    assert tokens.tolist() == [1, 2, 3]
+    lost = "1 characters stand in no token; 2 white-space characters stand in no token"
+    assert f"--data=own=...: the tokenizer lost text: {lost}" in caplog.text
+    run.tokenizer = words_without_unknown(tmp_path / "words.json")
+    with pytest.raises(ValueError, match=r"--data=own=\.\.\.: data\.tokenizer=.*: cannot encode a text"):
+        perplexity._encode(run, Domain("own", [b"other words"]))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_greedy_takes_the_likeliest_and_of_equals_the_first():
         (SamplingConfig(1.0), [0.05, 0.4, 0.3, 0.2, 0.05]),
         (SamplingConfig(0.5), np.array([0.05, 0.4, 0.3, 0.2, 0.05]) ** 2 / 0.295),
         (SamplingConfig(1.0, top_k=2), [0, 4 / 7, 3 / 7, 0, 0]),
-        (SamplingConfig(1.0, top_k=9), [0.05, 0.4, 0.3, 0.2, 0.05]),
+        (SamplingConfig(1.0, top_k=2**70), [0.05, 0.4, 0.3, 0.2, 0.05]),
         (SamplingConfig(1.0, top_p=0.39), [0, 1, 0, 0, 0]),
         (SamplingConfig(1.0, top_p=0.69), [0, 4 / 7, 3 / 7, 0, 0]),
         (SamplingConfig(1.0, top_p=0.71), [0, 4 / 9, 3 / 9, 2 / 9, 0]),

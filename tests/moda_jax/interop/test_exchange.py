@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import stat
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +84,19 @@ def test_a_tokenizer_is_copied(tmp_path):
     _, params = random_model(MODA)
     export_model(MODA, params, tmp_path / "out", tokenizer_file=tmp_path / "some.json")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_files_may_be_read_as_the_umask_says(tmp_path, umask, mode):
+    _, params = random_model(MODA)
+    (tmp_path / "some.json").write_text("{}")
+    before = os.umask(umask)
+    try:
+        export_model(MODA, params, tmp_path / "out", tokenizer_file=tmp_path / "some.json")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys(["config.json", "model.safetensors", "tokenizer.json"], mode)
 
 
 def test_mistakes_are_named(tmp_path):

@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def sharded(tmp_path):
-    return pathlib.Path(shutil.copytree(STORED / SHARDED, tmp_path / "checkpoint"))
+    return pathlib.Path(shutil.copytree(STORED / SHARDED, tmp_path / "sharded"))
 
 
 def change_config(folder, remove=(), **changes):
@@ -112,6 +112,9 @@ def test_other_float_dtypes_load_into_float32(folder, dtype):
         ([], {"rope_parameters": {"rope_theta": 100.0}}),
         (["num_key_value_heads", "hidden_act", "attention_bias", "attention_dropout", "initializer_range"], {}),
         ([], {"num_key_value_heads": None}),
+        ([], {"clip_qkv": None, "sliding_window": None, "layer_types": ["full_attention"] * 2, "logits_scaling": 1.0}),
+        ([], {"sliding_window": 16, "use_sliding_window": False, "mlp_bias": False}),
+        ([], {"sliding_window": 10**6}),
     ],
 )
 def test_config_files_that_say_the_same(folder, remove, changes):
@@ -147,6 +150,19 @@ def test_a_derived_head_dim_and_the_untied_default(sharded):
         ({"hidden_size": "40"}, r"hidden_size='40': expected a positive integer"),
         ({"num_hidden_layers": 0}, r"num_hidden_layers=0: expected a positive integer"),
         ({"num_key_value_heads": 2}, r"config\.json: model\.num_heads=3: expected a multiple of model\.num_kv_heads=2"),
+        ({"clip_qkv": 8.0}, r"config\.json: clip_qkv=8\.0: expected null"),
+        ({"sliding_window": 16}, r"config\.json: sliding_window=16: expected null, every token sees all before it"),
+        ({"sliding_window": 16, "use_sliding_window": True}, r"sliding_window=16: expected null"),
+        ({"attention_chunk_size": 16}, r"attention_chunk_size=16: expected null"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types=.*: expected 'full_attention' for every",
+        ),
+        ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping=30\.0: expected null"),
+        ({"residual_multiplier": 0.2}, r"residual_multiplier=0\.2: expected 1"),
+        ({"mlp_bias": True}, r"mlp_bias=True: expected false"),
+        ({"qk_norm": False}, r"qk_norm=False: expected true"),
+        ({"num_experts": 8}, r"num_experts=8: expected null"),
         ({"head_dim": 13}, r"config\.json: model\.head_dim=13: expected an even number"),
     ],
 )
@@ -171,6 +187,20 @@ def test_a_broken_config_file(folder, text, message):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_olmo2(folder)
+
+
+def test_a_config_file_nested_too_deeply(folder):
+    (folder / "config.json").write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"config\.json: not a JSON file"):
+        load_olmo2(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_called_one(folder, sharded, name):
+    directory = sharded if "index" in name else folder
+    (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n")
+    with pytest.raises(ValueError, match=rf"{name}: a Git LFS pointer, not the file itself; .* `git lfs pull`"):
+        load_olmo2(directory)
 
 
 def test_every_missing_tensor_is_named(folder):
@@ -204,6 +234,22 @@ def test_a_transposed_matrix_is_mis_shaped(folder):
 def test_an_extra_tensor_is_named(folder, name):
     change_tensors(folder, lambda tensors: tensors.update({name: np.zeros((3,), np.float32)}))
     with pytest.raises(ValueError, match=f"1 that this model does not have: {name}$"):
+        load_olmo2(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_tied_checkpoint_may_ship_its_head_again(folder, dtype):
+    def add_head(tensors):
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype(dtype)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(folder, add_head)
+    config, model = load_olmo2(folder)
+    assert config.tie_embeddings
+    np.testing.assert_array_equal(model.embedding.table[...], table.astype(dtype).astype(np.float32))
+    change_tensors(folder, lambda tensors: tensors["lm_head.weight"].__setitem__((3, 2), 7))
+    with pytest.raises(ValueError, match=r"1 that this model does not have: lm_head\.weight$"):
         load_olmo2(folder)
 
 

@@ -1,12 +1,22 @@
+import contextlib
 import io
 import logging
 import os
 import pty
+import subprocess
+import sys
 
 import pytest
-from support.documents import start_python
+from support.documents import REPOSITORY, start_python
 
-from moda_jax.training.console import ProgressLine, check_config_arguments, duration, quantity, user_errors
+from moda_jax.training.console import (
+    ProgressLine,
+    _ProgressSafeHandler,
+    check_config_arguments,
+    duration,
+    quantity,
+    user_errors,
+)
 
 
 @pytest.mark.parametrize(
@@ -94,3 +104,55 @@ def test_a_run_that_cannot_go_on_ends_in_one_line():
     process = start_python(STOPPED)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (1, "error: runs/x: step 7: no further\n")
+
+
+TOY = """
+import sys
+from absl import flags
+sys.argv = ["toy"]
+from moda_jax.training.console import run_command
+def main():
+    {main}
+run_command(main)
+"""
+
+
+def run_toy(main, **streams):
+    """A program of ours whose main is the given line."""
+    return subprocess.run(
+        [sys.executable, "-c", TOY.format(main=main)], cwd=REPOSITORY, stderr=subprocess.PIPE, timeout=120, check=False,
+        **{"stdout": subprocess.PIPE} | streams,
+    )  # fmt: skip
+
+
+def test_an_ascii_stdout_takes_any_text_and_says_how():
+    done = run_toy("print('± naïve 日')", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, b"\\xb1 na\\xefve \\u65e5\n")
+    assert b"stdout takes ascii only: other characters are written as escapes; set PYTHONIO" in done.stderr
+    done = run_toy("print('± naïve')", env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "± naïve\n", b"")
+
+
+def test_a_closed_pipe_ends_in_one_line():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = run_toy("[print('x' * 1000) for _ in range(1000)]", stdout=writer)
+    finally:
+        os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines() == [
+        "error: the reader of the output closed it before all was written; what was to be saved is saved"
+    ]
+
+
+def test_a_run_goes_on_without_its_log(monkeypatch):
+    """stderr may be a pipe whose reader is gone, or a file on a full disk."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as closed:
+        monkeypatch.setattr("sys.stderr", closed)
+        handler = _ProgressSafeHandler()
+        handler.emit(logging.makeLogRecord({"msg": "lost"}))
+        with contextlib.suppress(BrokenPipeError):
+            closed.close()

@@ -4,6 +4,7 @@ import os
 
 import jax
 import pytest
+from support.documents import start_python
 
 from moda_jax.training import runtime
 
@@ -48,3 +49,38 @@ def test_without_a_gpu_the_environment_is_left_alone(clean, tmp_path):
     clean.setattr(runtime, "XLA_GPU_FLAGS", ("--xla_gpu_a=1",))
     runtime.prepare(tmp_path)
     assert environment() == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Unable to initialize backend\nmore"), r" \(Unable to initialize backend\)"),
+        (AssertionError(), ""),
+    ],
+)
+def test_a_platform_without_a_device_is_named(monkeypatch, error, reason):
+    def no_devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", no_devices)
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", "cuda")
+        with pytest.raises(ValueError, match=rf"JAX_PLATFORMS='cuda': JAX finds no such device{reason}; unset it"):
+            runtime.require_device()
+        jax.config.update("jax_platforms", None)
+        with pytest.raises(type(error)):  # nobody asked for a platform: not the user's mistake
+            runtime.require_device()
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+def test_cuda_without_a_gpu_in_a_process_of_its_own():
+    code = (
+        "import os; os.environ |= {'JAX_PLATFORMS': 'cuda', 'CUDA_VISIBLE_DEVICES': ''}\n"
+        "from moda_jax.training import runtime\n"
+        "try: runtime.require_device()\n"
+        "except ValueError as error: print(error)\n"
+    )
+    out, errors = start_python(code).communicate(timeout=120)
+    assert out.startswith("JAX_PLATFORMS='cuda': JAX finds no such device"), errors

@@ -1,5 +1,6 @@
 """The real trainer on a tiny model and corpus. Compiling dominates: few runs are made, many things asked of them."""
 
+import functools
 import json
 import logging
 import shutil
@@ -8,7 +9,10 @@ import jax
 import numpy as np
 import pytest
 from support.tiny_run import tiny_config, write_corpus
+from support.tiny_tokenizer import write_bpe
 
+from moda_jax.inference.load import load_run
+from moda_jax.training import components
 from moda_jax.training.checkpoint import CheckpointError, saved_steps
 from moda_jax.training.metrics import read_metrics
 from moda_jax.training.trainer import TrainingRun
@@ -195,3 +199,41 @@ def test_no_evaluation_no_sample_and_no_checkpoint_but_the_last(make, place):
     assert (result.validation_loss, result.sample) == (None, None)
     assert [entry["step"] for entry in read_metrics(place / "bare")] == [2, 4, 5]
     assert saved_steps(place / "bare" / "checkpoints") == [5]
+
+
+@pytest.mark.slow
+def test_a_moved_run_of_the_first_version_goes_on_with_its_tokenizer_and_its_documents(place, monkeypatch, caplog):
+    """It was begun when .md files were not read and hidden ones were, and its tokenizer.json is gone since."""
+    root = place / "moved"
+    corpus = write_corpus(root / "corpus", files=20)
+    (corpus / "notes.md").write_text("# notes\n" * 20)
+    (corpus / "._file_000.txt").write_bytes((corpus / "file_000.txt").read_bytes())
+    tokenizer = write_bpe(root / "bpe.json", 280)
+    config = tiny_config(
+        corpus, root / "cache", model={"vocab_size": 280}, data={"tokenizer": str(tokenizer)}, train={"num_steps": 6}
+    )
+    with monkeypatch.context() as first_version:
+        older = functools.partial(components.open_dataset, as_before=True)
+        first_version.setattr(components, "open_dataset", older)
+        TrainingRun(config, root / "run").train(stop_at_step=2)
+    assert (root / "run" / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+    tokenizer.unlink()
+    workdir = (root / "run").rename(root / "elsewhere")
+    with caplog.at_level(logging.WARNING, "moda_jax"):
+        run = TrainingRun(config, workdir)
+    assert run.step == 2
+    assert "this run was begun when other files of it were read" in caplog.text
+    run._release()
+    assert load_run(workdir).step == 2
+    (workdir / "tokenizer.json").rename(root / "away.json")
+    with pytest.raises(ValueError, match=r"data\.tokenizer='.*bpe\.json': no such file"):
+        TrainingRun(config, workdir)
+    (root / "away.json").rename(workdir / "tokenizer.json")
+    write_bpe(tokenizer, 280, ("other", "words"))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "moda_jax"):
+        TrainingRun(config, workdir)._release()
+    assert "bpe.json': has changed since the run began; the run goes on with its own copy" in caplog.text
+    (corpus / "file_001.txt").write_text("other text")
+    with pytest.raises(CheckpointError, match="was trained on other data: its dataset_fingerprint is"):
+        TrainingRun(config, workdir)
