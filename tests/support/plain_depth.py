@@ -76,9 +76,9 @@ def mhc(config, layers, x):
             flat = jnp.concatenate(streams, axis=-1)
             flat = flat / jnp.sqrt(jnp.mean(flat**2, axis=-1, keepdims=True) + EPSILON)
             products = einsum("btc,cm->btm", flat, p["kernel"].reshape(flat.shape[-1], -1))
-            pre = jax.nn.sigmoid(p["gate"][0] * products[..., :n] + p["bias"][:n])
-            post = 2 * jax.nn.sigmoid(p["gate"][1] * products[..., n : 2 * n] + p["bias"][n : 2 * n])
-            matrix = jnp.exp(p["gate"][2] * products[..., 2 * n :] + p["bias"][2 * n :])
+            pre = jax.nn.sigmoid(p["gate"][0] * products[..., :n] + p["offset"][:n])
+            post = 2 * jax.nn.sigmoid(p["gate"][1] * products[..., n : 2 * n] + p["offset"][n : 2 * n])
+            matrix = jnp.exp(p["gate"][2] * products[..., 2 * n :] + p["offset"][2 * n :])
             matrix = matrix.reshape(*matrix.shape[:2], n, n)
             for _ in range(config.mhc.sinkhorn_rounds):
                 matrix = matrix / matrix.sum(axis=-2, keepdims=True)

@@ -99,7 +99,7 @@ class DepthMechanism(nnx.Module):
         has_context: `input` leaves something for `residual`.
         parameter_axes: logical axes of its parameters (see `moda_jax.parallel.mesh.RULES`), by the last two names of
             their path. The last name says what a parameter is: a "kernel" is a matrix, computes in the compute dtype
-            and decays; "scale", "vector", "bias" and "gate" stay float32 and do not.
+            and decays; "scale", "vector", "offset" and "gate" stay float32 and do not.
         tensors: names in an exported file by the path below the mechanism, with the leading axes that are a linear
             layer's inputs (0: stored as it is). What is not named here has its path as its name.
 

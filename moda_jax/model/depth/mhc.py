@@ -51,7 +51,7 @@ class Connection(nnx.Module):
         self.dtype = dtype
         init = nnx.initializers.normal(1.0 / math.sqrt(streams * width))
         self.kernel = nnx.Param(init(rngs.params(), (streams, width, outputs), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
+        self.offset = nnx.Param(jnp.zeros((outputs,), jnp.float32))
         self.gate = nnx.Param(jnp.full((3,), GATE, jnp.float32))
 
     def __call__(self, x: Array, rounds: int) -> tuple[Array, Array, Array]:
@@ -61,7 +61,7 @@ class Connection(nnx.Module):
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=(2, 3)) + EPSILON)  # [B, T]
         products = contract("btnd,ndm->btm", x.astype(self.dtype), self.kernel[...].astype(self.dtype), jnp.float32)
         gates = jnp.repeat(self.gate[...], jnp.array([n, n, n * n]), total_repeat_length=n * n + 2 * n)
-        logits = gates * (products * inverse[..., None]) + self.bias[...]
+        logits = gates * (products * inverse[..., None]) + self.offset[...]
         pre, post, mix = jnp.split(logits, [n, 2 * n], axis=-1)
         mix = mix.reshape(*mix.shape[:-1], n, n)
         return jax.nn.sigmoid(pre), 2.0 * jax.nn.sigmoid(post), jax.checkpoint(sinkhorn, static_argnums=1)(mix, rounds)
@@ -90,7 +90,7 @@ class ManifoldHyperConnections(DepthMechanism):
     parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
         f"{site}_connection.{name}": axes
         for site in ("attention", "ffn")
-        for name, axes in (("kernel", (None, "width", None)), ("bias", (None,)), ("gate", (None,)))
+        for name, axes in (("kernel", (None, "width", None)), ("offset", (None,)), ("gate", (None,)))
     }
 
     def __init__(self, config: TransformerConfig, *, rngs: InitialKeys) -> None:

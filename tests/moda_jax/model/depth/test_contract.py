@@ -26,20 +26,23 @@ def objective(logits):
     return jnp.sum(weights * jax.nn.log_softmax(logits))
 
 
-def value_and_gradient(function, params):
+def value_and_gradient(function, params, compiled=True):
     def scalar(params):
         logits = function(params, *packed())
         return objective(logits), logits
 
-    (_, logits), gradient = jax.jit(jax.value_and_grad(scalar, has_aux=True), compiler_options=QUICK)(params)
+    both = jax.value_and_grad(scalar, has_aux=True)
+    (_, logits), gradient = (jax.jit(both, compiler_options=QUICK) if compiled else both)(params)
     return logits, gradient
 
 
 @functools.cache
 def expected(name):
-    """Logits and gradients of the independent model."""
+    """Logits and gradients of the independent model, one operation at a time: its unrolled layers compile long."""
     config = case_config(name)
-    return value_and_gradient(lambda params, *arrays: plain_depth.logits(params, config, *arrays), case_params(name))
+    return value_and_gradient(
+        lambda params, *arrays: plain_depth.logits(params, config, *arrays), case_params(name), compiled=False
+    )
 
 
 # The three that cover every (loop, remat) in pairs; the rest where there is time.
