@@ -3,6 +3,7 @@
     --data=NAME=PATH        perplexity on a text file or directory; may be given several times
     --tasks=piqa,hellaswag  downstream tasks by lm-evaluation-harness; moda_paper: the paper's ten
     --attention-maps        a picture of where each head looks, over the sequence and over the depth slots
+    --depth-probes          attention's mass on each depth slot, and the validation loss when slots are hidden
 
 Tables go to stdout; JSON and pictures to --output, by default DIRECTORY/evaluation.
 """
@@ -12,10 +13,17 @@ from pathlib import Path
 from absl import flags
 
 from moda_jax.data.cache import cache_directory
-from moda_jax.inference.evaluation import check_perplexity, run_attention_maps, run_perplexity, run_tasks
+from moda_jax.inference.depth_probes import PROBE_TOKENS
+from moda_jax.inference.evaluation import (
+    check_perplexity,
+    run_attention_maps,
+    run_depth_probes,
+    run_perplexity,
+    run_tasks,
+)
 from moda_jax.inference.load import load_run, read_run_config
 from moda_jax.training import runtime
-from moda_jax.training.console import run_command, user_errors
+from moda_jax.training.console import print_result, run_command, user_errors
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")
@@ -30,6 +38,8 @@ _TASK_DIR = flags.DEFINE_string("task-dir", None, "Directory with tasks of your 
 _FEWSHOT = flags.DEFINE_integer("num-fewshot", None, "Examples before a question; by default the task's number.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many documents of each task.")
 _MAPS = flags.DEFINE_bool("attention-maps", False, "Draw attention maps of the first --data, or of validation text.")
+_PROBES = flags.DEFINE_bool("depth-probes", False, "Probe the depth slots on the run's validation split.")
+_PROBE_TOKENS = flags.DEFINE_integer("probe-tokens", PROBE_TOKENS, "About so many tokens for each probe.")
 
 
 def main() -> None:
@@ -37,23 +47,27 @@ def main() -> None:
     with user_errors():
         if _WORKDIR.value is None:
             raise ValueError("--workdir: missing; name the directory of a run, as in --workdir=runs/quickstart")
-        if not (_DATA.value or _TASKS.value or _MAPS.value):
-            raise ValueError("nothing to do; give --data=NAME=PATH, --tasks=NAME,... or --attention-maps")
+        if not (_DATA.value or _TASKS.value or _MAPS.value or _PROBES.value):
+            raise ValueError(
+                "nothing to do; give --data=NAME=PATH, --tasks=NAME,..., --attention-maps or --depth-probes"
+            )
         domains = check_perplexity(_DATA.value, _FEATURE.value)
         runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
         runtime.require_device()
         run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
         output, context = Path(_OUTPUT.value or run.workdir / "evaluation"), _CONTEXT.value
         if domains:
-            print(run_perplexity(run, domains, output, context=context, stride=_STRIDE.value), flush=True)
+            print_result(run_perplexity(run, domains, output, context=context, stride=_STRIDE.value))
         if _TASKS.value:
             table = run_tasks(
                 run, _TASKS.value, output, task_directory=_TASK_DIR.value, num_fewshot=_FEWSHOT.value,
                 limit=_LIMIT.value, context=context,
             )  # fmt: skip
-            print(table, flush=True)
+            print_result(table)
         if _MAPS.value:
-            print(run_attention_maps(run, domains, output, context=context), flush=True)
+            print_result(run_attention_maps(run, domains, output, context=context))
+        if _PROBES.value:
+            print_result(run_depth_probes(run, output, tokens=_PROBE_TOKENS.value))
 
 
 if __name__ == "__main__":

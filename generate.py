@@ -3,8 +3,6 @@
 The text comes as it is generated; of several prompts one after the other, though they run as one batch.
 """
 
-import sys
-
 import jax
 from absl import flags
 
@@ -13,7 +11,7 @@ from moda_jax.inference.generation import OrderedText, generate
 from moda_jax.inference.load import load_run, read_run_config
 from moda_jax.inference.sampling import SamplingConfig
 from moda_jax.training import runtime
-from moda_jax.training.console import run_command, user_errors
+from moda_jax.training.console import result_stream, run_command, user_errors
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")
@@ -38,7 +36,7 @@ def main() -> None:
         runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
         runtime.require_device()
         run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
-        shown = OrderedText(_PROMPT.value, sys.stdout)
+        shown = OrderedText(_PROMPT.value, result_stream())
         generate(
             run.model, run.params, run.tokenizer, _PROMPT.value, max_tokens=_MAX_TOKENS.value, sampling=sampling,
             stop=_STOP.value, key=jax.random.key(_SEED.value), on_text=shown.add, on_end=shown.end,

@@ -28,6 +28,27 @@ DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
 FAULT_POLICIES = ("fail", "skip")
 _CLASS_PATH = re.compile(r"[\w.]+:\w+")  # "package.module:Class"
+# A URL, or one of remote storage after `Path` took a slash from it; a data source's kind may stand before.
+_REMOTE = re.compile(
+    r"(tfds:|tokens:)?([A-Za-z][A-Za-z0-9+.-]*://|(gs|gcs|s3[an]?|hdfs|viewfs|abfss?|wasbs?|az|adl|oss|https?|hf):/)"
+)
+
+
+def check_local(name: str, place: str) -> None:
+    """Checks that a place is one of this machine's file system: nothing here reads or writes remote storage.
+
+    Args:
+        name: of the field or flag, for the message.
+        place: as the user wrote it; a prefix that names the kind of a data source ("tfds:") may stand before it.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    if _REMOTE.match(str(place)):
+        raise ValueError(
+            f"{name}={str(place)!r}: is remote, and only local paths are read and written; mount it as a folder (as "
+            "gcsfuse, s3fs or an NFS client do), or copy it, and name that folder"
+        )
 
 
 def check_text(text: str, field: str) -> None:
@@ -182,7 +203,8 @@ class DataConfig:
     Attributes:
         source: "python_stdlib" (built in); a directory of .txt, .md, .jsonl, .json (lines) and .parquet files, .jsonl
             and .json also as .gz; one such file; or "tfds:NAME[:VERSION]" or "tfds:DIRECTORY", a TFDS dataset that is
-            prepared as array_record.
+            prepared as array_record; or "tokens:DIRECTORY", splits `train` and `validation` as the cache holds
+            them, tokenised elsewhere.
         feature: the text or token feature of a TFDS dataset, the text field of a JSON line, the column of a .parquet.
         train_split, validation_split: names of a TFDS dataset's splits; other sources are split by a hash of the
             document's name (its path; where a file holds several also the number of the line, row or part). A source of
@@ -243,6 +265,8 @@ class DataConfig:
             "data.document_separator", separator, f"None with data.source={self.source!r}, which has documents",
         )  # fmt: skip
         _require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or the path of a tokenizer.json')
+        for field in ("source", "tokenizer", "cache_dir"):
+            check_local(f"data.{field}", getattr(self, field) or "")
         _require(
             0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "a share in (0, 1)"
         )
@@ -298,6 +322,8 @@ class TrainConfig:
         loss_spike_deviations: a loss so many (robust) standard deviations above the median of the last steps counts as
             a spike in the metrics; 0: none does.
         watchdog_seconds: when no step was done for so long, every thread's stack goes to stderr; 0: never.
+        peer_timeout_seconds: of a run of many processes: so long after one was lost (it died, or gave no sign of life)
+            the others have ended.
         deterministic: on a GPU, take only operations of XLA that give the same bits every time (the kernels always do).
             False lets XLA choose among all of them.
     """
@@ -313,11 +339,15 @@ class TrainConfig:
     max_skipped_in_a_row: int = 10
     loss_spike_deviations: float = 6.0
     watchdog_seconds: float = 600.0
+    peer_timeout_seconds: float = 30.0
     deterministic: bool = True
 
     def __post_init__(self) -> None:
         _check_types("train", self)
         _require_positive("train", self, "num_steps", "batch_size", "accumulation_steps", "log_interval_steps")
+        _require(
+            self.peer_timeout_seconds >= 10, "train.peer_timeout_seconds", self.peer_timeout_seconds, "at least 10"
+        )
         _require_not_negative(
             "train", self, "seed", "z_loss", "sample_tokens", "max_skipped_in_a_row", "loss_spike_deviations",
             "watchdog_seconds",
@@ -336,10 +366,13 @@ class EvalConfig:
     Attributes:
         interval_steps: evaluate every so many steps, and at the end; 0: never.
         num_batches: batches of `train.batch_size` rows per evaluation, spread evenly over the split; 0: all of it.
+        depth_mass: for a model with a depth stream, an evaluation also logs the attention's mass on the depth slots
+            over one micro-batch (mean over tokens, heads and the layers that see a slot); on one device only.
     """
 
     interval_steps: int = 500
     num_batches: int = 16
+    depth_mass: bool = True
 
     def __post_init__(self) -> None:
         _check_types("eval", self)

@@ -47,7 +47,8 @@ def attention_forward(
         causal: a query sees keys with key_position <= query_position.
         query_positions, key_positions: int32 [B, T] and [B, U]; None: 0..T-1 and 0..U-1.
         query_segment_ids, key_segment_ids: int32 [B, T] and [B, U], both or neither; equal ids see each other.
-        key_length: int32 [B]; keys at an index >= key_length are invisible, but have to be finite.
+        key_length: int32 [B]; keys at an index >= key_length are invisible, but for "mosaic_gpu" they have to be
+            finite, and their values too.
         with_rest: also return `rest`, what rounding took from out. out + rest, in float32, is what parts are best
             merged from, and what delta needs where a softmax is peaked.
         implementation: a name, or None for the best on this device.

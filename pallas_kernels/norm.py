@@ -35,14 +35,22 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     # The pairs as an axis that is flipped, and not as two halves that are put together again: so XLA can read x where
     # the result is used.
     pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    sign = jnp.array([-1.0, 1.0])[:, None]
     cos, sin = cos[..., None, None, :], sin[..., None, None, :]
+    sign = over_rows(jnp.array([[-1.0], [1.0]], jnp.float32), sin)
     return (pairs * cos + jnp.flip(pairs, axis=-2) * (sign * sin)).reshape(x.shape)
 
 
 def inverse_rms(x: Array, axis: int | tuple[int, ...], epsilon: float) -> Array:
     """1 / sqrt(mean(x^2) + epsilon) over `axis`, which is kept; x is float32."""
     return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axis, keepdims=True) + epsilon)
+
+
+def over_rows(scale: Array, x: Array) -> Array:
+    """scale over the last axes of x [..., *scale.shape] as float32, with as many axes as x.
+
+    Spelled out, so that a norm also runs where JAX was told to refuse such promotions of rank and dtype.
+    """
+    return scale.astype(jnp.float32).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
 
 
 def rms_norm_backward(
@@ -58,13 +66,13 @@ def rms_norm_backward(
 
     Args:
         x, dy: [..., *scale.shape], any float dtype.
-        scale: [D], or with a rotation [heads, H]; float32.
+        scale: [D], or with a rotation [heads, H]; any float dtype.
         rotation: (cos, sin) as `rotate` takes them, [..., H/2]; None: y was not rotated.
         epsilon: added to the mean square.
         implementation: "xla" or "mosaic_gpu"; None: the best that this device and these shapes have.
 
     Returns:
-        dx in x's shape and dtype; dscale in scale's shape, summed over all rows, float32.
+        dx in x's shape and dtype; dscale in scale's shape and dtype, summed over all rows in float32.
 
     Raises:
         ValueError: no such implementation.
@@ -79,8 +87,8 @@ def rms_norm_backward(
     rows = math.prod(x.shape[: x.ndim - scale.ndim])
     tables = None if rotation is None else tuple(table.reshape(rows, -1) for table in rotation)
     x_rows, dy_rows = (a.reshape(rows, *scale.shape) for a in (x, dy))
-    dx, dscale = _kernel().rms_norm_backward(x_rows, dy_rows, scale, tables, epsilon=epsilon)
-    return dx.reshape(x.shape), dscale
+    dx, dscale = _kernel().rms_norm_backward(x_rows, dy_rows, scale.astype(jnp.float32), tables, epsilon=epsilon)
+    return dx.reshape(x.shape), dscale.astype(scale.dtype)
 
 
 @functools.cache
@@ -112,14 +120,15 @@ def _xla(
     axes = tuple(range(-scale.ndim, 0))
     wide, dwide = x.astype(jnp.float32), dy.astype(jnp.float32)
     r = inverse_rms(wide, axes, epsilon)
-    y = scale * wide
+    wide_scale = over_rows(scale, wide)
+    y = wide_scale * wide
     g = dwide
     if rotation is not None:
         cos, sin = rotation
         y, g = rotate(y, cos, sin), rotate(dwide, cos, -sin)
     mean = r * jnp.mean(dwide * y, axis=axes, keepdims=True)
     normed = wide * r
-    dx = r * (scale * g - normed * mean)
+    dx = r * (wide_scale * g - normed * mean)
     leading = x.shape[: x.ndim - scale.ndim]
     dscale = jnp.sum((g * normed).reshape(*leading, -1), axis=tuple(range(len(leading))))
-    return dx.astype(x.dtype), dscale.reshape(scale.shape)
+    return dx.astype(x.dtype), dscale.reshape(scale.shape).astype(scale.dtype)

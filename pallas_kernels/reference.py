@@ -42,7 +42,8 @@ def attention_forward(
     visible = _visible(
         query, key, causal, query_positions, key_positions, query_segment_ids, key_segment_ids, key_length
     )
-    q, k, v = (array.astype(jnp.float32) for array in (_grouped(query, key.shape[2]), key, value))
+    q = _grouped(query, key.shape[2])
+    k, v = (_without_unfilled_keys(array, key_length) for array in (key, value))
     logits = _sequence_logits(q, k, scale)  # [B, T, K, G, U]
     if depth_key is None:
         (weights,), lse = _softmax((logits, visible))
@@ -82,7 +83,7 @@ def attention_backward(
         query, key, causal, query_positions, key_positions, query_segment_ids, key_segment_ids, key_length
     )
     q, do, lse_, delta_ = (_grouped(array, key.shape[2]) for array in (query, dout, lse, delta))
-    k, v = key.astype(jnp.float32), value.astype(jnp.float32)
+    k, v = (_without_unfilled_keys(array, key_length) for array in (key, value))
     weights = _weights(_sequence_logits(q, k, scale), visible, lse_)  # [B, T, K, G, U]
     dlogits = _dlogits(weights, jnp.einsum("btkgh,bukh->btkgu", do, v, precision=HIGHEST), delta_) * scale
     dquery = jnp.einsum("btkgu,bukh->btkgh", dlogits, k, precision=HIGHEST).reshape(query.shape)
@@ -177,25 +178,34 @@ def _visible(
     (batch, tokens), keys = query.shape[:2], key.shape[1]
     visible = jnp.ones((batch, tokens, keys), bool)
     if causal:
-        query_positions = jnp.arange(tokens)[None] if query_positions is None else query_positions
-        key_positions = jnp.arange(keys)[None] if key_positions is None else key_positions
+        query_positions = jnp.arange(tokens, dtype=jnp.int32)[None] if query_positions is None else query_positions
+        key_positions = jnp.arange(keys, dtype=jnp.int32)[None] if key_positions is None else key_positions
         visible &= key_positions[:, None, :] <= query_positions[:, :, None]
     if query_segment_ids is not None:
         visible &= query_segment_ids[:, :, None] == key_segment_ids[:, None, :]
     if key_length is not None:
-        visible &= (jnp.arange(keys) < key_length[:, None])[:, None, :]
+        visible &= (jnp.arange(keys, dtype=jnp.int32)[None] < key_length[:, None])[:, None, :]
     return visible[:, :, None, None, :]
 
 
 def _filled(depth_key: Array, depth_length: int | Array | None) -> Array:
     """[S] bool."""
     slots = depth_key.shape[2]
-    return jnp.arange(slots) < (slots if depth_length is None else depth_length)
+    return jnp.arange(slots, dtype=jnp.int32) < (slots if depth_length is None else depth_length)
 
 
 def _without_unfilled(array: Array, filled: Array) -> Array:
     """[B, T, S, K, H] float32 with zeros in unfilled slots, which may hold NaN."""
     return jnp.where(filled[:, None, None], array.astype(jnp.float32), 0.0)
+
+
+def _without_unfilled_keys(array: Array, key_length: Array | None) -> Array:
+    """[B, U, K, H] float32 with zeros at or beyond the key length, where NaN may stand."""
+    wide = array.astype(jnp.float32)
+    if key_length is None:
+        return wide
+    filled = jnp.arange(array.shape[1], dtype=jnp.int32)[None] < key_length[:, None]  # [B, U]
+    return jnp.where(filled[:, :, None, None], wide, 0.0)
 
 
 def _grouped(array: Array, kv_heads: int) -> Array:
@@ -226,23 +236,29 @@ def _softmax(*parts: tuple[Array, Array]) -> tuple[list[Array], Array]:
     A row without a visible entry gets weights 0 and lse -inf. The parts are summed one by one, not concatenated, so
     that a part of which nothing is visible leaves the others' bits alone.
     """
+    parts = [(logits, jnp.broadcast_to(visible, logits.shape)) for logits, visible in parts]
     # initial: a part may have no entry at all. Finite, so that no difference below is NaN.
-    tops = [jnp.max(logits, axis=-1, keepdims=True, where=visible, initial=-1e30) for logits, visible in parts]
+    lowest = jnp.finfo(jnp.float32).min
+    tops = [jnp.max(logits, axis=-1, keepdims=True, where=visible, initial=lowest) for logits, visible in parts]
     top = lax.stop_gradient(functools.reduce(jnp.maximum, tops))
     exponentials = [
         jnp.where(visible, jnp.exp(jnp.where(visible, logits - top, 0.0)), 0.0) for logits, visible in parts
     ]
     total = sum(jnp.sum(exponential, axis=-1, keepdims=True) for exponential in exponentials)
-    some = total != 0  # NaN counts as some: it must show
+    some = functools.reduce(
+        jnp.logical_or, [jnp.any(visible, axis=-1, keepdims=True) for _, visible in parts]
+    )  # by the mask, whatever the logits are
     total = jnp.where(some, total, 1.0)
-    lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
+    # No infinite constant: partial evaluation makes outputs of constants, and `jax_debug_infs` would find it there.
+    nothing = jnp.log(some.astype(jnp.float32))  # 0, or -inf
+    lse = jnp.where(some, top + jnp.log(total), nothing)
     return [exponential / total for exponential in exponentials], lse[..., 0]
 
 
 def _weights(logits: Array, visible: Array, lse: Array) -> Array:
     """exp(logits - lse) where visible, of a row that saw anything at all."""
     lse = lse[..., None]
-    visible = visible & (lse != -jnp.inf)
+    visible = jnp.broadcast_to(visible, logits.shape) & jnp.logical_not(lse < jnp.finfo(jnp.float32).min)
     return jnp.where(visible, jnp.exp(jnp.where(visible, logits - lse, 0.0)), 0.0)
 
 

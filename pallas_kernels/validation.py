@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 DTYPES = ("float32", "bfloat16", "float16")
+LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)  # of float32's normal numbers
 
 
 def check_attention(
@@ -22,12 +23,14 @@ def check_attention(
     depth_key: Any,
     depth_value: Any,
     segment_ids: Any,
+    query_positions: Any,
+    key_length: Any,
     causal: Any,
     return_lse: Any,
 ) -> None:
     """Raises ValueError unless the arrays fit together as `moda_attention` documents."""
     batch, tokens, heads, head_dim = _check_query(query)
-    _check_array("key", key, (batch, tokens, None, head_dim), "[B, T, K, H]", query)
+    keys = _check_key(key, (batch, tokens, None, head_dim), query, query_positions is not None)
     _check_heads("key", key.shape[2], heads)
     _check_array("value", value, key.shape, "[B, T, K, H]", query)
     for name, other in (("depth_key", depth_value), ("depth_value", depth_key)):
@@ -35,8 +38,13 @@ def check_attention(
             raise ValueError(f"{name}=None: expected an array, since its counterpart was given")
     if depth_key is not None:
         _check_depth_arrays(depth_key, depth_value, (batch, tokens, None, key.shape[2], head_dim), query)
-    if segment_ids is not None:
-        _check_array("segment_ids", segment_ids, (batch, tokens), "[B, T]", query, dtype=jnp.dtype("int32"))
+    for name, array, shape, axes in (
+        ("segment_ids", segment_ids, (batch, keys), "[B, T]"),
+        ("query_positions", query_positions, (batch, tokens), "[B, Tq]"),
+        ("key_length", key_length, (batch,), "[B]"),
+    ):
+        if array is not None:
+            _check_array(name, array, shape, axes, query, dtype=jnp.dtype("int32"))
     _check_bool("causal", causal)
     _check_bool("return_lse", return_lse)
 
@@ -67,17 +75,24 @@ def checked_depth_length(depth_length: Any, slots: int) -> int | Array | None:
     return jnp.clip(jnp.asarray(depth_length), 0, slots)
 
 
+def checked_key_length(key_length: Array | None, keys: int) -> Array | None:
+    """None, or the int32 lengths [B] clipped to 0..keys."""
+    return None if key_length is None else jnp.clip(jnp.asarray(key_length), 0, keys)
+
+
 def checked_scale(scale: Any, head_dim: int) -> float:
-    """The scale as a float, H ** -0.5 for None."""
+    """The scale as a float, H ** -0.5 for None. What float32 flushes to zero is zero."""
     if scale is None:
         return head_dim**-0.5
     value = math.nan
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
         with contextlib.suppress(OverflowError):  # an int beyond the floats
             value = float(scale)
-    if not math.isfinite(value):
-        raise ValueError(f"scale={scale!r}: expected None or a finite number that is known while tracing")
-    return value
+    if not abs(value) <= LARGEST:  # a NaN is refused too
+        raise ValueError(
+            f"scale={scale!r}: expected None or a number that is finite in float32 and known while tracing"
+        )
+    return value if abs(value) >= SMALLEST else 0.0
 
 
 def _check_query(query: Any) -> tuple[int, int, int, int]:
@@ -85,6 +100,20 @@ def _check_query(query: Any) -> tuple[int, int, int, int]:
     if jnp.dtype(query.dtype).name not in DTYPES:
         raise ValueError(f"query has dtype {query.dtype}: expected one of {DTYPES}")
     return query.shape
+
+
+def _check_key(key: Any, shape: tuple[int | None, ...], query: Any, has_positions: bool) -> int:
+    """The number of keys: that of the queries, or with query positions at least as many."""
+    batch, tokens, *rest = shape
+    if not has_positions and _is_array(key) and len(key.shape) == 4 and key.shape[1] > tokens:
+        raise ValueError(
+            f"key has shape {key.shape}: expected query's {tokens} tokens, or query_positions [B, Tq] beside a query "
+            f"of shape {query.shape}, shorter than its cache of keys"
+        )
+    _check_array("key", key, (batch, None if has_positions else tokens, *rest), "[B, T, K, H]", query)
+    if key.shape[1] < tokens:
+        raise ValueError(f"key has shape {key.shape}: expected at least the {tokens} tokens of query {query.shape}")
+    return key.shape[1]
 
 
 def _check_depth_arrays(depth_key: Any, depth_value: Any, shape: tuple[int | None, ...], query: Any) -> None:

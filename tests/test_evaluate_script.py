@@ -52,7 +52,10 @@ def test_everything_at_once(workdir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--workdir=RUN"], "nothing to do; give --data=NAME=PATH, --tasks=NAME,... or --attention-maps"),
+        (
+            ["--workdir=RUN"],
+            "nothing to do; give --data=NAME=PATH, --tasks=NAME,..., --attention-maps or --depth-probes",
+        ),
         (
             ["--workdir=RUN", "--data=wiki=none.txt"],
             "--data=wiki=none.txt: no such file or directory; expected NAME=PATH of a text file",

@@ -46,8 +46,8 @@ def test_prompts_are_continued_and_the_seed_decides(workdir):
         ),
         (
             ["--workdir=RUN", "--prompt=a", "--seed=18446744073709551616"],
-            "error: flag --seed=18446744073709551616: seed must be an integer in the range [-9223372036854775808, "
-            "9223372036854775807]",
+            "error: flag --seed=18446744073709551616: 18446744073709551616 is not an integer in the range "
+            "[-9223372036854775808, 9223372036854775807]",
         ),
     ],
     ids=["no workdir", "long prompt", "long seed"],

@@ -85,3 +85,13 @@ def test_train_resume_and_refuse(tmp_path):
     assert "this run is finished, step 4 of 4; nothing to do" in again.stdout
     line = refused(*command, "--config.model.ffn_width=32")
     assert "holds a run with a different config" in line
+    assert "\r" not in done.stderr
+    own = f"--workdir={tmp_path / 'run'}"  # the run's own config, with more steps
+    longer = train("--config.train.num_steps=6", own)
+    assert longer.returncode == 0, longer.stderr
+    assert f"{tmp_path / 'run'}: finished, step 6 of 6\n" in longer.stdout
+    assert "planned anew from step 4 on, as in a run of 6 steps" in longer.stderr
+    line = refused(own, "--config.train.num_step=6")
+    assert line == "error: --config.train.num_step: unknown config key; did you mean --config.train.num_steps?"
+    line = refused(QUICKSTART, "--workdir=gs://bucket/run")
+    assert line.startswith("error: --workdir='gs://bucket/run': is remote, and only local paths are read and written;")

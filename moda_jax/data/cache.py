@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moda_jax.config import DataConfig
+from moda_jax.config import DataConfig, check_local
 from moda_jax.paths import expand_home
 
 _logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ def cache_directory(config: DataConfig) -> Path:
     if config.cache_dir is not None:
         directory = expand_home(config.cache_dir, "data.cache_dir").absolute()
     else:
+        check_local("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME", ""))
         try:
             caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         except RuntimeError as error:

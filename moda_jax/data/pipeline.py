@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -18,9 +19,10 @@ from moda_jax.data.cache import cache_directory, cache_key
 from moda_jax.data.faults import SkippedDocuments
 from moda_jax.data.packing import Batch, pack_rows, pad_rows
 from moda_jax.data.sources import find_split
-from moda_jax.data.token_store import TOKENS_VERSION, TokenDataset, prepare_tokens
+from moda_jax.data.token_store import TOKENS_VERSION, TokenDataset, open_tokens, prepare_tokens
 from moda_jax.data.tokenizer import Tokenizer
 
+PREPARED_TOKENS = "tokens:"  # before the directory of splits that were tokenised elsewhere
 _READ_THREADS = 2  # building a row is short work under the GIL; a second thread hides a page that must come from disk
 
 
@@ -37,6 +39,21 @@ def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer, *, as_bef
         ValueError: a source that is missing, empty or not usable, or a split too small for one row; the message names
             the config field.
     """
+    if config.source.startswith(PREPARED_TOKENS):
+        dataset = open_tokens(Path(config.source.removeprefix(PREPARED_TOKENS)) / split, tokenizer)
+    else:
+        dataset = _open_prepared(config, split, tokenizer, as_before)
+    if dataset.num_rows(config.sequence_length) == 0:
+        raise ValueError(
+            f"data.source={config.source!r}: the {split} split has {dataset.num_tokens} tokens in "
+            f"{dataset.num_documents} documents, too few for one row: data.sequence_length={config.sequence_length} "
+            f"needs {config.sequence_length + 1}"
+        )
+    return dataset
+
+
+def _open_prepared(config: DataConfig, split: str, tokenizer: Tokenizer, as_before: bool) -> TokenDataset:
+    """A split from the cache, which is prepared first where it is not there."""
     source = find_split(config, split, as_before=as_before)
     # Tokens that were made before the end-of-text token was kept out of text stay where they are.
     hidden_end = {"hides_end_of_text": True} if tokenizer.hides_end_of_text and not as_before else {}
@@ -45,14 +62,7 @@ def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer, *, as_bef
         on_damage=config.on_damage, on_invalid_utf8=config.on_invalid_utf8, **hidden_end,
     )  # fmt: skip
     directory = cache_directory(config) / "tokens" / key
-    dataset = prepare_tokens(directory, source.open, tokenizer, source.name, SkippedDocuments(config))
-    if dataset.num_rows(config.sequence_length) == 0:
-        raise ValueError(
-            f"data.source={config.source!r}: the {split} split has {dataset.num_tokens} tokens in "
-            f"{dataset.num_documents} documents, too few for one row: data.sequence_length={config.sequence_length} "
-            f"needs {config.sequence_length + 1}"
-        )
-    return dataset
+    return prepare_tokens(directory, source.open, tokenizer, source.name, SkippedDocuments(config))
 
 
 class TrainBatches:

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import tqdm_utils
-from tqdm import tqdm
 
 from moda_jax.config import DataConfig
 from moda_jax.data import corpus
 from moda_jax.data.faults import DamageError, SkippedDocuments, read_skipped
 from moda_jax.paths import expand_home
+from moda_jax.progress import progress_bar
 
 ARRAY_RECORD = "array_record"
 
@@ -75,7 +75,7 @@ def write_text_corpus(
     """
     skipped = SkippedDocuments(config)
     total = 2 * sum(file.size for file in files)  # each split passes over all files
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Preparing the corpus") as bar, _quiet_tfds():
+    with progress_bar(total=total, unit="B", unit_scale=True, desc="Preparing the corpus") as bar, _quiet_tfds():
         builder = TextCorpus(
             files=files, config=config, skipped=skipped, bar=bar, as_before=as_before, data_dir=directory,
             file_format=ARRAY_RECORD,

@@ -1,9 +1,11 @@
 """A split as one flat array of tokens on disk, made once and memory-mapped: any row of any length at any time.
 
-tokens.npy   [N] uint16 when the vocabulary fits, else uint32: every document's tokens, then its end-of-text
-offsets.npy  [documents + 1] int64: document d is tokens[offsets[d]:offsets[d + 1]]
-meta.json    counts and the fingerprint
-skipped.jsonl  documents that were left out, by name; no such file: none was
+The directory of a split holds:
+
+    tokens.npy     [N] uint16 when the vocabulary fits, else uint32: every document's tokens, then its end-of-text
+    offsets.npy    [documents + 1] int64: document d is tokens[offsets[d]:offsets[d + 1]]
+    meta.json      counts and the fingerprint
+    skipped.jsonl  documents that were left out, by name; no such file: none was
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from moda_jax.config import DataConfig
 from moda_jax.data.cache import prepare_once
@@ -26,6 +27,7 @@ from moda_jax.data.faults import DamageError, FileGuard, SkippedDocuments, log_s
 from moda_jax.data.packing import count_rows
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.data.tokenizer_file import Losses
+from moda_jax.progress import progress_bar
 
 _logger = logging.getLogger(__name__)
 
@@ -109,7 +111,30 @@ def prepare_tokens(
     skipped = SkippedDocuments(DataConfig()) if skipped is None else skipped
     prepare_once(directory, lambda new: _write(new, open_documents(), tokenizer, name, skipped), f"Tokens of {name}")
     log_skipped(name, directory, read_skipped(directory))
-    meta = json.loads((directory / "meta.json").read_text())
+    return _map(directory, json.loads((directory / "meta.json").read_text()), name)
+
+
+def open_tokens(directory: Path, tokenizer: Tokenizer) -> TokenDataset:
+    """Opens a split that `prepare_tokens` made, maybe on another machine.
+
+    Raises:
+        ValueError: no such directory, it holds something else, or another tokenizer made the tokens.
+    """
+    directory = directory.expanduser()
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.source: {directory} holds no prepared tokens ({error})") from error
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise ValueError(
+            f"data.tokenizer: is not the tokenizer that made the tokens in {directory} ({tokenizer.fingerprint}, "
+            f"theirs is {meta['tokenizer']})"
+        )
+    return _map(directory, meta, meta["name"])
+
+
+def _map(directory: Path, meta: dict, name: str) -> TokenDataset:
+    """The arrays of a finished directory."""
     losses = Losses(**meta.get("losses", {}))
     if losses != Losses():
         _logger.warning("%s: the tokenizer lost text: %s (of %d tokens)", name, losses, meta["num_tokens"])
@@ -168,7 +193,7 @@ def _encode(
     documents: DocumentSource, tokenizer: Tokenizer, name: str, skipped: SkippedDocuments, losses: list[Losses]
 ) -> Iterator[list[np.ndarray]]:
     """Chunks of tokenised documents, with a progress bar."""
-    with tqdm(total=len(documents), unit=" documents", desc=f"Tokenizing {name}") as bar:
+    with progress_bar(total=len(documents), unit=" documents", desc=f"Tokenizing {name}") as bar:
         chunk, size = {}, 0
         for index in range(len(documents)):
             document = _document(documents, index, tokenizer, name, skipped)

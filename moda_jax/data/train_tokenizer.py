@@ -1,6 +1,6 @@
 """Trains a byte-level BPE on the train split of a text source and writes a Hugging Face tokenizer.json.
 
-python -m moda_jax.data.tokenizer train --vocab-size=8192 --output=tokenizer.json [--source=python_stdlib]
+    python -m moda_jax.data.tokenizer train --vocab-size=8192 --output=tokenizer.json [--source=python_stdlib]
 
 Byte-level: every byte is in the vocabulary, so any text can be encoded and nothing is unknown. The token
 "<|endoftext|>" ends documents.
@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
-from tqdm import tqdm
 
-from moda_jax.config import DataConfig
+from moda_jax.config import DataConfig, check_local
 from moda_jax.data.sources import find_split
 from moda_jax.data.token_store import DocumentSource
 from moda_jax.data.tokenizer import END_OF_TEXT_NAMES, HuggingFaceTokenizer
 from moda_jax.paths import expand_home
+from moda_jax.progress import progress_bar
 
 _logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--cache-dir", default=defaults.cache_dir, help="as data.cache_dir (default: the user's)")
     flags = parser.parse_args(arguments)
     try:
+        check_local("--output", flags.output)
         config = DataConfig(source=flags.source, feature=flags.feature, cache_dir=flags.cache_dir)
         tokenizer = train_bpe(config, flags.vocab_size, flags.output)
     except ValueError as error:
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _texts(documents: DocumentSource, name: str) -> Iterator[str]:
     """The documents that are text; says how many are not."""
     passed_over = 0
-    for index in tqdm(range(len(documents)), unit=" documents", desc=f"Reading {name}"):
+    for index in progress_bar(range(len(documents)), unit=" documents", desc=f"Reading {name}"):
         try:
             yield documents[index].decode("utf-8")
         except UnicodeDecodeError:

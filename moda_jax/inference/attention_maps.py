@@ -31,7 +31,7 @@ Array = jax.Array
 
 PIXELS = 256
 BLOCK_QUERIES = 256  # queries whose probabilities stand in memory at once, [N, BLOCK_QUERIES, T + S] float32
-MASKED = -1e30
+MASKED = float(jnp.finfo(jnp.float32).min)  # a masked logit: no real one is below it
 _LOWEST = 1e-4  # of the colour scale
 
 

@@ -42,7 +42,7 @@ from pallas_kernels.block import attention_forward, depth_facts
 Array = jax.Array
 PyTree = Any
 
-MASKED = -1e30  # a masked logit: exp(MASKED - any real logit) is exactly 0
+MASKED = float(jnp.finfo(jnp.float32).min)  # a masked logit: exp(MASKED - any real logit) is exactly 0
 PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt pass together: bounds its depth stream
 # How a step multiplies with the cache. "dot": matrix products; "reduce": products and sums that XLA fuses; "kernel":
 # the kernels of `pallas_kernels`, 16-bit dtypes on Hopper. `python -m benchmarks.decode` times them.
@@ -285,7 +285,7 @@ def _prompt_pass(
     module: Transformer, params: PyTree, tokens: Array, start: Array, padded: bool
 ) -> tuple[Array, Array, Array]:
     """tokens [B, T] to the last place's normed hidden state [B, 1, D], and all layers' KV [L, B, K, T, H]."""
-    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.maximum(place - start[:, None], 0)  # [B, T]
     segment_ids = (place >= start[:, None]).astype(jnp.int32) if padded else None
     stacked = params.get("layers")
@@ -427,8 +427,8 @@ def _attend(
 
 def _visible(capacity: int, start: Array | None, length: Array) -> Array:
     """[B or 1, C] bool: places that count."""
-    place = jnp.arange(capacity)
-    before_end = (place < length)[None]
+    place = jnp.arange(capacity, dtype=jnp.int32)[None]
+    before_end = place < length
     return before_end if start is None else before_end & (place >= start[:, None])
 
 

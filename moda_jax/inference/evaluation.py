@@ -1,4 +1,4 @@
-"""What evaluate.py does: perplexity, downstream tasks and attention maps of a run, to the terminal and into files."""
+"""What evaluate.py does: perplexity, tasks, attention maps, depth probes; to the terminal and into files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from moda_jax.data.pipeline import open_dataset
 from moda_jax.inference import attention_maps as maps_lib
+from moda_jax.inference import depth_probes
 from moda_jax.inference import perplexity as perplexity_lib
 from moda_jax.inference.load import LoadedRun
+from moda_jax.progress import progress_bar
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def run_perplexity(
 ) -> str:
     """Evaluates, writes perplexity.json, and returns the table. Arguments as in `perplexity.evaluate_domains`."""
     context, stride = perplexity_lib.checked_windows(run, context, stride)
-    with tqdm(desc="Perplexity", unit=" tokens", unit_scale=True) as bar:
+    with progress_bar(desc="Perplexity", unit=" tokens", unit_scale=True) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -119,6 +120,28 @@ def run_attention_maps(
         for layer, (attention, ffn) in enumerate(zip(maps.attention_mass, maps.ffn_mass, strict=True))
     ]
     return "\n".join([*lines, f"drawn: {output / MAPS_FILE}"])
+
+
+def run_depth_probes(run: LoadedRun, output: Path, *, tokens: int = depth_probes.PROBE_TOKENS) -> str:
+    """Probes the depth slots on the run's validation split, writes depth_probes.json and .png, and returns the table.
+
+    Args:
+        run: the model.
+        output: directory.
+        tokens: about so many for each probe.
+
+    Raises:
+        ValueError: the model has no depth slot.
+        NotImplementedError: its mechanism reads the stream elsewhere than in the attention op.
+    """
+    rules = depth_probes.hidings(run.config.model)
+    batches = depth_probes.probe_batches(run, tokens)
+    with progress_bar(desc="Depth probes", total=len(rules) * len(batches)) as bar:
+        values = depth_probes.probe(run, batches, rules, progress=bar.update)
+    _write(output / depth_probes.PROBES_FILE, _header(run) | values)
+    picture = output / depth_probes.PICTURE_FILE
+    depth_probes.draw(values, picture, title=f"{run.workdir.name}, step {run.step}: {values['tokens']} targets")
+    return f"{depth_probes.format_table(values)}\ndrawn: {picture}"
 
 
 def _map_text(run: LoadedRun, domains: Sequence[perplexity_lib.Domain], context: int) -> tuple[np.ndarray, str]:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from moda_jax.inference.generation import generate
 from moda_jax.inference.load import LoadedRun
 from moda_jax.inference.sampling import SamplingConfig
 from moda_jax.inference.scoring import Window, score_windows
+from moda_jax.progress import progress_bar
 
 try:
     import lm_eval
@@ -117,7 +117,7 @@ class HarnessModel(TemplateLM):
             tokens = np.asarray([*context, *continuation][-(self.max_length + 1) :], np.int32)
             windows.append(Window(tokens, len(continuation)))
         total = sum(window.scored for window in windows)
-        with tqdm(total=total, desc="Log-likelihoods", unit=" tokens", disable=disable_tqdm) as bar:
+        with progress_bar(total=total, desc="Log-likelihoods", unit=" tokens", disable=disable_tqdm) as bar:
             scores = score_windows(
                 self._run.model,
                 self._run.params,
@@ -168,7 +168,7 @@ class HarnessModel(TemplateLM):
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         cut = lowered = 0
-        with tqdm(total=len(requests), desc="Generating", unit=" texts", disable=disable_tqdm) as bar:
+        with progress_bar(total=len(requests), desc="Generating", unit=" texts", disable=disable_tqdm) as bar:
             for options, indices in groups.items():
                 stop, limit, sampling = generation_options(json.loads(options))
                 whole = {i: self._prompt(requests[i].args[0]) for i in indices}

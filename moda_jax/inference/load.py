@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from moda_jax.config import Config
+from moda_jax.config import Config, check_local
 from moda_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from moda_jax.inference.decode import inference_params
 from moda_jax.model.function import ModelFunction, model_function, split_model
@@ -78,6 +78,7 @@ def read_run_config(workdir: str | Path) -> Config:
     Raises:
         ValueError: there is no such directory, or it holds no run.
     """
+    check_local("--workdir", str(workdir))
     workdir = Path(workdir)
     if not workdir.is_dir():
         kind = "is not a directory" if workdir.exists() else "no such directory"

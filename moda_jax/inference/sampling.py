@@ -63,7 +63,7 @@ def sample(logits: Array, keys: Array, config: SamplingConfig) -> Array:
     logits = jnp.take_along_axis(logits, order, axis=-1)
     kept = jnp.ones_like(logits, dtype=bool)
     if config.top_k is not None:
-        kept &= jnp.arange(logits.shape[-1]) < min(config.top_k, logits.shape[-1])
+        kept &= (jnp.arange(logits.shape[-1]) < min(config.top_k, logits.shape[-1]))[None]
     if config.top_p is not None:
         probabilities = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
         kept &= jnp.cumsum(probabilities, axis=-1) - probabilities < config.top_p  # the likeliest always stays

@@ -29,7 +29,7 @@ from moda_jax.inference.load import load_run, restore_params
 from moda_jax.interop.depth_init import OPEN_FIELDS, add_depth
 from moda_jax.interop.exchange import TOKENIZER_FILE, export_model, is_olmo2, load_model
 from moda_jax.training import runtime
-from moda_jax.training.console import config_from_flag, quantity, run_command, user_errors
+from moda_jax.training.console import config_from_flag, print_result, quantity, run_command, user_errors
 from moda_jax.training.trainer import TrainingRun
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE
 
@@ -54,7 +54,7 @@ def export_run() -> None:
             tokenizer_file=getattr(run.tokenizer, "path", None),
         )  # fmt: skip
     kind = "transformers reads it as Olmo2ForCausalLM" if is_olmo2(config) else f"depth={config.depth!r}, own format"
-    print(f"{output}: step {run.step} of {run.workdir}, {_DTYPE.value}; {kind}")
+    print_result(f"{output}: step {run.step} of {run.workdir}, {_DTYPE.value}; {kind}")
 
 
 def import_model() -> None:
@@ -76,7 +76,7 @@ def import_model() -> None:
         run = TrainingRun(config, workdir)
         run.start_from(params)
     parameters = quantity(sum(leaf.size for leaf in jax.tree.leaves(params)))
-    print(
+    print_result(
         f"{workdir}: step 0, {parameters} parameters, depth={config.model.depth!r}; python train.py --workdir={workdir}"
     )
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from moda_jax.config import TransformerConfig
+from moda_jax.config import TransformerConfig, check_local
 from moda_jax.interop.olmo2 import SINGLE_FILE, layers_of, load_olmo2, read_transformer, sources_of
 from moda_jax.model.transformer import Transformer
 
@@ -62,6 +62,7 @@ def export_model(
     """
     if dtype not in EXPORT_DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {EXPORT_DTYPES}")
+    check_local("directory", str(directory))
     directory = pathlib.Path(directory)
     for name in (CONFIG_FILE, SINGLE_FILE):
         if (directory / name).exists():

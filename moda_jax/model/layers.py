@@ -180,7 +180,7 @@ def rms_norm(x: Array, scale: Array, epsilon: float, implementation: str | None 
 
     Args:
         x: [..., D], any float dtype.
-        scale: [D] float32.
+        scale: [D], any float dtype.
         epsilon: added to the mean square.
         implementation: of the backward, see `pallas_kernels.norm`.
 
@@ -188,7 +188,7 @@ def rms_norm(x: Array, scale: Array, epsilon: float, implementation: str | None 
         [..., D] in x's dtype.
     """
     wide = x.astype(jnp.float32)
-    return (scale * (wide * norm.inverse_rms(wide, -1, epsilon))).astype(x.dtype)
+    return (norm.over_rows(scale, wide) * (wide * norm.inverse_rms(wide, -1, epsilon))).astype(x.dtype)
 
 
 def _rms_norm_forward(x: Array, scale: Array, epsilon: float, implementation: str | None = None) -> tuple[Array, tuple]:
@@ -279,7 +279,7 @@ def _angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array
     """cos and sin of the pairs' angles: positions [B, T] to [B, T, H/2] float32 each."""
     half = head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = positions[..., None].astype(jnp.float32) * norm.over_rows(frequency, positions[..., None])
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -307,7 +307,7 @@ def norm_rotate(
 
     Args:
         x: [B, T, heads, H], any float dtype.
-        scale: [heads, H] float32.
+        scale: [heads, H], any float dtype.
         positions: [B, T] int32.
         epsilon: added to the mean square.
         theta: base of the wavelengths.
@@ -317,7 +317,7 @@ def norm_rotate(
         [B, T, heads, H] in x's dtype; computed in float32.
     """
     wide = x.astype(jnp.float32)
-    normed = scale * (wide * norm.inverse_rms(wide, (-2, -1), epsilon))
+    normed = norm.over_rows(scale, wide) * (wide * norm.inverse_rms(wide, (-2, -1), epsilon))
     return norm.rotate(normed, *_angles(positions, x.shape[-1], theta)).astype(x.dtype)
 
 

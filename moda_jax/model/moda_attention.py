@@ -91,8 +91,10 @@ class MoDAAttention(Attention):
             y [B, T, D] and the stream with one more entry.
 
         Raises:
-            ValueError: a full stream (when its length is concrete), or shapes that do not fit.
+            ValueError: a full stream (when its length is concrete), a stream of another shape or dtype than the layer
+                reads and writes, or shapes that do not fit.
         """
+        self._check_stream(x, stream)
         positions = default_positions(x) if positions is None else positions
         query, key, value = self.project(x, positions)
         operation = SoftmaxAttention(True, segment_ids=_only, implementation=self.implementation)
@@ -103,12 +105,28 @@ class MoDAAttention(Attention):
         """The stream after the FFN sub-layer's entry, projected from its input `inputs` [B, T, D].
 
         Raises:
-            ValueError: the layer was built without `ffn_kv=True`.
+            ValueError: the layer was built without `ffn_kv=True`, or a stream that does not fit, as for the call.
         """
+        self._check_stream(inputs, stream)
         if self.depth.ffn_kv is None:
             raise ValueError("MoDAAttention.write_ffn: the layer was built with ffn_kv=False, expected ffn_kv=True")
         positions = default_positions(inputs) if positions is None else positions
         return self._written(FFN, inputs, stream, positions)
+
+    def _check_stream(self, x: Array, stream: DepthStream) -> None:
+        """Raises ValueError unless the stream stands beside the tokens of x, in the layer's heads and compute dtype.
+
+        It is not cast: that would be a copy of the whole buffer in every layer.
+        """
+        _, heads, head_dim = self.key.kernel.shape
+        expected = (*x.shape[:2], stream.slots, heads, head_dim)
+        for name, array in (("key", stream.key), ("value", stream.value)):
+            if array.shape != expected or array.dtype != self.key.dtype:
+                raise ValueError(
+                    f"stream.{name} is {array.dtype}{list(array.shape)}: expected the layer's compute dtype "
+                    f"{jnp.dtype(self.key.dtype)} and [B, T, S, K, H] = {list(expected)}, as of "
+                    f"DepthStream.empty(..., dtype={str(jnp.dtype(self.key.dtype))!r})"
+                )
 
     def _written(
         self,

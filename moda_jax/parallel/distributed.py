@@ -11,6 +11,7 @@ Under none of them the run is one process. Must happen before anything asks JAX 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ from typing import NamedTuple
 
 import jax
 from absl import flags
+
+from moda_jax.parallel import peers
+from moda_jax.parallel.roll_call import roll_call
 
 _logger = logging.getLogger(__name__)
 
@@ -84,24 +88,47 @@ def find_launch(
     return Launch()
 
 
-def start_processes() -> None:
-    """Joins the other processes of the run, if there are any; the flags must be parsed.
+def start_processes(peer_timeout_seconds: float = 30.0) -> None:
+    """Joins the other processes of the run, if there are any, and begins to watch them; the flags must be parsed.
 
-    On CPUs the processes talk through Gloo, on GPUs through NCCL. All processes but the first log warnings only. No
-    device is touched yet: XLA's flags may still be set.
+    While others are awaited a line every ten seconds says whom. On CPUs the processes talk through Gloo, on GPUs
+    through NCCL. All processes but the first log warnings only. No device is touched yet: XLA's flags may still be set.
+
+    Args:
+        peer_timeout_seconds: `train.peer_timeout_seconds`, see `peers`.
 
     Raises:
-        ValueError: see `find_launch`.
+        ValueError: see `find_launch`; or process 0 cannot listen at the coordinator's address.
+        PeersMissingError: not all processes came.
     """
     launch = find_launch(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if launch.method is None:
         return
+    address = _coordinator_address(launch)
+    roll_call(address, launch.num_processes, launch.process_id)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX notices a lost peer by itself, and aborts all others: later than our own watch, which ends them in order.
+    options = {"heartbeat_timeout_seconds": int(max(100, 3 * peer_timeout_seconds))}
     if launch.method == "flags":
-        jax.distributed.initialize(launch.coordinator_address, launch.num_processes, launch.process_id)
+        jax.distributed.initialize(launch.coordinator_address, launch.num_processes, launch.process_id, **options)
     else:
-        jax.distributed.initialize(cluster_detection_method=launch.method)
+        jax.distributed.initialize(cluster_detection_method=launch.method, **options)
+    atexit.register(
+        peers.start(address, peer_timeout_seconds).stop
+    )  # before JAX's own end, in which a lost one is missed for long
     if launch.process_id > 0:
         for name in ("moda_jax", "pallas_kernels"):
             logging.getLogger(name).setLevel(logging.WARNING)
     _logger.info("process %d of %d", launch.process_id, launch.num_processes)
+
+
+def _coordinator_address(launch: Launch) -> str:
+    """HOST:PORT of process 0: as given, or as JAX finds it under the launcher."""
+    if launch.coordinator_address is not None:
+        return launch.coordinator_address
+    from jax._src.clusters import ompi_cluster, slurm_cluster  # JAX has no public name for what it finds
+
+    cluster = {"slurm": slurm_cluster.SlurmCluster, "ompi": ompi_cluster.OmpiCluster}[launch.method]
+    return cluster.get_coordinator_address(
+        timeout_secs=None, override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT")
+    )

@@ -6,6 +6,7 @@ On one device every method is the identity: the run is the same as if this modul
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,21 +55,24 @@ class Distribution:
             self._batches = BatchPlacement(self.mesh, config.train.batch_size, config.data.sequence_length)
             self.rows = self._batches.block
 
-    def initializer(self, initialize: Callable[[], Any]) -> Callable[[], Any]:
-        """`initialize`, the function that makes the training state, jitted so that every device makes its own part.
+    def initializer(self, initialize: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """`initialize(*arguments)`, which makes the training state, jitted so that every device makes its own part.
+
+        The compiled program does not depend on the arguments' values.
 
         Raises:
             ValueError: a parameter does not divide; named with axis and sizes.
         """
         if self.mesh is None:
-            return jax.jit(initialize)
+            return functools.partial(jax.jit(initialize), *arguments)
 
-        def padded() -> Any:
-            return parameters.pad_vocabulary(initialize(), self.vocabulary_rows)
+        def padded(*arguments: Any) -> Any:
+            return parameters.pad_vocabulary(initialize(*arguments), self.vocabulary_rows)
 
-        abstract = jax.eval_shape(padded)
+        abstract = jax.eval_shape(padded, *arguments)
         parameters.check_divisible(self.sizes, abstract.params)
-        return jax.jit(padded, out_shardings=parameters.state_shardings(self.mesh, abstract))
+        shardings = parameters.state_shardings(self.mesh, abstract)
+        return functools.partial(jax.jit(padded, out_shardings=shardings), *arguments)
 
     def abstract_state(self, initialize: Callable[[], Any]) -> Any:
         """Shapes, dtypes and shardings of the state that `initializer` makes."""

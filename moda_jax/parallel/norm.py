@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from moda_jax.parallel.mesh import RULES, current_mesh, partition_spec
 from pallas_kernels import norm
@@ -40,5 +41,5 @@ def rms_norm_backward(
 
     out_specs = rows, partition_spec(None)
     mapped = jax.shard_map(local, in_specs=(rows, rows, whole, tables), out_specs=out_specs, check_vma=False)
-    dx, dscale = mapped(x, dy, scale, rotation)
-    return dx, dscale.reshape(scale.shape)
+    dx, dscale = mapped(x, dy, scale.astype(jnp.float32), rotation)  # the sum over devices is float32 too
+    return dx, dscale.reshape(scale.shape).astype(scale.dtype)

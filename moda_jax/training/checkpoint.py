@@ -30,7 +30,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from moda_jax.config import CheckpointConfig
+from moda_jax.config import CheckpointConfig, check_local
+from moda_jax.training import event_loops
 from moda_jax.training.checksums import MANIFEST_FILE, find_damage, flush, total_bytes, write_manifest
 from moda_jax.training.faults import RunStoppedError
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY
@@ -148,6 +149,7 @@ class Checkpoints:
                 self._remove_leftovers()
         except OSError as error:
             raise CheckpointError(f"{self._directory}: cannot be written ({error})") from error
+        event_loops.install()
         self._checkpointer = _new_checkpointer()
         self._committer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="commit checkpoint")
 
@@ -336,6 +338,7 @@ def verify(workdir: Path) -> tuple[str, bool]:
     Raises:
         ValueError: no such run.
     """
+    check_local("workdir", str(workdir))
     directory = workdir / CHECKPOINT_DIRECTORY
     if not directory.is_dir():
         raise ValueError(f"workdir={str(workdir)!r}: holds no {CHECKPOINT_DIRECTORY}/")

@@ -1,6 +1,8 @@
 """Several runs side by side: their loss curves on one plot, and a table of their final values.
 
-python -m moda_jax.training.metrics compare RUN RUN ... [--output=comparison.png]
+Runs as a command too:
+
+    python -m moda_jax.training.metrics compare RUN RUN ... [--output=comparison.png]
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moda_jax.config import check_local
 from moda_jax.training.metrics import read_metrics
 from moda_jax.training.workdir import METRICS_FILE
 
@@ -54,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--output", type=Path, default=Path("comparison.png"), help="default: %(default)s")
     flags = parser.parse_args(arguments)
     try:
+        for place in (*flags.runs, flags.output):
+            check_local("RUN" if place != flags.output else "--output", str(place))
         if not flags.output.parent.is_dir():
             raise ValueError(f"--output={flags.output}: there is no directory {flags.output.parent}")
         table = compare_runs(flags.runs, flags.output)

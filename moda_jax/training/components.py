@@ -22,7 +22,7 @@ from moda_jax.parallel.distribution import Distribution, resolved_mesh
 from moda_jax.training.console import quantity
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from moda_jax.training.state import initial_state
-from moda_jax.training.train_step import make_eval_step, make_train_step
+from moda_jax.training.train_step import make_depth_mass, make_eval_step, make_train_step
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class Components:
         abstract_state: shapes, dtypes and shardings of that state.
         traced_train_step: (state, batch) -> (state, metrics), traced; to be lowered and compiled.
         eval_step: (params, batch) -> sums, jitted.
+        depth_mass: (params, batch) -> attention's mass on the depth slots over the batch's first micro-batch; None
+            where there is nothing to measure, or `eval.depth_mass` is off, or there is a mesh.
     """
 
     def __init__(self, config: Config, distribution: Distribution, carried_tokenizer: Path | None = None):
@@ -81,6 +83,11 @@ class Components:
             "dataset_fingerprint": self.train_data.fingerprint,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
         }
+
+    @property
+    def validation_fingerprint(self) -> str | None:
+        """Of the validation split; None where it is not opened."""
+        return None if self.validation_data is None else self.validation_data.fingerprint
 
     def description(self) -> list[tuple[str, str]]:
         """For people: a line of text on each of device, model, attention, data and plan."""
@@ -154,14 +161,16 @@ class Components:
         optimizer = make_optimizer(config.optimizer, config.train.num_steps)
         schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
         self.model = model_function(config.model)
-        self.initialize = distribution.initializer(
-            functools.partial(initial_state, config.model, optimizer, config.train.seed)
+        self.initialize = distribution.initializer(  # the seed is an argument: one program for all seeds
+            functools.partial(initial_state, config.model, optimizer), np.int32(config.train.seed)
         )
         self.abstract_state = distribution.abstract_state(self.initialize)
         train_step = make_train_step(self.model, optimizer, schedule, config.train)
         jitted = distribution.jit_train_step(train_step, self.abstract_state)
         self.traced_train_step = jitted.trace(self.abstract_state, distribution.abstract_batch())
         self.eval_step = distribution.jit_eval_step(make_eval_step(self.model, config.train))
+        measured = config.eval.depth_mass and config.model.depth_slots > 0 and distribution.mesh is None
+        self.depth_mass = jax.jit(make_depth_mass(self.model, config.train)) if measured else None
 
 
 def resolve(config: Config) -> Config:

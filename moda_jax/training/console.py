@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import faulthandler
+import functools
 import itertools
 import logging
 import math
@@ -22,13 +23,17 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from moda_jax.config import Config
+from moda_jax.config import Config, check_local
+from moda_jax.exit_codes import ExitCode
+from moda_jax.parallel import peers
+from moda_jax.parallel.roll_call import PeersMissingError
 from moda_jax.training.faults import RunStoppedError
+from moda_jax.training.run_config import with_run_config
 
-EXIT_USER_ERROR = 2
-EXIT_RUN_STOPPED = 1
 _REDRAW_SECONDS = 0.1
 _LOGGERS = ("moda_jax", "pallas_kernels")
+_PLACES = ("workdir", "output", "checkpoint", "tokenizer", "task-dir", "data")  # flags; data: NAME=PATH
+_results: TextIO | None = None  # stdout, once it is kept for results
 
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error, and every library's log lines")
 
@@ -110,35 +115,80 @@ def quantity(number: float) -> str:
     return f"{number:.0f}"
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command-line program: parses the flags, sets up logging, calls main.
+def run_command(main: Callable[[], ExitCode | None]) -> None:
+    """Runs a command-line program: parses the flags, sets up logging, calls main, and exits with an `ExitCode`.
 
-    A mistake on the command line ends in one line on stderr and exit code 2, a run that cannot go on
-    (`RunStoppedError`) in one line and exit code 1; `--debug` shows the traceback too.
+    A mistake on the command line, and a run that cannot go on (`RunStoppedError`), end in one line on stderr; `--debug`
+    shows the traceback too. While main runs, stdout belongs to `print_result` alone: what libraries print there goes to
+    stderr. In a run of many processes the others are told of an end by an error.
 
     Args:
         main: called without arguments once the flags are parsed; it puts what can fail by the user's fault in
-            `user_errors`.
+            `user_errors`. Returns the exit code; None: FINISHED.
     """
 
-    def run(_: Sequence[str]) -> None:
+    def run(_: Sequence[str]) -> int:
         faulthandler.enable()  # a crash in native code says where
         _set_up_logging()
-        _write_any_text(sys.stdout)
+        _keep_stdout_for_results()
+        _write_any_text(result_stream())
         try:
-            main()
-        except RunStoppedError as error:
+            return int(main() or ExitCode.FINISHED)
+        except (RunStoppedError, PeersMissingError) as error:
             if _DEBUG.value:
                 traceback.print_exc()
-            sys.exit(_fail(str(error), exit_code=EXIT_RUN_STOPPED))
+            lost = isinstance(error, PeersMissingError)
+            code, reason = ExitCode.PEER_LOST if lost else ExitCode.CANNOT_GO_ON, str(error)
+            _fail(reason)
         except BrokenPipeError:
             _forget_closed_streams()
-            message = "the reader of the output closed it before all was written; what was to be saved is saved"
-            sys.exit(_fail(message, exit_code=EXIT_RUN_STOPPED))
+            code = ExitCode.CANNOT_GO_ON
+            reason = "the reader of the output closed it before all was written; what was to be saved is saved"
+            _fail(reason)
         except KeyboardInterrupt:
-            sys.exit(_fail("interrupted; the same command resumes from the newest checkpoint", exit_code=130))
+            code, reason = ExitCode.INTERRUPTED, "interrupted; the same command resumes from the newest checkpoint"
+            _fail(reason)
+        except SystemExit as ended:  # from `user_errors`, which has said why
+            if not isinstance(ended.code, int | None):
+                _fail(str(ended.code))
+            code, reason = ended.code, "its log says why"
+            code = ExitCode.CANNOT_GO_ON if isinstance(code, str) else code or ExitCode.FINISHED
+        except BaseException as error:
+            group = peers.current()
+            if group is None:
+                raise
+            group.await_verdict(error)
+            traceback.print_exc()
+            code, reason = ExitCode.CANNOT_GO_ON, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        group = peers.current()
+        if group is not None and code not in (ExitCode.FINISHED, ExitCode.STOPPED):
+            group.end(code, reason)
+        return int(code)
 
     app.run(run, flags_parser=_parse_flags)
+
+
+def print_result(text: object) -> None:
+    """Prints what the command was asked for, on stdout, where nothing else is printed."""
+    print(text, file=result_stream(), flush=True)
+
+
+def result_stream() -> TextIO:
+    """Where results go: stdout as the command was given it."""
+    return _results or sys.stdout
+
+
+def _keep_stdout_for_results() -> None:
+    """Points the process's stdout, and Python's, to stderr: libraries print to both."""
+    global _results
+    try:
+        kept = os.dup(1)
+        sys.stdout.flush()
+        os.dup2(2, 1)
+    except (OSError, AttributeError):  # closed by whoever started the command
+        return
+    _results = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    sys.stdout = sys.stderr
 
 
 @contextlib.contextmanager
@@ -150,9 +200,13 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, NotImplementedError) as error:
+        group = peers.current()
+        if group is not None:  # collectives raise ValueErrors too when a peer has gone
+            group.await_verdict(error)
         if _DEBUG.value:
             traceback.print_exc()
-        sys.exit(_fail(str(error)))
+        _fail(str(error))
+        sys.exit(int(ExitCode.USER_ERROR))
 
 
 def config_from_flag(flag: flags.FlagHolder) -> tuple[Config, str]:
@@ -211,8 +265,11 @@ def check_config_arguments(arguments: Sequence[str], flag: str = "config") -> No
 def _parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     """absl's parser, with one line for what it and ml_collections raise."""
     try:
+        if "config" in flags.FLAGS:
+            arguments = with_run_config(arguments)
         check_config_arguments(arguments[1:])
         rest = flags.FLAGS(arguments)
+        _check_places()
         if len(rest) > 1:
             raise ValueError(f"{rest[1]!r}: unexpected argument; options are written --name=value")
         return rest
@@ -221,7 +278,16 @@ def _parse_flags(arguments: Sequence[str]) -> Sequence[str]:
         lines = [line for line in str(error).splitlines() if line.strip()]
         if "--debug" in arguments:
             traceback.print_exc()
-        sys.exit(_fail(lines[-1].removeprefix("ValueError: ") if lines else repr(error)))
+        _fail(lines[-1].removeprefix("ValueError: ") if lines else repr(error))
+        sys.exit(int(ExitCode.USER_ERROR))
+
+
+def _check_places() -> None:
+    """Every flag that names a file or directory names a local one."""
+    for name in _PLACES:
+        value = flags.FLAGS[name].value if name in flags.FLAGS else None
+        for place in value if isinstance(value, list) else [value or ""]:
+            check_local(f"--{name}", place.partition("=")[2] if name == "data" else place)
 
 
 def _set_up_logging() -> None:
@@ -232,7 +298,20 @@ def _set_up_logging() -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+    if not sys.stderr.isatty():
+        _switch_off_bars()
     absl_logging.set_verbosity(absl_logging.INFO if _DEBUG.value else absl_logging.ERROR)
+
+
+def _switch_off_bars() -> None:
+    """Libraries' progress bars are carriage returns in a log file; ours are lines there, see `progress`."""
+    start = tqdm.__init__
+
+    @functools.wraps(start)
+    def disabled(bar: tqdm, *arguments: object, **options: object) -> None:
+        start(bar, *arguments, **options | {"disable": True})
+
+    tqdm.__init__ = disabled
 
 
 class _Formatter(logging.Formatter):
@@ -254,15 +333,14 @@ def _write_any_text(stream: TextIO) -> None:
 
 def _forget_closed_streams() -> None:
     """Python flushes stdout and stderr at its end, and would complain once more of one that is closed."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (result_stream(), sys.stderr):
         try:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _fail(message: str, exit_code: int = EXIT_USER_ERROR) -> int:
+def _fail(message: str) -> None:
     with contextlib.suppress(OSError):  # of a stderr that is closed too
         sys.stderr.write(f"error: {message}\n")
         sys.stderr.flush()
-    return exit_code

@@ -1,10 +1,14 @@
 """A step that stopped the run, kept so that one command does it again and names what is not finite.
 
-<workdir>/faults/<step>/batch.npz       the batch, one array per field of `Batch`
-<workdir>/faults/<step>/fault.json      step, loss, gradient norm, the tensors that are not finite
-<workdir>/faults/<step>/checkpoints/    the state that met the batch
+What is kept:
 
-python -m moda_jax.training.replay WORKDIR/faults/STEP
+    <workdir>/faults/<step>/batch.npz       the batch, one array per field of `Batch`
+    <workdir>/faults/<step>/fault.json      step, loss, gradient norm, the tensors that are not finite
+    <workdir>/faults/<step>/checkpoints/    the state that met the batch
+
+The command:
+
+    python -m moda_jax.training.replay WORKDIR/faults/STEP
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moda_jax.config import CheckpointConfig, Config
+from moda_jax.config import CheckpointConfig, Config, check_local
 from moda_jax.data.packing import Batch
 from moda_jax.model.function import ModelFunction, model_function
 from moda_jax.training.checkpoint import Checkpoints, saved_steps
@@ -110,6 +114,7 @@ def replay(directory: Path) -> list[NonFiniteTensor]:
     Raises:
         ValueError: the directory holds no dump, or a damaged one.
     """
+    check_local("directory", str(directory))
     try:
         report = json.loads((directory / _REPORT_FILE).read_text(encoding="utf-8"))
         with np.load(directory / _BATCH_FILE) as arrays:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from moda_jax.exit_codes import ExitCode
 from moda_jax.training.metrics import perplexity
 
 
@@ -30,6 +31,11 @@ class RunResult(NamedTuple):
     unit: str
     sample: str | None
     stopped_by: str | None = None
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """FINISHED or STOPPED."""
+        return ExitCode.STOPPED if self.step < self.num_steps else ExitCode.FINISHED
 
     def __str__(self) -> str:
         if self.resumed_finished:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 
 import jax
 from jax.experimental import multihost_utils
+
+from moda_jax.exit_codes import ExitCode
 
 _logger = logging.getLogger(__name__)
 
@@ -87,6 +92,29 @@ class StopRequest:
         )
         if _has_preemption_service():
             os.kill(os.getpid(), signal.SIGTERM)  # all processes must stop at one step
+
+
+@contextlib.contextmanager
+def stops_before_training() -> Iterator[None]:
+    """SIGTERM in a run's set-up ends the process with `ExitCode.STOPPED`: nothing is lost, and the run goes on later.
+
+    Without a handler the first process of a container would not even notice. In a run of many processes JAX takes the
+    signal from its start on, and the run stops at its first step.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        sys.stderr.write("SIGTERM before the first step: stopped; the same command begins again\n")
+        sys.exit(int(ExitCode.STOPPED))
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if not _has_preemption_service():  # whose own handler has taken the place of ours
+            signal.signal(signal.SIGTERM, before)
 
 
 def _has_preemption_service() -> bool:

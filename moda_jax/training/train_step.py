@@ -11,6 +11,7 @@ import optax
 
 from moda_jax.config import TrainConfig
 from moda_jax.loss_blocks import LossSums
+from moda_jax.model.depth_probe import SlotChoice, depth_mass, filled_slots, probed_hidden
 from moda_jax.model.function import ModelFunction
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.mesh import current_mesh
@@ -99,6 +100,24 @@ def make_eval_step(model: ModelFunction, config: TrainConfig) -> Callable[[Any, 
         )
 
     return eval_step
+
+
+def make_depth_mass(model: ModelFunction, config: TrainConfig) -> Callable[[Any, Any], Array]:
+    """The function (params, batch) -> the attention's mass on the depth slots, float32, over one micro-batch; jit it.
+
+    Args:
+        model: of a `Transformer` with a depth stream.
+        config: the training section, for the size of a micro-batch.
+    """
+
+    def mass(params: Any, batch: Any) -> Array:
+        rows = batch.tokens.shape[0] // config.accumulation_steps
+        tokens, segment_ids, positions = (x[:rows] for x in (batch.tokens, batch.segment_ids, batch.positions))
+        module = model.module(params)
+        choice = SlotChoice.of(filled_slots(module.config))
+        return depth_mass(probed_hidden(module, tokens, segment_ids, positions, choice)[1])
+
+    return mass
 
 
 def _micro_batch_loss(model: ModelFunction, params: Any, batch: Any, z_loss: float) -> tuple[Array, LossSums]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import io
+import itertools
 import logging
 import math
 import time
@@ -19,6 +20,7 @@ import jax
 from moda_jax.config import Config
 from moda_jax.data.packing import Batch
 from moda_jax.model.accounting import train_flops_per_token
+from moda_jax.parallel import peers
 from moda_jax.parallel.distribution import Distribution
 from moda_jax.training import workdir as workdir_lib
 from moda_jax.training.checkpoint import (
@@ -159,6 +161,9 @@ class TrainingRun:
         self._restore_or_initialize(found, skipped)
         if found is not None:  # a restore can still be refused, so only now
             self._write_config(changes)
+        group = peers.current()
+        if group is not None:
+            group.write_to(self.workdir / workdir_lib.PROCESS_DIRECTORY)
         for name, text in (("directory", self.workdir), *self._components.description()):
             _logger.info("%-9s %s", name, text)
 
@@ -173,7 +178,7 @@ class TrainingRun:
 
     def _write_config(self, changes: list[workdir_lib.Change]) -> None:
         if self._distribution.is_first:
-            workdir_lib.write_config(self.workdir, self.config, changes)
+            workdir_lib.write_config(self.workdir, self.config, changes, self.step)
             if self.config.data.tokenizer != "bytes":
                 workdir_lib.carry_tokenizer(self.workdir, self._components.tokenizer.path)
 
@@ -196,6 +201,12 @@ class TrainingRun:
                     f"{record[name]!r}, that of data.source={data.source!r} under data.tokenizer={data.tokenizer!r} "
                     f"is {value!r}"
                 )
+        known, validation = record.get("validation_fingerprint"), self._components.validation_fingerprint
+        if None not in (known, validation) and known != validation:
+            _logger.warning(
+                "the validation split is not that of step %d: validation losses from here on cannot be compared with "
+                "those before", found,
+            )  # fmt: skip
         self._position = record["data_position"]
         self._spikes = LossSpikes(self.config.train.loss_spike_deviations, record["loss_spikes"])
         warn_of_skipped(skipped)
@@ -217,11 +228,14 @@ class TrainingRun:
         """Steps from `self.step` to `last`. The host reads a step's metrics after it has handed the next one over."""
         config, first = self.config, self.step + 1
         self._mark()
-        self._loop_first, self._loop_began = first, time.monotonic()
+        self._timed_from = first  # seconds per step are counted from the end of this step on
+        group = peers.current()
         self._batches: deque[tuple[int, Batch]] = deque(maxlen=2)  # the host learns of a fault one step late
         pending: StepMetrics | None = None
         for step in range(first, last + 1):
             self._watchdog.beat()
+            if group is not None:
+                group.at_step(step)
             self._batches.append((step, next(batches)))
             self._state, metrics = self._train_step(self._state, self._distribution.place(self._batches[-1][1]))
             if pending is not None:
@@ -234,11 +248,12 @@ class TrainingRun:
                 self._report(step, pending, evaluate=evaluate)
                 pending = None
             if step == first:
+                self._timed_since = time.monotonic()
                 _logger.info("first step done %s after the start", duration(time.monotonic() - self._began))
             self._checkpoints.poll()
             if save:
                 self._save()
-            if evaluate or save:
+            if evaluate or save or step == first:
                 self._mark()
             if stop:
                 break
@@ -250,17 +265,20 @@ class TrainingRun:
         self._check_numbers(step, values)
         tokens_per_step = config.train.batch_size * config.data.sequence_length
         speed = (step - self._marked_step) * tokens_per_step / (time.monotonic() - self._marked_time)
-        seconds_per_step = (time.monotonic() - self._loop_began) / (step - self._loop_first + 1)  # with evaluations
-        left = duration((config.train.num_steps - step) * seconds_per_step)
+        left = ""
+        if step > self._timed_from:  # the first step is slow: programs are loaded, libraries and the network start
+            seconds_per_step = (time.monotonic() - self._timed_since) / (step - self._timed_from)  # with evaluations
+            left = f" | {duration((config.train.num_steps - step) * seconds_per_step)} left"
         logged = _due(step, config.train.log_interval_steps, config.train.num_steps)
         self._progress.show(
-            f"step {step}/{config.train.num_steps} | loss {values.loss:.4f} | {quantity(speed)} tokens/s | {left} left",
+            f"step {step}/{config.train.num_steps} | loss {values.loss:.4f} | {quantity(speed)} tokens/s{left}",
             milestone=logged,
         )
         if not (logged or evaluate):
             return
         entry = {
             "step": step,
+            "num_steps": config.train.num_steps,
             "tokens": step * tokens_per_step,
             "loss": _finite(values.loss),
             "perplexity": _finite(perplexity(values.loss)),
@@ -299,12 +317,17 @@ class TrainingRun:
         batches = self._components.validation_batches()
         place = self._distribution.place
         loss_sum, num_targets = 0.0, 0.0
+        values = {}
+        if self._components.depth_mass is not None:
+            batch = next(batches)
+            batches = itertools.chain([batch], batches)
+            values["depth_mass"] = float(self._components.depth_mass(self._state.params, batch))
         for sums in _one_late(self._components.eval_step(self._state.params, place(batch)) for batch in batches):
             self._watchdog.beat()
             loss_sum, num_targets = loss_sum + float(sums.loss), num_targets + float(sums.num_targets)
         loss = loss_sum / max(num_targets, 1.0)
         _logger.info("step %d: validation loss %.4f nats per %s", step, loss, self._unit)
-        return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
+        return {"validation_loss": loss, "validation_perplexity": perplexity(loss), **values}
 
     def _save(self) -> None:
         self._metrics.sync()
@@ -318,6 +341,7 @@ class TrainingRun:
             "config": self.config.to_dict(),
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_VERSIONS},
             "loss_spikes": self._spikes.save(),
+            "validation_fingerprint": self._components.validation_fingerprint,
         }
         return record | self._components.fingerprints()
 

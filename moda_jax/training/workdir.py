@@ -1,18 +1,20 @@
-"""A run's working directory: whether it belongs to this config, and its config.json.
+"""A run's working directory: whether it belongs to this config, its config.json and what was changed in it.
 
 What lies in it:
 
     config.json      the resolved config
     tokenizer.json   the run's tokenizer, unless it is "bytes", so that the run can be moved
+    changes.jsonl    a line per field that a resumed run changed: step, field, old, new
     metrics.jsonl    a line per logged step
     tensorboard/     the same values as TensorBoard events
     checkpoints/     one directory per saved step
     faults/          the step that stopped the run, to be replayed
+    processes/       of a run of many processes: what libraries said, and the stacks when a peer was lost
     lock             who trains here, see `lock`
     loss.png         the loss curves, drawn when the run ends
     sample.txt       the text sample, written when the run ends
 
-Everything but config.json is written by others; the names stand here.
+Everything but config.json and changes.jsonl is written by others; the names stand here.
 """
 
 from __future__ import annotations
@@ -23,23 +25,36 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moda_jax.config import Config
+from moda_jax.config import Config, check_local
 
 _logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+CHANGES_FILE = "changes.jsonl"
 TOKENIZER_FILE = "tokenizer.json"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 CHECKPOINT_DIRECTORY = "checkpoints"
 FAULT_DIRECTORY = "faults"
+PROCESS_DIRECTORY = "processes"
 PLOT_FILE = "loss.png"
 SAMPLE_FILE = "sample.txt"
 
 
-_MAY_CHANGE = (
-    "data.cache_dir", "train.num_steps", "train.max_skipped_in_a_row", "train.loss_spike_deviations",
-    "train.watchdog_seconds",
+# What a resumed run may differ in: what changes neither the function that is trained nor the data. Rounding may differ.
+_FREE_SECTIONS = ("mesh", "checkpoint", "eval")
+_FREE_FIELDS = (
+    "model.attention_implementation", "model.layer_loop", "model.remat",
+    "data.cache_dir", "data.prefetch_batches",
+    "train.accumulation_steps", "train.deterministic", "train.log_interval_steps", "train.loss_spike_deviations",
+    "train.max_skipped_in_a_row", "train.num_steps", "train.peer_timeout_seconds", "train.sample_prompt",
+    "train.sample_tokens", "train.watchdog_seconds",
+)  # fmt: skip
+# Names of places: another name is good if the same data is there, which the checkpoint's fingerprints decide.
+_PLACES = ("data.source", "data.tokenizer", "data.end_of_text")
+# With these, sums are added up in another order.
+_ROUNDING = (
+    "model.attention_implementation", "model.layer_loop", "model.remat", "train.accumulation_steps",
     "train.deterministic",
 )  # fmt: skip
 
@@ -56,9 +71,12 @@ class Change(NamedTuple):
 
 
 def may_change(field: str) -> bool:
-    """Whether a resumed run may differ in this field: nothing that a finished step depends on may."""
-    section, *_, key = field.split(".")
-    return section in ("mesh", "checkpoint") or key.endswith("interval_steps") or field in _MAY_CHANGE
+    """Whether a resumed run may differ in this field: neither the function that is trained nor the data depends on it.
+
+    True also for the names of places (a moved folder, a moved tokenizer.json): whether the same data is there is seen
+    when it is opened.
+    """
+    return field.split(".")[0] in _FREE_SECTIONS or field in _FREE_FIELDS or field in _PLACES
 
 
 def config_changes(old: Config, new: Config) -> list[Change]:
@@ -105,6 +123,7 @@ def check_config(workdir: Path, config: Config) -> list[Change]:
     Raises:
         ValueError: workdir is a file, or holds another config: the message lists each differing field and both values.
     """
+    check_local("workdir", str(workdir))
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir={str(workdir)!r}: is not a directory")
     old = read_config(workdir)
@@ -144,25 +163,45 @@ def carry_tokenizer(workdir: Path, tokenizer_file: Path) -> None:
         raise ValueError(f"workdir={str(workdir)!r}: the tokenizer cannot be copied there ({error})") from error
 
 
-def write_config(workdir: Path, config: Config, changes: list[Change]) -> None:
-    """Creates the directory and writes config.json, all or nothing; says what changed.
+def write_config(workdir: Path, config: Config, changes: list[Change], step: int = 0) -> None:
+    """Creates the directory and writes config.json, all or nothing; says what changed, and keeps it in changes.jsonl.
+
+    Args:
+        workdir: the run's directory.
+        config: the resolved config.
+        changes: from `check_config`.
+        step: that the run goes on from.
 
     Raises:
         ValueError: the directory cannot be written.
     """
     for change in changes:
-        _logger.info("config changed: %s", change)
-        if change.field == "train.num_steps":
-            _logger.warning(
-                "the learning-rate schedule spans train.num_steps, so it changed too: from here on it is that of a run "
-                "of %d steps, which the steps before did not follow",
-                change.new,
-            )
+        _logger.info("config changed at step %d: %s", step, change)
+    fields = [change.field for change in changes]
+    if step and any(field in _ROUNDING or field.startswith("mesh.") for field in fields):
+        _logger.info("from step %d on sums are rounded in another order: the same training, not bit for bit", step)
+    if step and "train.num_steps" in fields:
+        _say_new_plan(config, step)
     path = workdir / CONFIG_FILE
     temporary = path.with_suffix(".json.new")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
+        if changes:
+            with (workdir / CHANGES_FILE).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step} | change._asdict()) + "\n" for change in changes)
     except OSError as error:
         raise ValueError(f"workdir={str(workdir)!r}: cannot be written ({error})") from error
+
+
+def _say_new_plan(config: Config, step: int) -> None:
+    """The cosine spans the whole run, so another length is another learning rate."""
+    if config.optimizer.final_learning_rate_fraction == 1.0:
+        _logger.info("train.num_steps: the learning rate is constant after warm-up, so its plan is the same")
+        return
+    _logger.warning(
+        "train.num_steps: the learning rate is planned anew from step %d on, as in a run of %d steps; the steps before "
+        "did not follow that plan, so this is not the run that was planned so long from its start",
+        step, config.train.num_steps,
+    )  # fmt: skip

@@ -64,6 +64,7 @@ def check_supported(
         depth_tiles.backward_tiles(shape, dtype)
 
 
+@warpgroup.in_default_modes
 def attention_forward(
     query: jax.Array,
     key: jax.Array,
@@ -102,6 +103,7 @@ def attention_forward(
     return out[..., :head_dim], lse, rest
 
 
+@warpgroup.in_default_modes
 def attention_backward(
     query: jax.Array,
     key: jax.Array,
@@ -150,6 +152,7 @@ def attention_backward(
     return dquery, dkey, dvalue, ddepth_key, ddepth_value
 
 
+@warpgroup.in_default_modes
 def depth_forward(
     query: jax.Array,
     depth_key: jax.Array,
@@ -166,6 +169,7 @@ def depth_forward(
     )
 
 
+@warpgroup.in_default_modes
 def depth_backward(
     query: jax.Array,
     depth_key: jax.Array,

@@ -9,19 +9,20 @@ outside and may be merged over other keys):
 Grid, tiles, groups and chunks: as in `depth_forward`; up to 16 query heads a tile, larger groups in several passes that
     accumulate.
 Blocks (TMA boxes): as in `depth_forward`, and dout like q, lse and delta [32 or 64]; the gradients' boxes are K's and
-V's. Loop order: groups, then chunks. Nothing is summed over tokens, so no block waits for another: deterministic.
+    V's.
+Loop order: groups, then chunks. Nothing is summed over tokens, so no block waits for another: deterministic.
 Residents: a ring of `stages` chunks (K, V, q, dout, lse, delta). Every 16 rows of dV (dK) overwrite the rows of V (K)
     from which they came, and the chunk is stored by TMA from where it was loaded. A first chunk that begins before
     slot 0 is stored by the threads, row by row: TMA cannot store at negative slots.
 Gradients come in three ways:
     fresh            arrays of their own; the slots from n on are stored as zeros from one shared-memory tile.
-    16-bit buffers   the old gradient is loaded beside K and V, and the sum is stored in place; only n slots are
-    touched. float32 buffers  read, added and written by the threads, 16 bytes each; only n slots are touched.
+    16-bit buffers   the old gradient is loaded beside K and V, the sum is stored in place; only n slots are touched.
+    float32 buffers  read, added and written by the threads, 16 bytes each; only n slots are touched.
 Arithmetic: warp-level mma, slots on the M side: S^T = K q^T and dP^T = V dout^T (accumulators float32); P^T and dS^T,
     rounded to the inputs' dtype, are at once the A operands of dV = P^T dout and dK = dS^T q (contraction over 8
     heads); dq^T += K^T dS^T.
-Bytes: n*B*T*K*H*2 * (4 fresh, 6 accumulating) + 2*B*T*N*H*3 + 8*B*T*N; fresh also writes S - n slots of zeros. FLOPs:
-    10*B*T*N*n*H. Memory-bound on an H200: its copies run at about 4.2 TB/s.
+Bytes: n*B*T*K*H*2 * (4 fresh, 6 accumulating) + 2*B*T*N*H*3 + 8*B*T*N; fresh also writes S - n slots of zeros.
+FLOPs: 10*B*T*N*n*H. Memory-bound on an H200: its copies run at about 4.2 TB/s.
 Benchmark: T = 16384, K = 8, H = 64, S = 64, G = 8: 4.8 GB, 1.15 ms at 4.2 TB/s; measured 1.29 ms.
 
 Interpreted on a CPU, the lines that differ are those of `depth_forward`: padding instead of out-of-range boxes, and

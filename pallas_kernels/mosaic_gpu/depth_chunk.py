@@ -2,7 +2,7 @@
 
 Used by `depth_forward` and `depth_backward`, which explain the chunks, tiles and groups. Functions that take a
 `wm.Lane` run inside `plgpu.inline_mgpu`, on the values of one thread; the others run in the kernel's body or around
-    the kernel.
+the kernel.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def depth_boxes(
 
 def load_chunk(copy: Any, ref: Any, index: Any, tile: Any, rows: int, slot: jax.Array, first: jax.Array) -> None:
     """Copies the slots of a chunk into a tile of `rows` rows. With half of the rows before slot 0, one half is left
-        alone.
+    alone.
 
     Args:
         copy: of a source and a destination. index: of (first slot, count), the place of a box in the array `ref`.

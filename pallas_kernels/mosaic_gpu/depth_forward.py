@@ -1,8 +1,8 @@
 """Depth attention forward on Hopper: every query reads the slots of its own token.
 
 Equation (one token t, one KV head, its G query heads g, n = depth_length filled slots s):
-    logits[g, s] = scale * q[t, g] . K[t, s];  out[t, g] = softmax_s(logits) @ V[t];  lse[t, g] = log sum_s exp
-        logits[g, s]
+    logits[g, s] = scale * q[t, g] . K[t, s];  out[t, g] = softmax_s(logits) @ V[t]
+    lse[t, g] = log sum_s exp(logits[g, s])
 
 Grid: (blocks,), persistent: `multiprocessors * tiles.blocks` thread blocks of one warpgroup; block i takes the groups
     i, i + blocks, ... A group is four neighbouring tiles, one for each warp; a tile is a (token, KV head) with up to
@@ -18,8 +18,8 @@ Residents: a ring of `stages` chunks (K, V of four tiles, q of the group). `out`
 Arithmetic: warp-level mma with the slots on the M side and the heads (padded to 8) on the N side: S^T = K q^T, then
     out^T += V^T P^T. No product is masked away, and no warp waits for another inside a tile. Accumulators, running
     maximum and sum are float32, in registers; P is rounded to the inputs' dtype; exponentials are base 2.
-Bytes: B*T*(2*n*K + 2*N)*H*2 + 4*B*T*N. FLOPs: 4*B*T*N*n*H, 2*G for each byte of K and V: memory-bound on an H200 (206
-    FLOP a byte) for any G in use.
+Bytes: B*T*(2*n*K + 2*N)*H*2 + 4*B*T*N.
+FLOPs: 4*B*T*N*n*H, 2*G for each byte of K and V: memory-bound on an H200 (206 FLOP a byte) for any G in use.
 Benchmark: T = 16384, K = 8, H = 64, S = 64, G = 8: 2.42 GB, 0.58 ms at 4.2 TB/s; measured 0.59 ms.
 
 Interpreted on a CPU, these lines differ: the interpreter neither fills out-of-range TMA boxes (the wrapper pads the

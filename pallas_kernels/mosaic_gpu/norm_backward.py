@@ -54,6 +54,7 @@ def check_supported(*, dtype: jnp.dtype, columns: int, rotated_dim: int | None =
         raise NotImplementedError(f"rms_norm_backward: head_dim={rotated_dim}: expected 32, 64, 128 or 256")
 
 
+@wg_lib.in_default_modes
 def rms_norm_backward(
     x: jax.Array,
     dy: jax.Array,

@@ -164,7 +164,7 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
                 visible = conditions[0]
                 for condition in conditions[1:]:
                     visible &= condition
-                return jnp.where(visible, logits, wg_lib.HIDDEN / scale2)
+                return jnp.where(visible, logits, wg_lib.HIDDEN)
 
             # K in registers takes a sixth off the SMEM reads of a step, 12 % off its time; V as well spills.
             in_registers = tiles.key_in_registers and not interpret

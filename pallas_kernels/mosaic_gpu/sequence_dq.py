@@ -148,7 +148,7 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
                     visible &= column - row <= row_start - step * block
                 if spec.segments:
                     visible &= wg_lib.columns(column_values[channel], shape) == wg_lib.rows(row_values[channel], shape)
-                return jnp.where(visible, logits, wg_lib.HIDDEN / scale2)
+                return jnp.where(visible, logits, wg_lib.HIDDEN)
 
             def first_products(logits_acc, dp_acc, slot):
                 plgpu.wgmma(logits_acc, query_smem, s.key_smem.at[slot].T)

@@ -205,7 +205,7 @@ def _make_body(
                     visible &= column - row <= row_start - step * key_block
                 if spec.segments:
                     visible &= wg_lib.columns(key_values[channel], shape) == wg_lib.rows(row_values[channel], shape)
-                return jnp.where(visible, logits, wg_lib.HIDDEN / scale2)
+                return jnp.where(visible, logits, wg_lib.HIDDEN)
 
             def softmax(logits, maximum, total, step, key_values, masked):
                 """Online softmax in base 2 -> (P, rescaling of what is accumulated, new maximum, new sum)."""
@@ -214,8 +214,8 @@ def _make_body(
                 new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale2)
                 shift = new_maximum
                 if masked:
-                    # A row that saw no key yet: exp2(HIDDEN - 0) = 0, where exp2(HIDDEN - HIDDEN) would be 1.
-                    shift = jnp.where(new_maximum < wg_lib.HIDDEN_LIMIT, 0.0, new_maximum)
+                    # A row that saw no key yet: exp2(HIDDEN - 0) = 0, where exp2(HIDDEN - HIDDEN) would be NaN.
+                    shift = jnp.where(new_maximum == wg_lib.HIDDEN, 0.0, new_maximum)
                 rescale = jnp.exp2(maximum - shift)
                 p = jnp.exp2(logits * scale2 - wg_lib.rows(shift, shape))
                 return p, rescale, new_maximum, total * rescale + p.sum(axis=1)
@@ -237,11 +237,11 @@ def _make_body(
                 )
             # maximum is HIDDEN and total 0 in a row that saw nothing: lse = -inf.
             lse = maximum * wg_lib.LN2 + jnp.log(total)
-            weight = jnp.where(total > 0.0, 1.0 / total, 0.0)
+            weight = jnp.where(maximum == wg_lib.HIDDEN, 0.0, 1.0 / total)
             if merge:
                 plgpu.barrier_wait(s.other_ready.at[warpgroup])
                 other_lse = plgpu.load(s.other_lse_smem.at[warpgroup], layout=wg_lib.ROW)
-                top = jnp.maximum(jnp.maximum(lse, other_lse), wg_lib.HIDDEN)
+                top = jnp.maximum(jnp.maximum(lse, other_lse), wg_lib.LOWEST)
                 mine, others = jnp.exp(lse - top), jnp.exp(other_lse - top)
                 both = mine + others
                 inverse = jnp.where(both > 0.0, 1.0 / both, 0.0)

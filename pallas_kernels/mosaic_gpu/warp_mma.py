@@ -4,7 +4,7 @@
 against its slots) are smaller, independent of each other, and fit the warp-level `mma.m16n8k16` exactly when the
 slots stand on the M side and the heads on the N side. Pallas has no per-warp view of that instruction, so the
 functions here emit PTX from inside `plgpu.inline_mgpu`. They work on MLIR values of one thread: i32 (addresses,
-    packed pairs of 16-bit numbers) and f32.
+packed pairs of 16-bit numbers) and f32.
 
 Fragments, with r = lane // 4 and c = lane % 4 (PTX ISA, "Matrix fragments for mma.m16n8k16"):
     A [16, 16]: four i32, the pairs (r, 2c), (r + 8, 2c), (r, 2c + 8), (r + 8, 2c + 8)

@@ -7,24 +7,39 @@ therefore go through `accumulate` and `wgmma_registers`; nothing else in a kerne
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-# Finite stand-in for -inf inside the softmax; anything below HIDDEN_LIMIT saw no key.
-HIDDEN = -1.0e30
-HIDDEN_LIMIT = -1.0e29
+# A masked logit, and the running maximum of a row that saw no key yet: no finite logit can be taken for either. What a
+# row subtracts from its logits is always finite, so that no difference of two is NaN.
+HIDDEN = float("-inf")
+LOWEST = float(np.finfo(np.float32).min)
 
 TILE = plgpu.Layout.WGMMA  # [64 * n, columns] over the 128 threads of a warpgroup
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of TILE
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column of TILE
+
+
+def in_default_modes[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """`function` traced in JAX's default modes: a kernel's indices and constants are of 32 bits whatever
+    JAX_ENABLE_X64 says, and promotions of rank and dtype that a user may have forbidden are meant here."""
+
+    @functools.wraps(function)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.enable_x64(False), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def default_interpret() -> bool:

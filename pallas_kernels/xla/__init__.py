@@ -17,6 +17,9 @@ float32 (`highest` precision for float32 inputs); depth products are taken in fl
 
 A block at a ragged end starts earlier instead of being padded and overlaps its predecessor; what the predecessor has
 covered is masked. So no operand, the big depth buffers least of all, is ever copied to be padded.
+
+The lse of an empty row is -inf, and nothing else is infinite, constants included: partial evaluation (of a remat in a
+user's scan) makes outputs of constants, and `jax_debug_infs` would find them there.
 """
 
 from __future__ import annotations
@@ -154,7 +157,7 @@ def _gradient_buffers(
 
 def _without_empty_rows(lse: Array, delta: Array) -> tuple[Array, Array]:
     """lse and delta such that a query that saw nothing gets exp(logits - lse) = 0 and no gradient."""
-    empty = lse == -jnp.inf
+    empty = lse < MASKED
     return jnp.where(empty, -MASKED, lse), jnp.where(empty, 0.0, delta)
 
 
@@ -164,5 +167,5 @@ def _merge(out: Array, lse: Array, other_out: Array, other_lse: Array) -> tuple[
     weight, other_weight = jnp.exp(lse - top), jnp.exp(other_lse - top)
     total = weight + other_weight
     merged = (out * weight[..., None] + other_out * other_weight[..., None]) / jnp.maximum(total, 1e-30)[..., None]
-    empty = other_lse == -jnp.inf
+    empty = other_lse < MASKED
     return jnp.where(empty[..., None], out, merged), jnp.where(empty, lse, top + jnp.log(total))

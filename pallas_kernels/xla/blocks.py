@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 # The only place for block sizes. A block of logits has about LOGITS[platform] elements, a block of depth keys about
@@ -19,9 +20,10 @@ LARGEST_BLOCK = {"cpu": 256, "gpu": 1024}
 DEPTH = {"cpu": 2**18, "gpu": 2**26}
 SLOT_CHUNK = 8
 
-# A masked logit, and the running maximum before the first one. Finite, so that no difference of two is NaN; so low that
-# exp(MASKED - any real logit) is exactly 0.
-MASKED = -1e30
+# A masked logit, and the running maximum before the first one: the lowest number, so that no real logit lies below it,
+# and finite, so that no difference of two is NaN. Whether a query saw anything is never read off it, but off the sum of
+# its weights, which the mask keeps at 0.
+MASKED = float(np.finfo(np.float32).min)
 
 
 class Blocks(NamedTuple):
@@ -56,9 +58,13 @@ class Blocks(NamedTuple):
             return block
         return lax.dynamic_update_slice_in_dim(array, block, self.start(index), axis)
 
+    def elements(self, index: Array | int) -> Array:
+        """[size] int32: the places of a block's elements."""
+        return self.start(index) + jnp.arange(self.size, dtype=jnp.int32)
+
     def fresh(self, index: Array | int) -> Array:
         """[size] bool: not already covered by the block before."""
-        return self.start(index) + jnp.arange(self.size) >= index * self.size
+        return self.elements(index) >= index * self.size
 
 
 def sequence_blocks(query: Array, key: Array) -> tuple[Blocks, Blocks]:
@@ -83,10 +89,10 @@ def _platform() -> str:
 
 
 def loop[State](count: Array | int, body: Callable[[Array | int, State], State], state: State) -> State:
-    """`fori_loop`; a single step known while tracing is not wrapped in a loop."""
+    """`fori_loop` with an int32 index, also under x64; a single step known while tracing is not wrapped in a loop."""
     if isinstance(count, int) and count == 1:
         return body(0, state)
-    return lax.fori_loop(0, count, body, state)
+    return lax.fori_loop(0, count, lambda index, state: body(lax.convert_element_type(index, jnp.int32), state), state)
 
 
 def dot(spec: str, left: Array, right: Array) -> Array:

@@ -27,6 +27,7 @@ def forward(
             logits = _slot_logits(block, key, fresh, scale)
             new_top = jnp.maximum(top, jnp.max(logits, axis=2))
             weights = jnp.exp(logits - new_top[:, :, None])
+            weights = weights if fresh is None else jnp.where(fresh, weights, 0.0)
             decay = jnp.exp(top - new_top)
             acc = acc * decay[..., None] + _over_slots(weights, value)
             return new_top, total * decay + jnp.sum(weights, axis=2), acc
@@ -34,10 +35,9 @@ def forward(
         row = block[..., 0]
         state = jnp.full_like(row, MASKED), jnp.zeros_like(row), jnp.zeros_like(block)
         top, total, acc = loop(_chunks_filled(chunks, depth_length), chunk, state)
-        empty = top == MASKED
-        total = jnp.where(empty, 1.0, total)
-        out = acc / total[..., None]  # acc is 0 where no chunk was visited
-        lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+        empty = total == 0
+        out = acc / jnp.where(empty, 1.0, total)[..., None]  # acc is 0 where no chunk was visited
+        lse = jnp.where(empty, 0.0, top) + jnp.log(total)  # -inf where empty
         return tokens.update(results[0], out, i, 1), tokens.update(results[1], lse, i, 1)
 
     out, lse = loop(tokens.count, token_block, (jnp.zeros_like(grouped), jnp.zeros_like(grouped[..., 0])))
@@ -103,7 +103,7 @@ def _fresh_slots(chunks: Blocks, depth_length: int | Array | None, index: Array 
     """[chunk, 1, 1] bool: filled and not covered by the chunk before; None if that holds for all."""
     fresh = chunks.fresh(index) if chunks.ragged else None
     if depth_length is not None:
-        filled = chunks.start(index) + jnp.arange(chunks.size) < depth_length
+        filled = chunks.elements(index) < depth_length
         fresh = filled if fresh is None else fresh & filled
     return None if fresh is None else fresh[:, None, None]
 

@@ -49,8 +49,7 @@ def _visible(masks: Masks, queries: Blocks, keys: Blocks, i: Array | int, j: Arr
         key_segments = keys.slice(masks.key_segment_ids, j, 1)
         conditions.append(query_segments[:, :, None] == key_segments[:, None, :])
     if masks.key_length is not None:
-        index = keys.start(j) + jnp.arange(keys.size)
-        conditions.append((index < masks.key_length[:, None])[:, None, :])
+        conditions.append((_positions(None, keys, j) < masks.key_length[:, None])[:, None, :])
     if keys.ragged:
         conditions.append(keys.fresh(j)[None, None, :])
     if not conditions:
@@ -64,8 +63,16 @@ def _visible(masks: Masks, queries: Blocks, keys: Blocks, i: Array | int, j: Arr
 def _positions(positions: Array | None, blocks: Blocks, index: Array | int) -> Array:
     """[B or 1, block] positions of one block."""
     if positions is None:
-        return (blocks.start(index) + jnp.arange(blocks.size))[None]
+        return blocks.elements(index)[None]
     return blocks.slice(positions, index, 1)
+
+
+def _filled_keys(block: Array, masks: Masks, keys: Blocks, index: Array | int) -> Array:
+    """A block [B, K, key block, H] of keys or values with zeros at or beyond the key length: NaN may stand there."""
+    if masks.key_length is None:
+        return block
+    filled = _positions(None, keys, index) < masks.key_length[:, None]  # [B, key block]
+    return jnp.where(filled[:, None, :, None], block, jnp.zeros_like(block))
 
 
 def _logits(query: Array, key: Array, scale: float, visible: Array | None) -> Array:
@@ -97,13 +104,15 @@ def forward(query: Array, key: Array, value: Array, scale: float, masks: Masks) 
 
         def key_block(j: Array | int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, acc = state
-            logits = _logits(block, keys.slice(key, j, 2), scale, _visible(masks, queries, keys, i, j))
+            k, v = (_filled_keys(keys.slice(x, j, 2), masks, keys, j) for x in (key, value))
+            visible = _visible(masks, queries, keys, i, j)
+            logits = _logits(block, k, scale, visible)
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-            # A row that has seen nothing yet has exp(MASKED - MASKED) = 1 here; its first real logit multiplies that
-            # away with exp(MASKED - logit) = 0, and a row that never sees one is emptied at the end.
             weights = jnp.exp(logits - new_top[..., None])
+            if visible is not None:  # a row that has seen nothing yet has exp(MASKED - MASKED) = 1 here
+                weights = jnp.where(visible, weights, 0.0)
             decay = jnp.exp(top - new_top)
-            added = dot("bkgtu,bkuh->bkgth", weights.astype(value.dtype), keys.slice(value, j, 2))
+            added = dot("bkgtu,bkuh->bkgth", weights.astype(v.dtype), v)
             return new_top, total * decay + jnp.sum(weights, axis=-1), acc * decay[..., None] + added
 
         row = block[..., 0]
@@ -113,9 +122,9 @@ def forward(query: Array, key: Array, value: Array, scale: float, masks: Masks) 
             jnp.zeros_like(block, dtype=jnp.float32),
         )
         top, total, acc = loop(_key_blocks_seen(masks, queries, keys, i), key_block, state)
-        empty = top == MASKED
+        empty = total == 0  # the largest logit that was seen weighs 1
         out = jnp.where(empty[..., None], 0.0, acc / jnp.where(empty, 1.0, total)[..., None])
-        lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1.0, total)))
+        lse = jnp.where(empty, 0.0, top) + jnp.log(total)  # -inf where empty
         return queries.update(results[0], out, i, 3), queries.update(results[1], lse, i, 3)
 
     results = jnp.zeros_like(query, dtype=jnp.float32), jnp.zeros_like(query[..., 0], dtype=jnp.float32)
@@ -138,7 +147,7 @@ def backward(
 
         def key_block(j: Array | int, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dquery, dkey, dvalue = sums
-            k, v = keys.slice(key, j, 2), keys.slice(value, j, 2)
+            k, v = (_filled_keys(keys.slice(x, j, 2), masks, keys, j) for x in (key, value))
             logits = _logits(block, k, scale, _visible(masks, queries, keys, i, j))
             weights = jnp.exp(logits - lse_block[..., None])
             dweights = dot("bkgth,bkuh->bkgtu", dout_block, v)

@@ -1,4 +1,7 @@
-"""The op's contract: every implementation against the float64 oracle, over a covering selection of cases."""
+"""The op's contract: every implementation against the float64 oracle, over a covering selection of cases.
+
+In all cases every two values of two axes meet. The quick ones among them hold every value; the others are `slow`.
+"""
 
 import functools
 
@@ -7,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import attention_oracle
-from support.attention_cases import AXES, Case, covering_cases, make_inputs
+from support.attention_cases import AXES, Case, cases_of_every_value, covering_cases, make_inputs
 from support.dense_attention import dense_attention
 from support.tolerances import assert_close
 
@@ -16,22 +19,32 @@ from pallas_kernels import moda_attention
 pytestmark = pytest.mark.usefixtures("small_blocks")
 NAMES = (*attention_oracle.OUTPUTS, *attention_oracle.GRADIENTS)
 CASES = covering_cases()
+QUICK_CASES = cases_of_every_value(CASES)
 # Kernels that also run under the interpreter, where there is no GPU. A case takes seconds there, hence few and small
 # ones. A barrier that nobody signals blocks inside the runtime, and only the thread method gets out of that.
 INTERPRETED = ("mosaic_gpu",)
 SMALL_CASES = tuple(
     c for c in CASES if c.tokens <= 65 and c.slots <= 16 and c.group <= 4 and c.head_dim <= 64 and c.dtype != "float32"
 )[:5]
-INTERPRETED_MARKS = (pytest.mark.timeout(180, method="thread"),)
+INTERPRETED_MARKS = (pytest.mark.timeout(400, method="thread"),)
+QUICK_INTERPRETED = SMALL_CASES[:2]
 
 
 def _runs() -> list:
     """Every implementation that can run here, with its cases."""
-    runs = [(name, case, ()) for name in ("reference", "xla") for case in CASES]
+
+    def slow_unless(quick: bool) -> tuple:
+        return () if quick else (pytest.mark.slow,)
+
+    runs = [(name, case, slow_unless(case in QUICK_CASES)) for name in ("reference", "xla") for case in CASES]
     if jax.default_backend() == "gpu":
         runs += [("mosaic_gpu", case, (pytest.mark.gpu,)) for case in CASES]
     else:
-        runs += [(name, case, INTERPRETED_MARKS) for name in INTERPRETED for case in SMALL_CASES]
+        runs += [
+            (name, case, INTERPRETED_MARKS + slow_unless(case in QUICK_INTERPRETED))
+            for name in INTERPRETED
+            for case in SMALL_CASES
+        ]
     return [pytest.param(name, case, id=f"{name}-{case}", marks=marks) for name, case, marks in runs]
 
 
@@ -120,6 +133,7 @@ def test_outputs_and_gradients_match_the_oracle(implementation, case):
         assert not np.any(np.asarray(actual[name][:, :, case.filled :])), f"{name} is not 0 in unfilled slots"
 
 
-def test_the_selection_covers_every_value_of_every_axis():
+@pytest.mark.parametrize("cases", [CASES, QUICK_CASES], ids=["all", "quick"])
+def test_the_selection_covers_every_value_of_every_axis(cases):
     for axis, values in enumerate(AXES):
-        assert {case[axis] for case in CASES} == set(values)
+        assert {case[axis] for case in cases} == set(values)

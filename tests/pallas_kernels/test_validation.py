@@ -22,7 +22,7 @@ def _arguments(names=ARRAYS, dtype=np.float32) -> dict:
 def _calls(arguments: dict):
     """The ops that take all of `arguments`."""
     yield lambda: moda_attention(**arguments)
-    if not {"segment_ids", "causal"} & set(arguments):
+    if not {"segment_ids", "causal", "query_positions", "key_length"} & set(arguments):
         yield lambda: depth_attention(**{k: v for k, v in arguments.items() if k not in ("key", "value")})
 
 
@@ -148,9 +148,42 @@ def test_bad_segment_ids(ids):
     _assert_refused(_arguments() | {"segment_ids": ids}, "segment_ids", ops="moda")
 
 
+@given(
+    st.sampled_from([("query_positions", (B, T)), ("key_length", (B,))]),
+    st.one_of(
+        st.lists(st.integers(0, 5), max_size=3).map(tuple).map(lambda shape: np.zeros(shape, np.int32)),
+        st.sampled_from(["float32", "int64", "uint32", "int16", "bool"]),
+        st.sampled_from([3, [[0, 1, 2], [0, 1, 2]], [3, 3], "abc"]),
+    ),
+)
+def test_bad_query_positions_and_key_length(argument, value):
+    name, shape = argument
+    if isinstance(value, str) and value != "abc":
+        value = np.zeros(shape, value)
+    if isinstance(value, np.ndarray) and value.shape == shape and value.dtype == np.int32:
+        return
+    _assert_refused(_arguments() | {name: value}, name, ops="moda")
+
+
+def test_more_keys_than_queries_need_positions_and_fewer_are_refused():
+    arguments = _arguments() | {name: np.zeros((B, T + 2, K, H), np.float32) for name in ("key", "value")}
+    with pytest.raises(ValueError, match=r"^key has shape \(2, 5, 2, 8\): expected .* 3 tokens, or query_positions"):
+        moda_attention(**arguments)
+    with pytest.raises(ValueError, match=r"^key has shape \(2, 5, 2, 8\): expected .* 3 tokens, or query_positions"):
+        moda_attention(**arguments, causal=False, key_length=np.ones(B, np.int32))
+    arguments["query_positions"] = np.zeros((B, T), np.int32)
+    assert moda_attention(**arguments).shape == (B, T, N, H)
+    _assert_refused(arguments | {"segment_ids": np.zeros((B, T), np.int32)}, "segment_ids", ops="moda")
+    _assert_refused(arguments | {"query_positions": np.zeros((B, T + 2), np.int32)}, "query_positions", ops="moda")
+    arguments |= {name: np.zeros((B, T - 1, K, H), np.float32) for name in ("key", "value")}
+    with pytest.raises(ValueError, match=r"^key has shape \(2, 2, 2, 8\): expected at least the 3 tokens of query"):
+        moda_attention(**arguments)
+
+
 bad_scales = st.one_of(
     st.booleans(), st.text(max_size=3), st.complex_numbers(), st.sampled_from([float("inf"), float("nan"), 10**400]),
     st.sampled_from([np.ones(()), np.ones((1,)), jnp.ones(()), np.float32("inf"), [1.0]]),
+    st.sampled_from([1e39, -1e39, 3.5e38, np.float64(1e300), 10**39]),  # finite, but not in float32
 )  # fmt: skip
 
 
@@ -163,6 +196,8 @@ def test_good_scales():
     for scale in (1, 0.5, -0.25, 0, np.float32(0.5), np.float16(2), np.int64(3)):
         assert validation.checked_scale(scale, H) == float(scale)
     assert validation.checked_scale(None, 64) == 0.125
+    assert validation.checked_scale(-3.4e38, H) == -3.4e38
+    assert validation.checked_scale(1e-40, H) == 0.0  # as float32 arithmetic takes it
 
 
 @given(st.one_of(st.text(), st.integers(), st.booleans(), st.just(["xla"]), st.just(np.ones(2))))

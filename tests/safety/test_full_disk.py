@@ -17,8 +17,8 @@ from moda_jax.training.faults import RunStoppedError
 from moda_jax.training.metrics import read_metrics
 from moda_jax.training.trainer import TrainingRun
 
-# Of the writes that Orbax has still under way when one of them fails.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# A write that reports to a loop that is gone fails the test.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 STEPS = 20
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -74,6 +75,18 @@ def covering_cases() -> tuple[Case, ...]:
         missing -= covered[best]
         cases.append(Case(*candidates[best]))
     return tuple(cases)
+
+
+def cases_of_every_value(cases: Iterable[Case]) -> tuple[Case, ...]:
+    """Few of the cases, in which every value that an axis has in them occurs. Greedy and deterministic."""
+    cases = tuple(cases)
+    missing = {(axis, value) for case in cases for axis, value in enumerate(case)}
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(missing & set(enumerate(case))))
+        missing -= set(enumerate(best))
+        chosen.append(best)
+    return tuple(chosen)
 
 
 def make_inputs(case: Case, seed: int = 0) -> dict[str, np.ndarray | None]:

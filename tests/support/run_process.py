@@ -88,8 +88,9 @@ def _run(order: dict[str, Any]) -> None:
         from moda_jax.config import Config
         from moda_jax.training.trainer import TrainingRun
 
-        print(TrainingRun(Config.from_dict(order["values"]), order["workdir"]).train(), flush=True)
-        status = 0
+        result = TrainingRun(Config.from_dict(order["values"]), order["workdir"]).train()
+        print(result, flush=True)
+        status = int(result.exit_code)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -32,7 +32,7 @@ def tiny_values(corpus: Path, cache: Path, **sections) -> dict:
         },
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 5},
         "train": {"num_steps": 60, "batch_size": 4, "log_interval_steps": 1},
-        "eval": {"interval_steps": 25, "num_batches": 2},
+        "eval": {"interval_steps": 25, "num_batches": 2, "depth_mass": False},
         "checkpoint": {"interval_steps": 20},
     }  # fmt: skip
     for name, fields in sections.items():

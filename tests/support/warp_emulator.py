@@ -3,7 +3,7 @@
 The Pallas interpreter cannot run PTX. This emulator does, for the few instructions that `warp_mma` emits: every MLIR
 value becomes an array over the 128 threads, shared and global memory are byte arrays, and the matrix instructions
 follow the PTX ISA's fragment tables. So the addresses, swizzles, masks and operand orders of the chip are tested
-    without one.
+without one.
 """
 
 from __future__ import annotations

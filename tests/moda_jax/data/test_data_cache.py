@@ -15,7 +15,7 @@ from moda_jax.data.pipeline import open_dataset
 from moda_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from moda_jax.inference.perplexity import read_domain
 
-pytestmark = pytest.mark.timeout(120)  # a process that waits for ever is what these tests look for
+pytestmark = pytest.mark.timeout(400)  # a process that waits for ever is what these tests look for
 
 # A maker that says when it has begun, and goes on when told to.
 SLOW_MAKER = """

@@ -33,8 +33,12 @@ def dense_maps(run, tokens, monkeypatch):
 
 @pytest.mark.parametrize(
     ("model", "pixels"),
-    [({}, 64), ({}, 8), ({"depth_ffn_kv": False, "norm": "pre"}, 8), ({"depth": "none"}, 64)],
-    ids=["whole", "pooled", "own KV, pre-norm", "no depth"],
+    [
+        pytest.param({}, 64, id="whole"),
+        pytest.param({}, 8, id="pooled"),
+        pytest.param({"depth_ffn_kv": False, "norm": "pre"}, 8, id="own KV, pre-norm", marks=pytest.mark.slow),
+        pytest.param({"depth": "none"}, 64, id="no depth"),
+    ],
 )
 def test_maps_are_the_pooled_softmax(model, pixels, monkeypatch):
     run = loaded_run(tiny_run_config(model=model))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support.quick_compile import QUICK
 from support.saved_run import random_model
+from support.selection import quick_of
 
 from moda_jax.config import TransformerConfig
 from moda_jax.inference import decode
@@ -54,7 +55,7 @@ def full(model, params, prompt, tokens):
     return np.asarray(jax.jit(model, compiler_options=QUICK)(params, text))[0, len(prompt) - 1 : -1]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", quick_of(VARIANTS, ("moda", "none", "pre-norm, attention KV")))
 def test_greedy_decoding_is_the_forward_pass_token_by_token(variant):
     config, model, params = build(**VARIANTS[variant])
     cast = decode.inference_params(params, config)

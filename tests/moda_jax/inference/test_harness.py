@@ -8,9 +8,12 @@ import pytest
 from support.local_tasks import ANSWERS, QUESTIONS, TEXTS, write_tasks
 from support.saved_run import loaded_run, log_probs, tiny_run_config
 
-from moda_jax.inference import evaluation, harness
+from moda_jax.inference import evaluation
 from moda_jax.inference.generation import Completion, generate
 from moda_jax.inference.sampling import GREEDY
+
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+from moda_jax.inference import harness
 
 TASKS = ["keyword_choice", "keyword_rolling", "keyword_generate"]
 

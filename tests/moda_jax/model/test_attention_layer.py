@@ -145,6 +145,15 @@ def test_user_mistakes_are_named():
     stream = DepthStream.empty(B, T, 1, K, H, jnp.float32)
     with pytest.raises(ValueError, match="ffn_kv=False, expected ffn_kv=True"):
         layer.write_ffn(jnp.zeros((B, T, D)), stream)
+    for other, message in (
+        (DepthStream.empty(B, T, 1, K, H, "bfloat16"), r"stream.key is bfloat16\[2, 9, 1, 2, 4\]: expected .* float32"),
+        (DepthStream.empty(B, T, 1, 1, H, jnp.float32), r"stream.key is float32\[2, 9, 1, 1, 4\]: expected .* 2, 4\]"),
+        (DepthStream(stream.key, stream.value[:, 1:], stream.length), r"stream.value is float32\[2, 8, 1, 2, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(jnp.zeros((B, T, D)), other)
+        with pytest.raises(ValueError, match=message):
+            MoDAAttention(**SIZES, ffn_kv=True, rngs=nnx.Rngs(0)).write_ffn(jnp.zeros((B, T, D)), other)
     _, full = layer(jnp.zeros((B, T, D)), stream)
     with pytest.raises(ValueError, match="all 1 slots are filled"):
         layer(jnp.zeros((B, T, D)), full)

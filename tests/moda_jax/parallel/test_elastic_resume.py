@@ -27,6 +27,7 @@ SECTIONS = {
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 5},
     "train": {
         "num_steps": STEPS, "batch_size": 8, "log_interval_steps": 1, "sample_prompt": "def ", "sample_tokens": 12,
+        "peer_timeout_seconds": 10,
     },
     "eval": {"interval_steps": 24, "num_batches": 2},
     "checkpoint": {"interval_steps": 8},
@@ -60,7 +61,7 @@ class Place(NamedTuple):
         return tiny_values(self.root / "corpus", self.root / "cache", **SECTIONS)
 
     def phase(self, name, mesh, *, processes, kill_after=None):
-        """Runs to the end, or kills the last process once `kill_after` steps are logged (and then the others)."""
+        """Runs to the end, or kills the last process once `kill_after` steps are logged: the others then end."""
         config = self.root / "config.py"
         config.write_text(
             "from configs import base\n\n\ndef get_config():\n"
@@ -98,6 +99,7 @@ class Place(NamedTuple):
             assert time.monotonic() < deadline, text
             if kill_after and len(read_metrics(self.workdir)) >= kill_after:
                 running[-1].kill()
+                assert [process.wait(60) for process in running[:-1]] == [69] * (len(running) - 1), text
                 return
             time.sleep(0.02)
 
@@ -141,6 +143,17 @@ def test_only_the_first_process_speaks(phases):
     first, second = phases[0].logs
     assert "process 0 of 2" in first and "8 x cpu" in first and "mesh data 2 x fsdp 2 x tensor 2" in first
     assert not [text for text in ("process 1 of 2", "mesh", "step ", "loss") if f" {text}" in second]
+
+
+def test_the_other_process_ends_with_one_line(phases, place):
+    """The collective that it waited in fails at once; who is lost is known a little later."""
+    (line,) = [line for line in phases[0].logs[0].splitlines() if line.startswith("error: ")]
+    step = max(phases[0].entries)
+    assert any(
+        f"process 0 of 2 ends at step {number}, because process 1 (" in line for number in (step, step + 1, step + 2)
+    )
+    assert "was lost: no sign of life for" in line and f"Stacks: {place.workdir}/processes/0.log" in line
+    assert "Traceback" not in phases[0].logs[0]
 
 
 def test_two_processes_train_as_one_device_does(phases, uninterrupted):

@@ -1,19 +1,20 @@
-"""Training on meshes of 8 devices is training on one: losses, gradients, and what crosses between the devices."""
+"""Training on meshes of 8 devices is training on one: losses, gradients, and what crosses between the devices.
+
+All of it is slow but for one mesh of 4 devices.
+"""
 
 import json
 import math
 
 import numpy as np
 import pytest
-from support.mesh_training import CONFIG, MEMORY, MEMORY_MESHES, MESHES, STEPS
+from support.mesh_training import CONFIG, MEMORY, MEMORY_MESHES, MESHES, QUICK_MESH, QUICK_NAME, STEPS
 from support.virtual_devices import run_module
 
 from benchmarks.collectives import find_collectives
 from moda_jax.config import MeshConfig
 from moda_jax.parallel.mesh import mesh_sizes
 from moda_jax.parallel.parameters import padded_vocabulary
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,29 @@ def assert_same_gradients(ours, expected):
         assert error < 1e-5, f"{name}: relative L2 error {error:.2e}"
 
 
+def assert_same_losses(ours, expected):
+    assert len(expected["losses"]) == STEPS and expected["losses"][-1] < expected["losses"][0]
+    np.testing.assert_allclose(ours["losses"], expected["losses"], atol=1e-4, rtol=0)
+
+
+def test_steps_on_a_small_mesh_are_those_of_one_device(tmp_path):
+    run_module("support.mesh_training", tmp_path, devices=4)
+    ours, expected = np.load(tmp_path / f"{QUICK_NAME}.npz"), np.load(tmp_path / "one.npz")
+    assert_same_losses(ours, expected)
+    assert_same_gradients(ours, expected)
+    found = find_collectives((tmp_path / f"{QUICK_NAME}.hlo").read_text(), sizes(QUICK_MESH))
+    assert {axis for c in found for axis in c.axes} == {"fsdp", "context"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_losses_and_gradients_are_those_of_one_device(runs, name):
     ours, expected = np.load(runs / f"{name}.npz"), np.load(runs / "one.npz")
-    assert len(expected["losses"]) == STEPS and expected["losses"][-1] < expected["losses"][0]
-    np.testing.assert_allclose(ours["losses"], expected["losses"], atol=1e-4, rtol=0)
+    assert_same_losses(ours, expected)
     assert_same_gradients(ours, expected)
 
 
+@pytest.mark.slow
 def test_documents_that_end_inside_a_context_shard(runs):
     assert_same_gradients(np.load(runs / "boundary.npz"), np.load(runs / "one_boundary.npz"))
 
@@ -61,6 +77,7 @@ def stream_shape(mesh):
     return rows, tokens, model.depth_slots, model.num_kv_heads // of["tensor"], model.head_dim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_no_collective_touches_the_depth_stream(runs, name):
     mesh = MESHES[name]
@@ -76,6 +93,7 @@ def test_no_collective_touches_the_depth_stream(runs, name):
             assert math.prod(dimensions) not in (math.prod(shape), whole), collective
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_collectives_run_over_the_axes_that_the_design_says(runs, name):
     mesh = sizes(MESHES[name])
@@ -100,6 +118,7 @@ def rank(collective):
     return max(len(shape) for _, shape in collective.arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMORY_MESHES)
 def test_memory_of_a_device_falls_as_it_should(runs, name):
     found = json.loads((runs / "memory.json").read_text())
@@ -115,6 +134,7 @@ def test_memory_of_a_device_falls_as_it_should(runs, name):
         assert expected / mesh["tensor"] < ours["temporaries"] < expected
 
 
+@pytest.mark.slow
 def test_gathered_parameters_are_not_kept_for_the_backward_pass(runs):
     """Not even where all that autodiff needs is: a layer's matrices are gathered again."""
     hlo = (runs / "everything_kept.hlo").read_text()

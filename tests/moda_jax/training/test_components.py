@@ -101,3 +101,33 @@ def test_description(built, place):
     assert lines["data"].startswith(f"{place / 'corpus'}: ")
     epochs = 60 * 4 * 32 / built.train_data.num_tokens
     assert lines["plan"] == f"60 steps of 128 tokens (4 x 32 in 1 parts), {epochs:.2f} epochs"
+
+
+def test_runs_that_differ_in_their_seed_share_all_compiled_programs(build):
+    programs = []
+    for seed in (0, 7):
+        components = build(train={"seed": seed})
+        initialize = components.initialize
+        programs.append(
+            (initialize.func.lower(*initialize.args).as_text(), components.traced_train_step.lower().as_text())
+        )
+    assert programs[0] == programs[1]
+
+
+def test_the_seed_gives_the_initial_values(build):
+    first, again, other = (build(train={"seed": seed}).initialize() for seed in (3, 3, 4))
+    tables = [np.asarray(state.params["embedding"]["table"]) for state in (first, again, other)]
+    np.testing.assert_array_equal(tables[0], tables[1])
+    assert (tables[0] != tables[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted", "measured"),
+    [
+        ({"num_layers": 3, "depth": "moda"}, True, True),
+        ({"num_layers": 3, "depth": "moda"}, False, False),
+        ({}, True, False),
+    ],
+)
+def test_depth_mass_is_measured_where_there_is_a_depth_stream(build, model, wanted, measured):
+    assert (build(model=model, eval={"depth_mass": wanted}).depth_mass is not None) == measured

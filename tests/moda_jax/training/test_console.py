@@ -9,6 +9,7 @@ import sys
 import pytest
 from support.documents import REPOSITORY, start_python
 
+from moda_jax.training import console
 from moda_jax.training.console import (
     ProgressLine,
     _ProgressSafeHandler,
@@ -106,15 +107,61 @@ def test_a_run_that_cannot_go_on_ends_in_one_line():
     assert (process.returncode, errors) == (1, "error: runs/x: step 7: no further\n")
 
 
+TALKING = """
+import os, sys, time
+from tqdm import tqdm
+from moda_jax.progress import progress_bar
+from moda_jax.training.console import print_result, run_command
+
+def main():
+    print("a library's line")
+    os.write(1, b"a native library's line\\n")
+    for _ in tqdm(range(3), disable=False):
+        pass
+    for _ in progress_bar(range(3), desc="ours"):
+        pass
+    print_result("the result")
+    return 75
+
+run_command(main)
+"""
+
+
 TOY = """
 import sys
 from absl import flags
 sys.argv = ["toy"]
-from moda_jax.training.console import run_command
+from moda_jax.training.console import print_result, run_command
 def main():
     {main}
 run_command(main)
 """
+
+
+def test_stdout_holds_results_only_and_log_files_hold_lines_only():
+    process = start_python(TALKING)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (75, "the result\n"), errors
+    assert sorted(errors.splitlines()) == ["a library's line", "a native library's line"]
+    assert "\r" not in errors
+
+
+def test_a_remote_place_is_refused_in_every_command(monkeypatch):
+    from absl import flags
+
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    flags.DEFINE_multi_string("data", [], "", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    values(["x", "--workdir=runs/a", "--data=wiki=wiki.txt", "--prompt=s3://bucket"])
+    console._check_places()
+    for argument in ("--workdir=gs://b/run", "--data=wiki=s3://b/wiki.txt"):
+        values(["x", argument])
+        with pytest.raises(ValueError, match=rf"^--{argument[2:6]}\w*='\w+://.*': is remote"):
+            console._check_places()
+        values.unparse_flags()
+        values["workdir"].value = None
 
 
 def run_toy(main, **streams):
@@ -126,10 +173,10 @@ def run_toy(main, **streams):
 
 
 def test_an_ascii_stdout_takes_any_text_and_says_how():
-    done = run_toy("print('± naïve 日')", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    done = run_toy("print_result('± naïve 日')", env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout) == (0, b"\\xb1 na\\xefve \\u65e5\n")
     assert b"stdout takes ascii only: other characters are written as escapes; set PYTHONIO" in done.stderr
-    done = run_toy("print('± naïve')", env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    done = run_toy("print_result('± naïve')", env=os.environ | {"PYTHONIOENCODING": "utf-8"})
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "± naïve\n", b"")
 
 
@@ -137,7 +184,7 @@ def test_a_closed_pipe_ends_in_one_line():
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = run_toy("[print('x' * 1000) for _ in range(1000)]", stdout=writer)
+        done = run_toy("[print_result('x' * 1000) for _ in range(1000)]", stdout=writer)
     finally:
         os.close(writer)
     assert done.returncode == 1

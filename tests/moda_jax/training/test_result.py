@@ -28,3 +28,11 @@ def test_it_says_what_the_run_came_to(fields, text):
         "unit": "byte", "sample": None,
     }  # fmt: skip
     assert str(RunResult(**values | fields)) == text
+
+
+def test_its_exit_code_tells_a_stop_from_an_end():
+    values = {
+        "workdir": Path("runs/a"), "num_steps": 60, "resumed_finished": False, "validation_loss": None, "unit": "byte",
+        "sample": None,
+    }  # fmt: skip
+    assert [RunResult(**values, step=step).exit_code for step in (0, 59, 60, 70)] == [75, 75, 0, 0]

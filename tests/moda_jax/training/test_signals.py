@@ -83,7 +83,7 @@ def wait_for(log, text, start=0, seconds=120):
         time.sleep(0.01)
 
 
-def test_a_run_saves_its_step_and_exits_with_0(tmp_path):
+def test_a_run_saves_its_step_and_says_to_run_it_again(tmp_path):
     """SIGTERM, SIGINT on the resumed run, a preemption notice on the next; a second process is refused meanwhile."""
     values = tiny_values(
         write_corpus(tmp_path / "corpus"), tmp_path / "cache", train={"num_steps": 10**6},
@@ -102,12 +102,35 @@ def test_a_run_saves_its_step_and_exits_with_0(tmp_path):
                 assert others.wait() == 1
                 assert f"is in use by process {child} on" in (tmp_path / "other.log").read_text()
             os.kill(child, number)
-            assert processes.wait() == 0, log.read_text()
+            assert processes.wait() == 75, log.read_text()
             step, skipped = newest_good_step(workdir / "checkpoints")
             assert step > last and not skipped
             assert f"stopped by {name} at step {step} of 1000000; the same command goes on there" in log.read_text()
             assert [entry["step"] for entry in read_metrics(workdir)] == list(range(1, step + 1))
             last = step
+
+
+SET_UP = """
+import sys, time
+from moda_jax.training.signals import StopRequest, stops_before_training
+with stops_before_training():
+    print("preparing", flush=True)
+    time.sleep(float(sys.argv[1]))
+with StopRequest() as stop:
+    print("training", flush=True)
+    while not stop.reached_at(1):
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "words", "code"), [(60, ["preparing"], 75), (0, ["preparing", "training"], 0)])
+def test_a_signal_before_training_stops_the_run_too(seconds, words, code):
+    process = start_python(SET_UP, seconds)
+    assert [process.stdout.readline() for _ in words] == [f"{word}\n" for word in words]
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert ("SIGTERM before the first step: stopped; the same command begins again" in errors) == (code == 75)
 
 
 GROUP = """

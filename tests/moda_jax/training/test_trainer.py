@@ -11,6 +11,7 @@ import pytest
 from support.tiny_run import tiny_config, write_corpus
 from support.tiny_tokenizer import write_bpe
 
+from moda_jax.data.corpus import list_files, split_documents
 from moda_jax.inference.load import load_run
 from moda_jax.training import components
 from moda_jax.training.checkpoint import CheckpointError, saved_steps
@@ -87,7 +88,7 @@ def test_what_a_run_leaves_behind(straight, place):
 
 def test_metrics_have_a_line_per_step_with_every_key(straight, place):
     entries = read_metrics(place / "straight")
-    keys = ["step", "tokens", "loss", "perplexity", "grad_norm", "learning_rate"]
+    keys = ["step", "num_steps", "tokens", "loss", "perplexity", "grad_norm", "learning_rate"]
     keys += ["skipped_updates", "loss_spikes", "tokens_per_second", "mfu"]
     assert [entry["step"] for entry in entries] == list(range(1, 61))
     for entry in entries:
@@ -141,13 +142,52 @@ def test_more_steps_go_on_and_drop_lines_of_lost_steps(copy, make, caplog):
         run = make(copy.name, train={"num_steps": 70})
     assert "resuming from step 40 of 70 (checkpoints found: 40)" in caplog.text
     assert "train.num_steps: 60 in the directory, 70 now" in caplog.text
+    assert "the learning rate is planned anew from step 40 on, as in a run of 70 steps" in caplog.text
     assert json.loads((copy / "config.json").read_text())["train"]["num_steps"] == 70
     run.train(stop_at_step=44)
+    assert [entry["num_steps"] for entry in read_metrics(copy)] == [60] * 40 + [70] * 4
     after = losses(copy)
     assert [step for step, *_ in after] == list(range(1, 45))
     assert after[:40] == before[:40]
     assert after[40] == before[40]  # step 41 starts from the same parameters on the same batch
     assert saved_steps(copy / "checkpoints") == [44, 40]
+
+
+def test_a_moved_folder_and_another_accumulation_go_on(copy, make, place, caplog):
+    """What a user changes who moves to another machine: neither the data nor the function."""
+    shutil.rmtree(copy / "checkpoints" / "60")
+    shutil.copytree(place / "corpus", place / "moved")
+    before = losses(copy)
+    data = {"source": str(place / "moved"), "prefetch_batches": 2}
+    with caplog.at_level(logging.INFO, logger="moda_jax"):
+        run = make(copy.name, data=data, train={"accumulation_steps": 1, "sample_prompt": ""}, eval={"num_batches": 1})
+        run.train(stop_at_step=43)
+    assert "config changed at step 40: train.accumulation_steps: 2 in the directory, 1 now" in caplog.text
+    assert f"config changed at step 40: data.source: {str(place / 'corpus')!r} in the directory" in caplog.text
+    assert "from step 40 on sums are rounded in another order" in caplog.text and "anew" not in caplog.text
+    for ours, theirs in zip(losses(copy)[40:], before[40:43], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    changes = [json.loads(line) for line in (copy / "changes.jsonl").read_text().splitlines()]
+    assert {(change["step"], change["field"]) for change in changes} == {
+        (40, field) for field in (
+            "data.source", "data.prefetch_batches", "train.accumulation_steps", "train.sample_prompt",
+            "eval.num_batches",
+        )
+    }  # fmt: skip
+    steps = [message for message in caplog.messages if message.startswith("step 4") and "tokens/s" in message]
+    assert [message.endswith(" left") for message in steps] == [False, True, True]  # the first step tells nothing
+
+
+def test_other_validation_text_is_said(copy, make, place, caplog):
+    """The training split is the same: one file of the validation split has another last letter."""
+    data = tiny_config(place / "corpus", place / "cache").data
+    split_of, _ = split_documents(list_files(data), data)
+    moved = shutil.copytree(place / "corpus", place / "other_validation")
+    name = next(path.name for path in sorted(moved.iterdir()) if split_of(path.name.encode()) == "validation")
+    (moved / name).write_text((moved / name).read_text() + "x")
+    with caplog.at_level(logging.WARNING, logger="moda_jax"):
+        make(copy.name, data={"source": str(moved)}, train={"num_steps": 70})
+    assert "the validation split is not that of step 60" in caplog.text
 
 
 def test_a_newest_step_that_is_no_checkpoint_is_passed_over_aloud(copy, make, caplog):

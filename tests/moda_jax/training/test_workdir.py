@@ -1,10 +1,11 @@
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
 from moda_jax.config import Config
-from moda_jax.training.workdir import check_config, config_changes, read_config, write_config
+from moda_jax.training.workdir import check_config, config_changes, may_change, read_config, write_config
 
 
 def config(**sections):
@@ -46,18 +47,71 @@ def test_what_may_change_is_logged_and_stored(tmp_path, caplog):
         "checkpoint.interval_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps",
     }  # fmt: skip
     with caplog.at_level(logging.INFO, logger="moda_jax"):
-        write_config(tmp_path, new, changes)
-    assert "train.num_steps: 10000 in the directory, 20000 now" in caplog.text
-    assert "schedule spans train.num_steps" in caplog.text
+        write_config(tmp_path, new, changes, 700)
+    assert "config changed at step 700: train.num_steps: 10000 in the directory, 20000 now" in caplog.text
+    assert "planned anew from step 700 on, as in a run of 20000 steps" in caplog.text
+    assert "rounded in another order" not in caplog.text
     assert read_config(tmp_path) == new
+    kept = [json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines()]
+    assert {"step": 700, "field": "train.num_steps", "old": 10000, "new": 20000} in kept and len(kept) == 7
 
 
-def test_mesh_may_change():
-    from moda_jax.training.workdir import may_change
+def test_a_constant_learning_rate_has_no_other_plan(tmp_path, caplog):
+    constant = {"final_learning_rate_fraction": 1.0}
+    write_config(tmp_path, config(optimizer=constant), [])
+    new = config(optimizer=constant, train={"num_steps": 20000})
+    with caplog.at_level(logging.INFO, logger="moda_jax"):
+        write_config(tmp_path, new, check_config(tmp_path, new), 700)
+    assert "constant after warm-up, so its plan is the same" in caplog.text and "anew" not in caplog.text
 
-    assert all(may_change(f"mesh.{axis}") for axis in ("data", "fsdp", "tensor", "context"))
-    assert not may_change("train.batch_size")
-    assert not may_change("eval.num_batches")
+
+@pytest.mark.parametrize(
+    "field", [
+        "model.attention_implementation", "model.layer_loop", "model.remat", "train.accumulation_steps",
+        "train.deterministic", "mesh.fsdp",
+    ],
+)  # fmt: skip
+def test_what_changes_rounding_alone_is_permitted_and_said(field, tmp_path, caplog):
+    section, key = field.split(".")
+    other = {
+        "attention_implementation": "xla", "layer_loop": "unroll", "remat": "none", "accumulation_steps": 4,
+        "deterministic": False, "fsdp": 2,
+    }  # fmt: skip
+    write_config(tmp_path, config(), [])
+    new = config(**{section: {key: other[key]}})
+    (change,) = check_config(tmp_path, new)
+    with caplog.at_level(logging.INFO, logger="moda_jax"):
+        write_config(tmp_path, new, [change], 9)
+    assert f"config changed at step 9: {field}: " in caplog.text
+    assert "from step 9 on sums are rounded in another order: the same training, not bit for bit" in caplog.text
+
+
+def test_what_the_function_and_the_data_depend_on_may_not_change():
+    """Every field is on one side, by name: a new one is decided about here."""
+    fixed = {
+        f"{section}.{key}" for section, fields in config().to_dict().items() for key in fields
+        if not may_change(f"{section}.{key}")
+    }  # fmt: skip
+    assert {field for field in fixed if not field.startswith(("model.", "optimizer."))} == {
+        "data.document_separator", "data.feature", "data.train_split", "data.validation_split",
+        "data.validation_fraction", "data.sequence_length",
+        "data.shuffle", "data.on_damage", "data.on_invalid_utf8", "data.max_document_bytes",
+        "train.batch_size", "train.seed", "train.z_loss",
+    }  # fmt: skip
+    assert {f"optimizer.{key}" for key in config().to_dict()["optimizer"]} <= fixed
+    free = {f"model.{key}" for key in config().to_dict()["model"]} - fixed
+    assert free == {"model.attention_implementation", "model.layer_loop", "model.remat"}
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/run", "s3://bucket/run", "hdfs://host/run", "file:///tmp/run"])
+def test_a_remote_directory_is_refused(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for workdir in (place, Path(place)):  # a Path has lost a slash
+        if place.startswith("file") and isinstance(workdir, Path):
+            continue
+        with pytest.raises(ValueError, match=r"^workdir='\w+:/.*': is remote, .*; mount it as a folder"):
+            check_config(workdir, config())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_config_file_that_is_none_is_an_error(tmp_path):

@@ -1,0 +1,1 @@
+"""Experiments: plans, what runs them, and the reports: `python -m experiments PLAN`."""

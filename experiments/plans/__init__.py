@@ -1,0 +1,1 @@
+"""One file per plan; each defines `PLAN`."""

@@ -1,0 +1,20 @@
+"""Which cases of a test belong to the default run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import pytest
+
+
+def quick_of(cases: Iterable[str], quick: Collection[str]) -> list:
+    """Parameters for `pytest.mark.parametrize`: all cases; those that `quick` does not name are marked `slow`.
+
+    Raises:
+        ValueError: a name in `quick` that is no case.
+    """
+    cases = list(cases)
+    unknown = set(quick) - set(cases)
+    if unknown:
+        raise ValueError(f"quick={sorted(unknown)}: expected names among {cases}")
+    return [pytest.param(case, marks=() if case in quick else pytest.mark.slow) for case in cases]
