@@ -2,9 +2,9 @@
 
 from moda_jax.config import TransformerConfig
 from moda_jax.model.accounting import forward_flops, param_count, train_flops_per_token
-from moda_jax.model.attention import MoDAAttention
-from moda_jax.model.depth_scan import PartedBlock, depth_scan
-from moda_jax.model.depth_stream import DepthStream
+from moda_jax.model.depth.loop import PartedBlock, depth_scan
+from moda_jax.model.depth.stream import DepthStream
+from moda_jax.model.moda_attention import MoDAAttention
 from moda_jax.model.transformer import Transformer
 
 __all__ = [

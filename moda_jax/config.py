@@ -8,32 +8,30 @@ only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from moda_jax.config_checks import check_types as _check_types
+from moda_jax.config_checks import require as _require
+from moda_jax.config_checks import require_not_negative as _require_not_negative
+from moda_jax.config_checks import require_positive as _require_positive
+from moda_jax.depth_config import MECHANISMS, DepthSections
+
 NORMS = ("pre", "post")
-DEPTHS = ("none", "moda")
 REMATS = ("full", "attention", "ffn", "none")
 LAYER_LOOPS = ("scan", "unroll")
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
 FAULT_POLICIES = ("fail", "skip")
+_CLASS_PATH = re.compile(r"[\w.]+:\w+")  # "package.module:Class"
 # A URL, or one of remote storage after `Path` took a slash from it; a data source's kind may stand before.
 _REMOTE = re.compile(
     r"(tfds:|tokens:)?([A-Za-z][A-Za-z0-9+.-]*://|(gs|gcs|s3[an]?|hdfs|viewfs|abfss?|wasbs?|az|adl|oss|https?|hf):/)"
 )
-LARGEST_INT = 2**31 - 1  # what a device counts with; also keeps sizes that no machine has away from JAX
-
-
-def _require(condition: bool, field: str, came: Any, expected: str) -> None:
-    """Raises the ValueError that every bad field gets: its name, what came, what was expected."""
-    if not condition:
-        raise ValueError(f"{field}={came!r}: expected {expected}")
 
 
 def check_local(name: str, place: str) -> None:
@@ -68,18 +66,40 @@ def check_text(text: str, field: str) -> None:
         ) from error
 
 
-def _require_positive(section: str, config: Any, *fields: str) -> None:
-    for field in fields:
-        _require(getattr(config, field) > 0, f"{section}.{field}", getattr(config, field), "a positive number")
+def _with_aliases(**aliases: tuple[str, str]) -> Callable[[type], type]:
+    """A class decorator: keyword arguments and properties that are another name of a section's field.
+
+    Args:
+        **aliases: other name -> (section, field). `dataclasses.replace` takes the other name too.
+    """
+
+    def decorate(cls: type) -> type:
+        plain = cls.__init__
+        defaults = {field.name: field.default_factory for field in dataclasses.fields(cls)}
+
+        @functools.wraps(plain)
+        def init(self: Any, *args: Any, **values: Any) -> None:
+            for alias, (section, field) in aliases.items():
+                value = values.pop(alias, None)
+                if value is not None:
+                    _require(type(value) is bool, f"model.{alias}", value, "a value of type bool")
+                    values[section] = dataclasses.replace(
+                        _as_section(f"model.{section}", defaults[section], values.get(section, {})), **{field: value}
+                    )
+            plain(self, *args, **values)
+
+        cls.__init__ = init
+        cls.ALIASES = tuple(aliases)
+        for alias, (section, field) in aliases.items():
+            setattr(cls, alias, property(lambda self, s=section, f=field: getattr(getattr(self, s), f)))
+        return cls
+
+    return decorate
 
 
-def _require_not_negative(section: str, config: Any, *fields: str) -> None:
-    for field in fields:
-        _require(getattr(config, field) >= 0, f"{section}.{field}", getattr(config, field), "zero or a positive number")
-
-
+@_with_aliases(depth_ffn_kv=("moda", "ffn_kv"), depth_attn_kv=("moda", "attn_kv"))
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(DepthSections):
     """The model: all that `Transformer` needs, and nothing else. `depth="none", norm="post", qk_norm=True` is OLMo 2.
 
     Attributes:
@@ -91,10 +111,9 @@ class TransformerConfig:
         head_dim: H, channels of a head.
         ffn_width: hidden channels of the SwiGLU feed-forward network.
         norm: "post": x + norm(f(x)), OLMo 2's reordered norm; "pre": x + f(norm(x)).
-        depth: "none", or "moda": mixture-of-depths attention.
-        depth_ffn_kv: the FFN sub-layer also writes a depth entry, projected from its input (Table 3 row 4).
-        depth_attn_kv: the attention sub-layer writes a projection of its input instead of its own KV (row 5).
-        rope_theta: base of the rotary embedding's wavelengths.
+        depth: a name of `MECHANISMS`, whose section beside these fields has the mechanism's own, or
+            "package.module:Class" for a mechanism of one's own.
+        rope_theta: base of the rotary embedding's wavelengths; None: no rotary embedding.
         norm_epsilon: added to the mean square in every RMSNorm.
         tie_embeddings: the output projection is the embedding's transpose.
         qk_norm: RMSNorm over the full width of the query and the key projection.
@@ -104,9 +123,12 @@ class TransformerConfig:
             "reference" the norms have no kernel either.
         dtype: compute dtype, "float32", "bfloat16" or "float16" (dtype objects become their names); None: bfloat16 on a
             GPU, float32 elsewhere.
-        remat: what the layer loop stores for the backward pass, see `moda_jax.model.depth_scan`.
+        remat: what the layer loop stores for the backward pass, see `moda_jax.depth_scan`.
         layer_loop: "scan" compiles one layer; "unroll" each by itself, which is faster on a GPU and slower to compile.
         depth_gradient_dtype: dtype in which the depth stream's gradient accumulates; None: the compute dtype.
+
+    `depth_ffn_kv` and `depth_attn_kv` are other names of `moda.ffn_kv` and `moda.attn_kv`, for the constructor and for
+    config files; they win over the section.
     """
 
     vocab_size: int = 50304
@@ -118,9 +140,7 @@ class TransformerConfig:
     ffn_width: int = 3072
     norm: str = "post"
     depth: str = "moda"
-    depth_ffn_kv: bool = True
-    depth_attn_kv: bool = False
-    rope_theta: float = 500000.0
+    rope_theta: float | None = 500000.0
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = True
     qk_norm: bool = True
@@ -136,30 +156,43 @@ class TransformerConfig:
         for field in ("dtype", "depth_gradient_dtype"):
             object.__setattr__(self, field, _dtype_name(getattr(self, field)))
         _check_types("model", self)
+        for section in dataclasses.fields(DepthSections):
+            getattr(self, section.name).check(f"model.{section.name}")
         _require_positive(
             "model", self, "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
-            "rope_theta", "norm_epsilon", "max_sequence_length", "initializer_range",
+            "norm_epsilon", "max_sequence_length", "initializer_range",
         )  # fmt: skip
         _require(
             self.num_heads % self.num_kv_heads == 0, "model.num_heads", self.num_heads,
             f"a multiple of model.num_kv_heads={self.num_kv_heads}",
         )  # fmt: skip
-        _require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number (rotary pairs)")
+        if self.rope_theta is not None:
+            _require_positive("model", self, "rope_theta")
+            _require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number (rotary pairs)")
+        _require(
+            self.depth in MECHANISMS or _CLASS_PATH.fullmatch(self.depth) is not None, "model.depth", self.depth,
+            f'one of {tuple(MECHANISMS)}, or "package.module:Class"',
+        )  # fmt: skip
         for field, choices in (
-            ("norm", NORMS), ("depth", DEPTHS), ("remat", REMATS), ("layer_loop", LAYER_LOOPS),
+            ("norm", NORMS), ("remat", REMATS), ("layer_loop", LAYER_LOOPS),
             ("attention_implementation", (None, *IMPLEMENTATIONS)), ("dtype", (None, *DTYPES)),
             ("depth_gradient_dtype", (None, *DTYPES)),
         ):  # fmt: skip
             _require(getattr(self, field) in choices, f"model.{field}", getattr(self, field), f"one of {choices}")
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
+        """A validated config from a mapping of its fields; errors as `Config.from_dict`."""
+        return _section_from_dict("model", cls, values)
+
     @property
     def depth_entries_per_layer(self) -> int:
-        """Slots that one writing layer fills: 0 without depth, 1 for the attention entry, 2 with the FFN entry."""
-        return 0 if self.depth == "none" else 1 + int(self.depth_ffn_kv)
+        """Slots that one writing layer of MoDA fills: 1 for the attention entry, 2 with the FFN entry; else 0."""
+        return 1 + int(self.moda.ffn_kv) if self.depth == "moda" else 0
 
     @property
     def depth_slots(self) -> int:
-        """S: slots of the whole depth stream. The last layer writes nothing."""
+        """S: slots of MoDA's whole depth stream, of which the last layer writes none; 0 for other mechanisms."""
         return (self.num_layers - 1) * self.depth_entries_per_layer
 
 
@@ -440,11 +473,21 @@ class Config:
 def _section_from_dict(name: str, section: type, values: Mapping[str, Any]) -> Any:
     """One section's dataclass from a mapping; an unknown key is an error that names the nearest known ones."""
     _require(isinstance(values, Mapping), name, values, "a mapping of the section's keys to values")
-    known = [field.name for field in dataclasses.fields(section)]
+    fields = {field.name: field for field in dataclasses.fields(section)}
     for key in values:
-        if key not in known:
+        if key not in fields and key not in getattr(section, "ALIASES", ()):
+            known = sorted(fields, key=lambda name: dataclasses.is_dataclass(fields[name].default_factory))
             raise ValueError(f"{name}.{key}: unknown config key; known in {name}: {', '.join(known)}")
-    return section(**dict(values))
+    return section(**{
+        key: _as_section(f"{name}.{key}", fields[key].default_factory, value)
+        if key in fields and dataclasses.is_dataclass(fields[key].default_factory) else value
+        for key, value in values.items()
+    })  # fmt: skip
+
+
+def _as_section(name: str, section: type, values: Any) -> Any:
+    """A section inside of a section, from itself or from a mapping."""
+    return values if isinstance(values, section) else _section_from_dict(name, section, values)
 
 
 def _dtype_name(dtype: Any) -> Any:
@@ -455,22 +498,3 @@ def _dtype_name(dtype: Any) -> Any:
         return np.dtype(dtype).name
     except TypeError:
         return dtype
-
-
-def _check_types(section: str, config: Any) -> None:
-    """Every field holds its annotated type. An int is accepted for a float (and stored as one); a bool is no int."""
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if float in allowed and type(value) is int:
-            object.__setattr__(config, field.name, float(value))
-            continue
-        names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
-        _require(type(value) in allowed, f"{section}.{field.name}", value, f"a value of type {names}")
-        if type(value) is int:
-            _require(
-                abs(value) <= LARGEST_INT, f"{section}.{field.name}", value, f"a number of at most {LARGEST_INT}"
-            )  # fmt: skip
-        if type(value) is float:
-            _require(value == value and abs(value) != float("inf"), f"{section}.{field.name}", value, "a finite number")

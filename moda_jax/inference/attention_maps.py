@@ -19,13 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from moda_jax.inference.decode import check_decodable, model_config
+from moda_jax.inference.decode import model_config
 from moda_jax.model.attention import default_positions
-from moda_jax.model.depth_stream import DepthStream
+from moda_jax.model.depth.registry import find_mechanism
+from moda_jax.model.function import ModelFunction
 from moda_jax.model.precision import dot_precision
-from moda_jax.training.state import ModelFunction
+from moda_jax.model.stack import Step
 
 Array = jax.Array
 
@@ -79,53 +79,36 @@ def attention_maps(model: ModelFunction, params: Any, tokens: np.ndarray) -> Att
 
     Raises:
         ValueError: no token or too many.
-        NotImplementedError: see `decode.check_decodable`.
     """
     config = model_config(model, params)
     if not 1 <= len(tokens) <= config.max_sequence_length:
         raise ValueError(
             f"tokens: got {len(tokens)}, expected 1..{config.max_sequence_length} (model.max_sequence_length)"
         )
-    check_decodable(model, params)
     sequence, depth, slot_mass = _all_layers(model, params, np.asarray(tokens, np.int32)[None])
-    return AttentionMaps(
-        np.asarray(sequence), np.asarray(depth), np.asarray(slot_mass), config.depth_entries_per_layer, len(tokens)
-    )
+    mechanism = find_mechanism(config.depth)
+    entries = len(mechanism.entry_sites(config)) if mechanism.softmax_slots else 0
+    return AttentionMaps(np.asarray(sequence), np.asarray(depth), np.asarray(slot_mass), entries, len(tokens))
+
+
+class _Maps(Step):
+    """Leaves each layer's pooled maps behind."""
+
+    def attend(self, operation, request, stream, shared, number, held):
+        query, key, _ = request
+        if operation.reads_slots:
+            depth_key, length = stream.key[0], stream.length
+        else:
+            depth_key, length = jnp.zeros((key.shape[1], 0, *key.shape[2:]), key.dtype), 0
+        return operation(request, stream, shared), pooled_maps(query[0], key[0], depth_key, length), stream, 0
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _all_layers(model: ModelFunction, params: Any, tokens: Array) -> tuple[Array, Array, Array]:
     """The model's forward pass over tokens [1, T], which leaves the pooled maps of every layer behind."""
     module = model.module(params)
-    config = module.config
     x = module.embedding(tokens)
-    positions = default_positions(x)
-    stream = DepthStream.empty(*tokens.shape, config.depth_slots, config.num_kv_heads, config.head_dim, x.dtype)
-
-    def layer(block, x, stream):
-        x = block.depth.read(x, stream)
-        query, key, value = block.before(x, positions)
-        maps = pooled_maps(query[0], key[0], stream.key[0], stream.length)
-        attended = block.depth.operate(
-            query, key, value, stream, segment_ids=None, implementation=config.attention_implementation
-        )
-        x, entries = block.after(x, key, value, attended, positions)
-        return x, block.depth.write(stream, entries), maps
-
-    stacked = []
-    if module.layers is not None:
-        graph, layers = nnx.split(module.layers)
-
-        def body(carry, layer_params):
-            x, stream, maps = layer(nnx.merge(graph, layer_params), *carry)
-            return (x, stream), maps
-
-        stream = dataclasses.replace(stream, length=jnp.int32(0))
-        (x, stream), maps = jax.lax.scan(body, (x, stream), layers)
-        stacked.append(maps)
-    _, _, maps = layer(module.last_layer, x, stream)
-    stacked.append(jax.tree.map(lambda a: a[None], maps))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacked)
+    return module.walk(x, default_positions(x), None, _Maps())[1]
 
 
 def pooled_maps(query: Array, key: Array, depth_key: Array, depth_length: Array) -> tuple[Array, Array, Array]:

@@ -25,14 +25,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 
 from moda_jax.config import TransformerConfig
 from moda_jax.inference.sampling import SamplingConfig, sample
-from moda_jax.model.depth_stream import DepthStream, is_traced
+from moda_jax.model.depth.operations import SoftmaxAttention
+from moda_jax.model.depth.registry import find_mechanism
+from moda_jax.model.depth.stream import DepthStream, Stream, is_traced
+from moda_jax.model.function import ModelFunction
 from moda_jax.model.precision import compute_dtype, dot_precision
-from moda_jax.model.transformer import Block, Transformer
-from moda_jax.training.state import ModelFunction
+from moda_jax.model.stack import Step, cast_matrices
+from moda_jax.model.transformer import Transformer
 from pallas_kernels import depth_attention, dispatch
 from pallas_kernels.block import attention_forward, depth_facts
 
@@ -108,18 +111,13 @@ class DecodeState:
 
 
 def inference_params(params: PyTree, config: TransformerConfig) -> PyTree:
-    """Parameters as inference reads them: matrices in the compute dtype, cast once; norm scales stay float32.
+    """Parameters as inference reads them: matrices in the compute dtype, cast once; all others stay float32.
 
     Args:
         params: see `TrainState`.
         config: of the model.
     """
-    dtype = compute_dtype(config.dtype)
-
-    def cast(path: tuple, leaf: Array) -> Array:
-        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return cast_matrices(params, compute_dtype(config.dtype))
 
 
 def decode_params(params: PyTree, *, unroll: bool | None = None) -> PyTree:
@@ -151,9 +149,11 @@ def available_products(config: TransformerConfig) -> tuple[str, ...]:
         "slots": 0, "num_heads": 1, "num_kv_heads": 1, "head_dim": config.head_dim, "causal": False, "scale": scale,
         "segments": True, "positions": False, "key_length": False,
     }]  # fmt: skip
-    if config.depth_slots:
+    mechanism = find_mechanism(config.depth)
+    if mechanism.softmax_slots and mechanism.slots(config):
         query = jax.ShapeDtypeStruct((1, 1, config.num_heads, config.head_dim), dtype)
-        slots = jax.ShapeDtypeStruct((1, 1, config.depth_slots + 1, config.num_kv_heads, config.head_dim), dtype)
+        slots = (1, 1, mechanism.slots(config) + 1, config.num_kv_heads, config.head_dim)
+        slots = jax.ShapeDtypeStruct(slots, dtype)
         calls.append(depth_facts(query, slots, scale))
     kernels = all(dispatch.resolve(None, **facts) == "mosaic_gpu" for facts in calls)
     return ("dot", "reduce", "kernel") if kernels else ("dot", "reduce")
@@ -162,21 +162,6 @@ def available_products(config: TransformerConfig) -> tuple[str, ...]:
 def model_config(model: ModelFunction, params: PyTree) -> TransformerConfig:
     """The config of the model that `params` belong to."""
     return _module(model, params).config
-
-
-def check_decodable(model: ModelFunction, params: PyTree) -> None:
-    """Checks that the model's depth mechanism is one that decoding knows.
-
-    Raises:
-        NotImplementedError: the stream is read outside of the attention operator.
-    """
-    module = _module(model, params)
-    for block in (module.layers, module.last_layer):
-        if block is not None and not block.depth.reads_in_operator:
-            raise NotImplementedError(
-                f"decoding with a KV cache: model.depth={module.config.depth!r} reads its stream outside of the "
-                "attention operator, which is not supported; use 'none' or 'moda'"
-            )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity", "padded"))
@@ -287,43 +272,29 @@ def _choose(logits, cache, keys, count, sampling, vocab_size) -> DecodeState:
 # The prompt.
 
 
+class _Prompt(Step):
+    """Leaves each layer's keys and values behind, as the softmax had them."""
+
+    def attend(self, operation, request, stream, shared, number, held):
+        _, key, value = request
+        left = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, T, H]
+        return operation(request, stream, shared), left, stream, 0
+
+
 def _prompt_pass(
     module: Transformer, params: PyTree, tokens: Array, start: Array, padded: bool
 ) -> tuple[Array, Array, Array]:
     """tokens [B, T] to the last place's normed hidden state [B, 1, D], and all layers' KV [L, B, K, T, H]."""
-    config, (batch, T) = module.config, tokens.shape
-    place = jnp.arange(T, dtype=jnp.int32)[None]
+    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.maximum(place - start[:, None], 0)  # [B, T]
     segment_ids = (place >= start[:, None]).astype(jnp.int32) if padded else None
-    x = module.embedding(tokens)
-    stream = DepthStream.empty(batch, T, config.depth_slots, config.num_kv_heads, config.head_dim, x.dtype)
-
-    def layer(block: Block, x: Array, stream: DepthStream) -> tuple[Array, DepthStream, Array, Array]:
-        x = block.depth.read(x, stream)
-        query, key, value = block.before(x, positions)
-        attended = block.depth.operate(
-            query, key, value, stream, segment_ids=segment_ids, implementation=config.attention_implementation
-        )
-        x, entries = block.after(x, key, value, attended, positions)
-        return x, block.depth.write(stream, entries), key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, T, H]
-
-    keys, values = [], []
-    if module.layers is not None:
-        stacked = params["layers"]
-        if isinstance(stacked, tuple):  # one layer is compiled here all the same
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
-        graph, _ = nnx.split(module.layers)
-
-        def body(carry, layer_params):
-            x, stream, key, value = layer(nnx.merge(graph, layer_params), *carry)
-            return (x, stream), (key, value)
-
-        stream = dataclasses.replace(stream, length=jnp.int32(0))
-        (x, stream), (key, value) = jax.lax.scan(body, (x, stream), stacked)
-        keys, values = [key], [value]
-    x, _, key, value = layer(module.last_layer, x, stream)
-    hidden = module.final_norm(x[:, -1:])
-    return hidden, jnp.concatenate([*keys, key[None]]), jnp.concatenate([*values, value[None]])
+    stacked = params.get("layers")
+    if isinstance(stacked, tuple):  # one layer is compiled here all the same
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
+    hidden, (key, value), _ = module.walk(
+        module.embedding(tokens), positions, segment_ids, _Prompt(), layer_params=stacked, last_token_only=True
+    )
+    return hidden, key, value
 
 
 def _group_rows(batch: int, tokens: int) -> int:
@@ -336,60 +307,66 @@ def _group_rows(batch: int, tokens: int) -> int:
 # A step.
 
 
+@dataclasses.dataclass(frozen=True)
+class _Token(Step):
+    """One token: attention's softmax spans the cache, the depth slots if they are part of it, and the token itself.
+
+    Attributes:
+        start, length: of the cache.
+        products: with the cache.
+    """
+
+    start: Array | None
+    length: Array
+    products: str
+
+    spare_slots = 1  # for the KV of the layer that runs
+    numbered = True
+
+    def attend(
+        self,
+        operation: SoftmaxAttention,
+        request: tuple[Array, Array, Array],
+        stream: Stream,
+        shared: tuple,
+        number: Array | int,
+        held: tuple[PyTree, PyTree],
+    ) -> tuple[Array, tuple[Array, Array], Stream, int]:
+        query, key, value = request
+        own = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, 1, H]
+        cached_key, cached_value = (a[number] if isinstance(a, tuple) else _layer_of(a, number) for a in held)
+        if not operation.reads_slots:
+            beside = DepthStream(key[:, :, None], value[:, :, None], np.int32(1))
+            attended = self._attend(query, cached_key, cached_value, beside)
+            return attended, own, stream, 0
+        beside = stream.append(key, value)
+        attended = self._attend(query, cached_key, cached_value, beside)
+        # The stream is read before it is written again: XLA would copy it otherwise, as in the layer loop.
+        attended, beside = jax.lax.optimization_barrier((attended, beside))
+        return attended, own, beside.with_length(stream.length), 1
+
+    def _attend(self, query: Array, cached_key: Array, cached_value: Array, beside: DepthStream) -> Array:
+        return _attend(query, cached_key, cached_value, self.start, self.length, beside, self.products)
+
+
+def _layer_of(cached: Array, number: Array | int) -> Array:
+    """One layer of a stacked cache: [B, K, C, H]."""
+    return cached[number] if isinstance(number, int) else jax.lax.dynamic_index_in_dim(cached, number, keepdims=False)
+
+
 def _step(
     module: Transformer, params: PyTree, cache: KVCache, tokens: Array, products: str | None
 ) -> tuple[Array, KVCache]:
-    config = module.config
-    products = products or available_products(config)[-1]
+    products = products or available_products(module.config)[-1]
     begin = jnp.zeros(len(tokens), jnp.int32) if cache.start is None else cache.start
     positions = (cache.length - begin)[:, None]  # [B, 1]
-    x = module.embedding(tokens[:, None])  # [B, 1, D]
-    # One slot more than the layers fill, for the KV of the layer that runs.
-    stream = DepthStream.empty(len(tokens), 1, config.depth_slots + 1, config.num_kv_heads, config.head_dim, x.dtype)
-
-    def layer(block: Block, x: Array, stream: DepthStream, cached_key: Array, cached_value: Array) -> tuple:
-        x = block.depth.read(x, stream)
-        query, key, value = block.before(x, positions)
-        beside = stream.append(key, value)
-        attended = _attend(query, cached_key, cached_value, cache.start, cache.length, beside, products)
-        # The stream is read before it is written again: XLA would copy it otherwise, as in the layer loop.
-        attended, beside = jax.lax.optimization_barrier((attended, beside))
-        x, entries = block.after(x, key, value, attended, positions)
-        if block.depth.writes_own_key_value:  # that entry is there already
-            stream = block.depth.write(beside, entries[1:])
-        else:
-            stream = block.depth.write(dataclasses.replace(beside, length=stream.length), entries)
-        return x, stream, (key.swapaxes(1, 2), value.swapaxes(1, 2))  # [B, K, 1, H]
-
-    new = []
-    if module.layers is not None:
-        graph, _ = nnx.split(module.layers)
-        if isinstance(params["layers"], tuple):
-            for i, layer_params in enumerate(params["layers"]):
-                x, stream, own = layer(nnx.merge(graph, layer_params), x, stream, cache.key[i], cache.value[i])
-                new.append(own)
-        else:
-
-            def body(carry, xs):
-                x, stream, all_keys, all_values = carry
-                layer_params, i = xs
-                cached = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in (all_keys, all_values))
-                x, stream, own = layer(nnx.merge(graph, layer_params), x, stream, *cached)
-                return (x, stream, all_keys, all_values), own
-
-            stream = dataclasses.replace(stream, length=jnp.int32(0))
-            carry = (x, stream, cache.key, cache.value)
-            (x, stream, key, value), own = jax.lax.scan(
-                body, carry, (params["layers"], jnp.arange(config.num_layers - 1))
-            )
-            cache = dataclasses.replace(cache, key=key, value=value)
-            new.append(own)  # [L-1, B, K, 1, H]
-    x, _, own = layer(module.last_layer, x, stream, cache.key[-1], cache.value[-1])
-    logits = module.logits(module.final_norm(x))[:, 0]
-    if isinstance(cache.key, tuple):
-        key, value = zip(*new, own, strict=True)
-    else:
-        key, value = (jnp.concatenate([*(n[j] for n in new), own[j][None]]) for j in (0, 1))
+    hidden, own, (all_keys, all_values) = module.walk(
+        module.embedding(tokens[:, None]), positions, None, _Token(cache.start, cache.length, products),
+        held=(cache.key, cache.value), layer_params=params.get("layers"),
+    )  # fmt: skip
+    cache = dataclasses.replace(cache, key=all_keys, value=all_values)
+    logits = module.logits(hidden)[:, 0]
+    key, value = zip(*own, strict=True) if isinstance(cache.key, tuple) else own
     logits, key, value = jax.lax.optimization_barrier((logits, key, value))  # written after all was read
     return logits, _write(cache, key, value)
 

@@ -15,7 +15,7 @@ from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.data.tokenizer_file import Losses
 from moda_jax.inference import decode
 from moda_jax.inference.sampling import SamplingConfig, row_keys
-from moda_jax.training.state import ModelFunction
+from moda_jax.model.function import ModelFunction
 
 _logger = logging.getLogger(__name__)
 
@@ -122,7 +122,6 @@ def generate(
 
     Raises:
         ValueError: no prompt, one without tokens, one that does not fit the model's context, or an empty stop string.
-        NotImplementedError: see `decode.check_decodable`.
     """
     longest = decode.model_config(model, params).max_sequence_length
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
@@ -131,7 +130,6 @@ def generate(
         raise ValueError("stop='': expected a string of at least one character")
     for text in stop:
         check_text(text, "stop")
-    decode.check_decodable(model, params)
     params = decode.decode_params(params)
     sampling = SamplingConfig() if sampling is None else sampling
     key = jax.random.key(0) if key is None else key

@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 from moda_jax.config import Config, check_local
 from moda_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from moda_jax.inference.decode import inference_params
+from moda_jax.model.function import ModelFunction, model_function, split_model
 from moda_jax.training.checkpoint import CheckpointError, check_step, find_good_step, saved_steps, warn_of_skipped
-from moda_jax.training.state import ModelFunction, model_function, split_model
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, TOKENIZER_FILE, read_config
 
 

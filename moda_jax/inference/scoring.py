@@ -17,7 +17,7 @@ import numpy as np
 
 from moda_jax.inference.decode import model_config
 from moda_jax.inference.generation import padded_length
-from moda_jax.training.state import ModelFunction
+from moda_jax.model.function import ModelFunction
 
 Array = jax.Array
 

@@ -99,7 +99,7 @@ def run_config(directory: Path, base: TransformerConfig, config: Config | None) 
     else:
         wanted: dict[str, Any] = {field: getattr(config.model, field) for field in OPEN_FIELDS}
         if base.depth != "none":
-            for field in ("depth", "depth_ffn_kv", "depth_attn_kv"):
+            for field in ("depth", base.depth):
                 if wanted[field] != getattr(base, field):
                     raise ValueError(
                         f"model.{field}={wanted[field]!r}: the checkpoint has {getattr(base, field)!r}; depth can only "

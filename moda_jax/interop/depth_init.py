@@ -1,6 +1,7 @@
-"""A MoDA model that starts from a trained model without depth, close to it.
+"""A model with depth that starts from a trained model without, close to it.
 
-Every weight of the base is taken over; new are only the extra projections of the depth entries. A depth slot cannot be
+Every weight of the base is taken over; new is what the mechanism adds, as its `added` says. In MoDA these are the extra
+projections of the depth entries. A depth slot cannot be
 switched off: it takes exp(logit) of the softmax even if its logit is 0, and since a depth key passes the layer's key
 norm, no small projection makes a small key. What can be chosen:
 
@@ -26,17 +27,20 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moda_jax.config import TransformerConfig
-from moda_jax.training.state import split_model
+from moda_jax.depth_config import DepthSections
+from moda_jax.model.depth.mechanism import DepthMechanism
+from moda_jax.model.depth.registry import find_mechanism
+from moda_jax.model.function import split_model
 
 Array = jax.Array
 
 # Fields that may differ between the base and the model that starts from it.
+DEPTH_FIELDS = ("depth", *(field.name for field in dataclasses.fields(DepthSections)))
 OPEN_FIELDS = (
-    "depth", "depth_ffn_kv", "depth_attn_kv", "attention_implementation", "dtype", "remat", "layer_loop",
-    "depth_gradient_dtype", "initializer_range",
+    *DEPTH_FIELDS, "attention_implementation", "dtype", "remat", "layer_loop", "depth_gradient_dtype",
+    "initializer_range",
 )  # fmt: skip
 
 
@@ -62,20 +66,16 @@ def add_depth(base: TransformerConfig, params: Any, config: TransformerConfig, k
         if field.name not in OPEN_FIELDS and ours != theirs:
             raise ValueError(f"model.{field.name}={ours!r}: expected the base's {theirs!r}")
     fresh = jax.jit(lambda key: split_model(config, key)[1])(key)  # not one operation at a time
-    return _over(fresh, params)
+    return _over(fresh, params, find_mechanism(config.depth))
 
 
-def _over(fresh: Any, params: Any) -> Any:
-    """The base's leaves where it has some; of the rest, keys as they are and values 0."""
+def _over(fresh: Any, params: Any, mechanism: type[DepthMechanism], path: tuple[str, ...] = ()) -> Any:
+    """The base's leaves where it has some; of the rest, what the mechanism makes of them."""
     merged = {}
     for name, leaf in fresh.items():
         if isinstance(leaf, dict):
-            merged[name] = _over(leaf, params.get(name, {}))
+            merged[name] = _over(leaf, params.get(name, {}), mechanism, (*path, name))
         else:
-            merged[name] = params[name] if name in params else _without_values(leaf)
+            own = ".".join((*path, name)[2:])  # behind "layers.depth" or "last_layer.depth"
+            merged[name] = params[name] if name in params else mechanism.added(own, leaf)
     return merged
-
-
-def _without_values(kernel: Array) -> Array:
-    """A depth projection's kernel [L, D, 2, K, H] (keys, values) with values 0."""
-    return kernel * jnp.array([1.0, 0.0])[:, None, None]

@@ -21,7 +21,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from moda_jax.config import TransformerConfig, check_local
-from moda_jax.interop.olmo2 import SINGLE_FILE, load_olmo2, read_transformer, sources_of
+from moda_jax.interop.olmo2 import SINGLE_FILE, layers_of, load_olmo2, read_transformer, sources_of
 from moda_jax.model.transformer import Transformer
 
 CONFIG_FILE = "config.json"
@@ -70,8 +70,8 @@ def export_model(
     tensors = {}
     for path, leaf in nnx.traversals.flatten_mapping(params).items():
         array = np.asarray(leaf, np.float32)
-        sources = sources_of(path, array.shape, config.num_layers)
-        for source, layer in zip(sources, array.reshape(len(sources), *sources[0].shape), strict=True):
+        sources = sources_of(path, array.shape, config)
+        for source, layer in zip(sources, layers_of(array, sources), strict=True):
             tensors[source.name] = np.ascontiguousarray(source.store(layer)).astype(jnp.dtype(dtype))
     values = _olmo2_values(config) if is_olmo2(config) else _own_values(config)
     values |= {"dtype": dtype, "torch_dtype": dtype, "eos_token_id": end_of_text_id}
@@ -102,7 +102,7 @@ def load_model(
     if values is None:
         return load_olmo2(directory, **options)
     try:
-        config = TransformerConfig(**(values | options))
+        config = TransformerConfig.from_dict(values | options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{directory / CONFIG_FILE}: not a model of this version of moda_jax ({error})") from error
     return config, read_transformer(directory, config)

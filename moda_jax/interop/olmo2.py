@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from moda_jax.config import TransformerConfig
 from moda_jax.data.faults import is_lfs_pointer
+from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.transformer import Transformer
 
 SINGLE_FILE = "model.safetensors"
@@ -51,9 +52,6 @@ LAYER_TENSORS = {
     "ffn.up.kernel": ("mlp.up_proj.weight", 1),
     "ffn.down.kernel": ("mlp.down_proj.weight", 1),
     "ffn_norm.scale": ("post_feedforward_layernorm.weight", 0),
-    # Not OLMo 2's: the extra projections of a MoDA model, [2 * K * H, D], keys before values.
-    "depth.ffn_kv.kernel": ("depth.ffn_kv_proj.weight", 1),
-    "depth.attention_kv.kernel": ("depth.attention_kv_proj.weight", 1),
 }
 
 
@@ -113,7 +111,7 @@ def read_transformer(directory: pathlib.Path, config: TransformerConfig) -> Tran
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     shapes = {path: parameter.shape for path, parameter in nnx.to_flat_state(state)}
-    sources = {path: sources_of(path, shape, config.num_layers) for path, shape in shapes.items()}
+    sources = {path: sources_of(path, shape, config) for path, shape in shapes.items()}
     with contextlib.ExitStack() as stack:
         files = _open_files(directory, stack)
         if config.tie_embeddings:
@@ -240,7 +238,7 @@ class Tensor:
     """One tensor of the checkpoint, which becomes a parameter or one layer of a stacked parameter."""
 
     name: str
-    shape: tuple[int, ...]  # in our layout
+    shape: tuple[int, ...]  # in our layout, padding left out
     input_axes: int  # leading axes of `shape` that the file has last, as one; 0: stored as it is
 
     @property
@@ -260,15 +258,25 @@ class Tensor:
         return array.reshape(self.stored_shape[::-1]).T if self.input_axes else array
 
 
-def sources_of(path: tuple[str, ...], shape: tuple[int, ...], num_layers: int) -> list[Tensor]:
-    """The tensors that fill one parameter: one, or one per layer for the stacked first L-1 layers."""
+def sources_of(path: tuple[str, ...], shape: tuple[int, ...], config: TransformerConfig) -> list[Tensor]:
+    """The tensors that fill one parameter: one, or one per layer for the stacked first L-1 layers.
+
+    A depth mechanism names its own. Of a parameter that is padded in some layers, the file has what they use.
+    """
     if path[0] not in ("layers", "last_layer"):
         name, input_axes = OUTER_TENSORS[".".join(path)]
         return [Tensor(name, shape, input_axes)]
-    name, input_axes = LAYER_TENSORS[".".join(path[1:])]
-    if path[0] == "last_layer":
-        return [Tensor(f"model.layers.{num_layers - 1}.{name}", shape, input_axes)]
-    return [Tensor(f"model.layers.{i}.{name}", shape[1:], input_axes) for i in range(num_layers - 1)]
+    last = config.num_layers - 1
+    layers, shape = ([last], shape) if path[0] == "last_layer" else (range(last), shape[1:])
+    if path[1] != "depth":
+        name, input_axes = LAYER_TENSORS[".".join(path[1:])]
+        return [Tensor(f"model.layers.{i}.{name}", shape, input_axes) for i in layers]
+    mechanism, own = find_mechanism(config.depth), ".".join(path[2:])
+    name, input_axes = mechanism.tensors.get(own, (own, 0))
+    return [
+        Tensor(f"model.layers.{i}.depth.{name}", mechanism.used_sizes(config, own, i) or shape, input_axes)
+        for i in layers
+    ]
 
 
 def _open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
@@ -341,9 +349,15 @@ def _some(names: list[str], most: int = 8) -> str:
 
 def _read(files: Mapping[str, tuple[pathlib.Path, Any]], tensors: list[Tensor], shape: tuple[int, ...]) -> np.ndarray:
     """One parameter of shape `shape`, float32, from its tensors."""
-    parameter = np.empty(shape, np.float32)
-    layers = parameter.reshape(len(tensors), *tensors[0].shape)
-    for layer, tensor in zip(layers, tensors, strict=True):
+    parameter = np.zeros(shape, np.float32)
+    for layer, tensor in zip(layers_of(parameter, tensors), tensors, strict=True):
         _, reader = files[tensor.name]
         layer[...] = tensor.convert(reader.get_tensor(tensor.name))
     return parameter
+
+
+def layers_of(parameter: np.ndarray, tensors: list[Tensor]) -> list[np.ndarray]:
+    """The parts of a parameter that its tensors hold: views, padding left out."""
+    stacked = parameter.ndim > len(tensors[0].shape)
+    layers = parameter if stacked else parameter[None]
+    return [layer[tuple(map(slice, tensor.shape))] for layer, tensor in zip(layers, tensors, strict=True)]

@@ -11,6 +11,7 @@ Symbols: V vocabulary, L layers, D width, N query heads, K key/value heads, H he
 from __future__ import annotations
 
 from moda_jax.config import TransformerConfig
+from moda_jax.model.depth.registry import find_mechanism
 
 
 def param_count(config: TransformerConfig) -> int:
@@ -18,7 +19,7 @@ def param_count(config: TransformerConfig) -> int:
     norms = 2 * config.width
     if config.qk_norm:
         norms += (config.num_heads + config.num_kv_heads) * config.head_dim
-    layers = config.num_layers * (_layer_matrices(config) + norms) + _depth_projections(config)
+    layers = config.num_layers * (_layer_matrices(config) + norms) + find_mechanism(config.depth).parameters(config)
     vocabularies = 1 if config.tie_embeddings else 2
     return vocabularies * config.vocab_size * config.width + layers + config.width  # the last: the final norm
 
@@ -26,7 +27,7 @@ def param_count(config: TransformerConfig) -> int:
 def forward_flops(config: TransformerConfig, seq_len: int) -> float:
     """FLOPs of the forward pass over one sequence, as the paper counts them: attention over the full T x T.
 
-    2 T (matrices + V D) + 4 T^2 L N H + 4 T N H (slots read, summed over the layers)
+    2 T (matrices + V D) + 4 T^2 L N H + T (the depth mechanism's reads; MoDA: 4 N H a slot, summed over the layers)
 
     Args:
         config: the model.
@@ -36,23 +37,23 @@ def forward_flops(config: TransformerConfig, seq_len: int) -> float:
         ValueError: `seq_len` is below 1.
     """
     _check_seq_len(seq_len)
-    matrices = config.num_layers * _layer_matrices(config) + _depth_projections(config)
+    mechanism = find_mechanism(config.depth)
+    matrices = config.num_layers * _layer_matrices(config) + mechanism.matrix_parameters(config)
     matrices += config.vocab_size * config.width  # logits
-    heads_width = config.num_heads * config.head_dim
-    attention = 4 * heads_width * (config.num_layers * seq_len + _slots_read(config))
-    return float(seq_len * (2 * matrices + attention))
+    attention = 4 * config.num_heads * config.head_dim * config.num_layers * seq_len
+    return float(seq_len * (2 * matrices + attention + mechanism.read_flops(config)))
 
 
 def train_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
     """FLOPs per token of one training step (forward and backward), of which MFU is a share of the hardware's peak.
 
-    6 P + 6 L N H T + 12 N H (slots read, summed over the layers)
+    6 P + 6 L N H T + 3 (the depth mechanism's reads, forward)
 
     P are the parameters with the vocabulary counted once: a tied table is the matrix of the logits, an untied one is
     looked up and takes part in no product. The second term is causal attention: a token sees T / 2 others on average,
-    two products of 2 N H FLOPs each, backward twice the forward. The third is the same over the depth slots, of which
-    every token sees all that are filled. For `depth="none"` it is 0 and the formula is the usual one; for Table 3's row
-    4 it is 0.3 % of the sum. Recomputation (`remat`) is no model arithmetic and never counts.
+    two products of 2 N H FLOPs each, backward twice the forward. The third is what a token's reads of the depth stream
+    cost, of which MoDA's see all slots that are filled. For `depth="none"` it is 0 and the formula is the usual one;
+    for Table 3's row 4 it is 0.3 % of the sum. Recomputation (`remat`) is no model arithmetic and never counts.
 
     Args:
         config: the model.
@@ -65,28 +66,14 @@ def train_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
     parameters = param_count(config)
     if not config.tie_embeddings:
         parameters -= config.vocab_size * config.width
-    heads_width = config.num_heads * config.head_dim
-    attention = 6 * heads_width * (config.num_layers * seq_len + 2 * _slots_read(config))
-    return float(6 * parameters + attention)
+    attention = 6 * config.num_heads * config.head_dim * config.num_layers * seq_len
+    return float(6 * parameters + attention + 3 * find_mechanism(config.depth).read_flops(config))
 
 
 def _layer_matrices(config: TransformerConfig) -> int:
     """Weights of one layer without its norms and depth projections: query, output, key, value; gate, up, down."""
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
     return config.width * (heads * config.head_dim + 3 * config.ffn_width)
-
-
-def _depth_projections(config: TransformerConfig) -> int:
-    """Weights of the extra key/value projections, in all layers but the last."""
-    if config.depth == "none":
-        return 0
-    per_layer = int(config.depth_ffn_kv) + int(config.depth_attn_kv)
-    return (config.num_layers - 1) * per_layer * config.width * 2 * config.num_kv_heads * config.head_dim
-
-
-def _slots_read(config: TransformerConfig) -> int:
-    """Filled slots that a token's query meets, summed over the layers: layer l (from 0) reads l x entries."""
-    return config.depth_entries_per_layer * config.num_layers * (config.num_layers - 1) // 2
 
 
 def _check_seq_len(seq_len: int) -> None:

@@ -9,19 +9,17 @@ Axes: B batch, T tokens, L layers, S depth slots, D model width, N query heads, 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moda_jax.config import TransformerConfig
 from moda_jax.model.attention import default_positions
-from moda_jax.model.depth_stream import DepthStream
 from moda_jax.model.precision import dot_precision
-from moda_jax.model.transformer import Block, Transformer
+from moda_jax.model.stack import Step
+from moda_jax.model.transformer import Transformer
 from moda_jax.parallel.attention import Options, attention_forward
 
 Array = jax.Array
@@ -89,25 +87,17 @@ def probed_hidden(
         ValueError: a model without depth slots.
         NotImplementedError: its mechanism reads the stream elsewhere than in the attention op.
     """
-    config = module.config
-    check_has_depth(config)
-    if not module.last_layer.depth.reads_in_operator:
-        raise NotImplementedError(f"depth probes: model.depth={config.depth!r} reads outside of the attention op")
+    check_has_depth(module.config)
+    mechanism = type(module.last_layer.depth)
+    if not mechanism.softmax_slots:
+        raise NotImplementedError(
+            f"depth probes: model.depth={module.config.depth!r} reads outside of the attention op"
+        )
     x = module.embedding(tokens)  # [B, T, D]
     positions = default_positions(x) if positions is None else positions
-    stream = DepthStream.empty(*tokens.shape, config.depth_slots, config.num_kv_heads, config.head_dim, x.dtype)
-    stream = dataclasses.replace(stream, length=jnp.int32(0))
-    graph, layers = nnx.split(module.layers)
-    order, count = (jnp.asarray(array, jnp.int32) for array in choice)
-
-    def body(carry, layer):
-        params, order, count = layer
-        x, stream, mass = _probed_layer(nnx.merge(graph, params), *carry, positions, segment_ids, order, count)
-        return (x, stream), mass
-
-    (x, stream), masses = jax.lax.scan(body, (x, stream), (layers, order[:-1], count[:-1]))
-    x, _, mass = _probed_layer(module.last_layer, x, stream, positions, segment_ids, order[-1], count[-1])
-    return module.final_norm(x), jnp.concatenate([masses, mass[None]])
+    held = tuple(jnp.asarray(array, jnp.int32) for array in choice)
+    hidden, masses, _ = module.walk(x, positions, segment_ids, _Probe(), held=held)
+    return hidden, masses
 
 
 def depth_mass(slot_mass: Array) -> Array:
@@ -115,23 +105,21 @@ def depth_mass(slot_mass: Array) -> Array:
     return jnp.sum(slot_mass[1:], axis=-1).mean()
 
 
-def _probed_layer(
-    block: Block,
-    x: Array,
-    stream: DepthStream,
-    positions: Array,
-    segment_ids: Array | None,
-    order: Array,
-    count: Array,
-) -> tuple[Array, DepthStream, Array]:
-    """One layer: (x, stream, mass [S])."""
-    query, key, value = block.before(x, positions)
-    depth_key, depth_value = (jnp.take(array, order, axis=2) for array in (stream.key, stream.value))
-    options = Options(query.shape[-1] ** -0.5, block.config.attention_implementation)
-    attended, lse = attention_forward(query, key, value, depth_key, depth_value, count, segment_ids, options)
-    mass = _mass(query, depth_key, lse, count, options.scale)
-    x, entries = block.after(x, key, value, attended, positions)
-    return x, block.depth.write(stream, entries), jnp.zeros_like(mass).at[order].set(mass)
+class _Probe(Step):
+    """Attention over the chosen slots alone; leaves the probability on every slot [S] behind."""
+
+    numbered = True
+
+    def attend(self, operation, request, stream, shared, number, held):
+        query, key, value = request
+        order, count = (jax.lax.dynamic_index_in_dim(array, number, keepdims=False) for array in held)
+        depth_key, depth_value = (jnp.take(array, order, axis=2) for array in stream.buffers)
+        options = Options(query.shape[-1] ** -0.5, operation.implementation)
+        attended, lse = attention_forward(
+            query, key, value, depth_key, depth_value, count, operation.segment_ids(*shared), options
+        )
+        mass = _mass(query, depth_key, lse, count, options.scale)
+        return attended, jnp.zeros_like(mass).at[order].set(mass), stream, 0
 
 
 def _mass(query: Array, depth_key: Array, lse: Array, count: Array, scale: float) -> Array:

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.precision import contract
 from moda_jax.parallel import vocabulary
+from moda_jax.parallel.manual import varying_like
 from moda_jax.parallel.mesh import constrain, current_mesh
 from moda_jax.parallel.norm import rms_norm_backward
 from moda_jax.row_sums import sum_rows
@@ -45,7 +47,7 @@ class Projection(nnx.Module):
         initializer_range: float,
         dtype: jnp.dtype,
         out_dtype: jnp.dtype | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | InitialKeys,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
@@ -74,19 +76,21 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x of any shape [..., features]."""
-        return rms_norm(x, self.scale[...], self.epsilon, self.implementation)
+        return rms_norm(x, varying_like(self.scale[...], x), self.epsilon, self.implementation)
 
 
 class HeadsNorm(RMSNorm):
     """OLMo 2's QK-norm and what follows it: one RMSNorm over a projection's full width, all heads together, then the
-    rotary embedding head by head."""
+    rotary embedding head by head, if there is one."""
 
     def __init__(self, heads: int, head_dim: int, *, epsilon: float, implementation: str | None = None) -> None:
         super().__init__(heads * head_dim, epsilon=epsilon, implementation=implementation)
 
-    def __call__(self, x: Array, positions: Array, theta: float) -> Array:
-        """x and the result [B, T, heads, H]; positions, theta: as in `rotate`."""
-        scale = self.scale[...].reshape(x.shape[-2:])
+    def __call__(self, x: Array, positions: Array, theta: float | None) -> Array:
+        """x and the result [B, T, heads, H]; positions, theta: as in `rotate`; theta None: no rotation."""
+        if theta is None:
+            return super().__call__(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+        scale = varying_like(self.scale[...], x).reshape(x.shape[-2:])
         return norm_rotate(x, scale, positions, self.epsilon, theta, self.implementation)
 
 
@@ -108,17 +112,18 @@ class SwiGLU(nnx.Module):
         keep_hidden: bool = True,
         initializer_range: float,
         dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | InitialKeys,
     ) -> None:
-        options = {"initializer_range": initializer_range, "dtype": dtype, "rngs": rngs}
+        keys = InitialKeys.of(rngs)
+        options = {"initializer_range": initializer_range, "dtype": dtype}
         self.keep_hidden = keep_hidden
-        self.gate = Projection("btd,df->btf", (width, hidden), **options)
-        self.up = Projection("btd,df->btf", (width, hidden), **options)
-        self.down = Projection("btf,fd->btd", (hidden, width), **options)
+        self.gate = Projection("btd,df->btf", (width, hidden), **options, rngs=keys.at("gate"))
+        self.up = Projection("btd,df->btf", (width, hidden), **options, rngs=keys.at("up"))
+        self.down = Projection("btf,fd->btd", (hidden, width), **options, rngs=keys.at("down"))
 
     def __call__(self, x: Array) -> Array:
         """x and the result: [B, T, D]."""
-        kernels = (p.kernel[...].astype(p.dtype) for p in (self.gate, self.up, self.down))
+        kernels = (varying_like(p.kernel[...].astype(p.dtype), x) for p in (self.gate, self.up, self.down))
         return swiglu(self.keep_hidden, x.astype(self.gate.dtype), *kernels)
 
 
@@ -126,7 +131,7 @@ class Embedding(nnx.Module):
     """Rows of a table by token id; its transpose is the output projection of a tied model."""
 
     def __init__(
-        self, vocab_size: int, width: int, *, initializer_range: float, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, vocab_size: int, width: int, *, initializer_range: float, dtype: jnp.dtype, rngs: nnx.Rngs | InitialKeys
     ) -> None:
         self.dtype = dtype
         init = nnx.initializers.normal(initializer_range)

@@ -118,27 +118,73 @@ def attention_backward(
     return _on_devices(_local_backward, options, _specs(axes, operands), out_specs, operands)
 
 
+def depth_forward(
+    query: Array, depth_key: Array, depth_value: Array, depth_length: int | Array | None, options: Options
+) -> tuple[Array, Array]:
+    """(out, lse) of the depth part alone, as `pallas_kernels.block.depth_forward`; everything in it is per token."""
+
+    def local(options: Options, context: int, *operands: Array) -> tuple[Array, Array]:
+        return block.depth_forward(*operands, scale=options.scale, implementation=options.implementation)
+
+    operands = (query, depth_key, depth_value, depth_length)
+    if current_mesh() is None:
+        return local(options, 1, *operands)
+    specs = _specs((_QUERY, _DEPTH, _DEPTH, ()), operands)
+    return _on_devices(local, options, specs, _specs((_QUERY, _STATISTICS)), operands)
+
+
+def depth_backward(
+    query: Array,
+    depth_key: Array,
+    depth_value: Array,
+    depth_length: int | Array | None,
+    dout: Array,
+    lse: Array,
+    delta: Array,
+    depth_key_gradient: Array,
+    depth_value_gradient: Array,
+    options: Options,
+) -> tuple[Array, Array, Array]:
+    """(dquery, ddepth_key, ddepth_value), as `pallas_kernels.block.depth_backward`."""
+
+    def local(options: Options, context: int, *operands: Array) -> tuple[Array, Array, Array]:
+        *operands, key_gradient, value_gradient = operands
+        return block.depth_backward(
+            *operands, scale=options.scale, depth_key_gradient=key_gradient, depth_value_gradient=value_gradient,
+            implementation=options.implementation,
+        )  # fmt: skip
+
+    operands = (
+        query, depth_key, depth_value, depth_length, dout, lse, delta, depth_key_gradient, depth_value_gradient,
+    )  # fmt: skip
+    if current_mesh() is None:
+        return local(options, 1, *operands)
+    axes = (_QUERY, _DEPTH, _DEPTH, (), _QUERY, _STATISTICS, _STATISTICS, _DEPTH, _DEPTH)
+    return _on_devices(local, options, _specs(axes, operands), _specs((_QUERY, _DEPTH, _DEPTH)), operands)
+
+
 def attend(
     query: Array,
     key: Array,
     value: Array,
-    depth_key: Array,
-    depth_value: Array,
+    depth_key: Array | None,
+    depth_value: Array | None,
+    depth_length: int | Array | None,
     *,
-    depth_length: int | Array,
     segment_ids: Array | None,
+    scale: float | None = None,
     implementation: str | None,
 ) -> Array:
     """`pallas_kernels.moda_attention`, differentiable, on the current mesh. Arguments and result as there."""
     if current_mesh() is None:
         return moda_attention(
             query, key, value, depth_key, depth_value,
-            depth_length=depth_length, segment_ids=segment_ids, implementation=implementation,
+            depth_length=depth_length, segment_ids=segment_ids, scale=scale, implementation=implementation,
         )  # fmt: skip
-    length = jnp.asarray(depth_length, jnp.int32)
-    if depth_key.shape[2] == 0:
+    length = None if depth_length is None else jnp.asarray(depth_length, jnp.int32)
+    if depth_key is None or depth_key.shape[2] == 0:
         depth_key = depth_value = length = None
-    options = Options(query.shape[-1] ** -0.5, implementation)
+    options = Options(query.shape[-1] ** -0.5 if scale is None else scale, implementation)
     return _attend(options, query, key, value, depth_key, depth_value, length, segment_ids)
 
 

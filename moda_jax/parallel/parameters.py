@@ -23,8 +23,8 @@ from moda_jax.parallel.mesh import FIELDS, RULES, current_mesh, partition_spec
 
 Array = jax.Array
 
-# Logical axes by the last two names of a parameter. Stacked layers have "layers" in front.
-PARAMETER_AXES: dict[str, tuple[str, ...]] = {
+# Logical axes by the last two names of a parameter. Stacked layers have "layers" in front. Depth mechanisms add theirs.
+PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding.table": ("vocabulary", "width"),
     "head.kernel": ("width", "vocabulary"),
     "query.kernel": ("width", "heads", "head_dim"),
@@ -36,12 +36,22 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "gate.kernel": ("width", "ffn"),
     "up.kernel": ("width", "ffn"),
     "down.kernel": ("ffn", "width"),
-    "ffn_kv.kernel": ("width", "pair", "kv_heads", "head_dim"),
-    "attention_kv.kernel": ("width", "pair", "kv_heads", "head_dim"),
     "attention_norm.scale": ("channels",),
     "ffn_norm.scale": ("channels",),
     "final_norm.scale": ("channels",),
 }
+
+
+def register_axes(axes: dict[str, tuple[str | None, ...]]) -> None:
+    """Enters parameters into PARAMETER_AXES.
+
+    Raises:
+        ValueError: a parameter of that name has other axes already, or an axis has no rule.
+    """
+    for name, new in axes.items():
+        partition_spec(*new)
+        if PARAMETER_AXES.setdefault(name, new) != new:
+            raise ValueError(f"parameter {name}: has the logical axes {PARAMETER_AXES[name]} already, not {new}")
 
 
 def parameter_axes(path: tuple, ndim: int) -> tuple[str | None, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moda_jax.config import TrainConfig
-from moda_jax.model.depth_stream import DepthStream
+from moda_jax.model.function import ModelFunction
+from moda_jax.model.stack import Step
 from moda_jax.model.transformer import Transformer
 from moda_jax.training.loss import loss_sums
-from moda_jax.training.state import ModelFunction
 
 Array = jax.Array
 
@@ -33,7 +34,7 @@ def non_finite_tensors(model: ModelFunction, params: Any, batch: Any, config: Tr
     """The tensors of a step that are not finite, in order: batch, parameters, residual stream by layer, logits, loss,
     gradients. Once the forward pass has one, gradients are not computed: they would all be.
 
-    Runs layer by layer and micro-batch by micro-batch, and takes its time.
+    Runs micro-batch by micro-batch, and takes its time.
 
     Args:
         model, params: see `TrainState`.
@@ -50,12 +51,12 @@ def non_finite_tensors(model: ModelFunction, params: Any, batch: Any, config: Tr
     module = model.module(params)
     if not isinstance(module, Transformer):
         raise NotImplementedError(f"only a Transformer can be followed layer by layer, not a {type(module).__name__}")
-    run_layer, gradient = _layer_function(module), _gradient_function(model, config.z_loss)
+    gradient = _gradient_function(model, config.z_loss)
     parts = config.accumulation_steps
     for number in range(parts):
         where = f" in micro-batch {number}" if parts > 1 else ""
         micro_batch = jax.tree.map(lambda x, n=number: x[n::parts], batch)
-        tensors = _forward(module, run_layer, micro_batch)
+        tensors = _forward(module, micro_batch)
         for tensor in _non_finite((name + where, value) for name, value in tensors):
             found = True
             yield tensor
@@ -67,40 +68,39 @@ def non_finite_tensors(model: ModelFunction, params: Any, batch: Any, config: Tr
         yield from _non_finite(named)
 
 
-def _forward(module: Transformer, run_layer: Callable, batch: Any) -> Iterator[tuple[str, Array]]:
-    """The residual stream after each part of the model, the logits, and the sums of the loss."""
-    config = module.config
+class _Counts(Step):
+    """Leaves behind how many values of each layer's result are not finite."""
+
+    def leave(self, left: Any, carry: Any) -> Array:
+        return sum(jnp.sum(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(carry))
+
+
+def _forward(module: Transformer, batch: Any) -> Iterator[tuple[str, Array | tuple[int, int]]]:
+    """What each part of the model gives: the residual stream, the logits, the sums of the loss; of a layer's result the
+    count of values that are not finite, and of all.
+    """
     tokens, positions, segment_ids = (jnp.asarray(x) for x in (batch.tokens, batch.positions, batch.segment_ids))
     x = module.embedding(tokens)
     yield "embedding output", x
-    stream = DepthStream.empty(*tokens.shape, config.depth_slots, config.num_kv_heads, config.head_dim, x.dtype)
-    for number in range(config.num_layers):
-        x, stream = run_layer(number, x, stream, positions, segment_ids)
-        yield f"output of layer {number}", x
-    x = module.final_norm(x)
-    yield "output of the final norm", x
-    logits = module.logits(x)
+    graph, params = nnx.split(module)
+    hidden, counts = _walk(graph, params, x, positions, segment_ids)
+    last = module.last_layer.depth
+    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda x: last.begin(module.config, x)[0], x)))
+    for number, count in enumerate(counts):
+        yield f"output of layer {number}", (int(count), size)
+    yield "output of the final norm", hidden
+    logits = module.logits(hidden)
     yield "logits", logits
     sums = loss_sums(logits, jnp.asarray(batch.targets), jnp.asarray(batch.target_mask))
     yield "loss", sums.loss
     yield "z-loss", sums.z_loss
 
 
-def _layer_function(module: Transformer) -> Callable:
-    """(layer's number, x, stream, positions, segment_ids) -> (x, stream); compiled once for all layers but the last."""
-    last_graph, last = nnx.split(module.last_layer)
-    run_last = jax.jit(lambda params, *arguments: nnx.merge(last_graph, params)(*arguments))
-    if module.layers is None:
-        return lambda number, *arguments: run_last(last, *arguments)
-    graph, stacked = nnx.split(module.layers)
-    run = jax.jit(lambda params, *arguments: nnx.merge(graph, params)(*arguments))
-
-    def run_layer(number: int, *arguments: Any) -> tuple[Array, DepthStream]:
-        if number == module.config.num_layers - 1:
-            return run_last(last, *arguments)
-        return run(jax.tree.map(lambda p: p[number], stacked), *arguments)
-
-    return run_layer
+@functools.partial(jax.jit, static_argnums=0)
+def _walk(graph: nnx.GraphDef, params: Any, x: Array, positions: Array, segment_ids: Array) -> tuple[Array, Array]:
+    """The final norm's output, and the layers' counts [L]."""
+    hidden, counts, _ = nnx.merge(graph, params).walk(x, positions, segment_ids, _Counts())
+    return hidden, counts
 
 
 def _gradient_function(model: ModelFunction, z_loss: float) -> Callable:
@@ -116,10 +116,13 @@ def _gradient_function(model: ModelFunction, z_loss: float) -> Callable:
 
 def _non_finite(named: Any) -> Iterator[NonFiniteTensor]:
     for name, value in named:
-        value = jnp.asarray(value)
-        count = int(jnp.sum(~jnp.isfinite(value)))
+        if isinstance(value, tuple):  # counted already
+            count, size = value
+        else:
+            value = jnp.asarray(value)
+            count, size = int(jnp.sum(~jnp.isfinite(value))), value.size
         if count:
-            yield NonFiniteTensor(name, count, value.size)
+            yield NonFiniteTensor(name, count, size)
 
 
 def _name(path: tuple) -> str:

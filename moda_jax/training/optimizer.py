@@ -12,7 +12,7 @@ from moda_jax.config import OptimizerConfig
 
 # A parameter's last name says what it is. A new kind of parameter must be entered here: silently decaying it, or not,
 # would be a decision that nobody took.
-_DECAYED = {"kernel": True, "scale": False, "table": False}
+_DECAYED = {"kernel": True, "scale": False, "table": False, "vector": False, "offset": False, "gate": False}
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -42,7 +42,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def weight_decay_mask(params: Any) -> Any:
-    """True for the parameters that decay: matrices; not norm scales, not embedding tables.
+    """True for the parameters that decay: matrices; not norm scales, embedding tables, vectors, offsets and gates.
 
     An untied output head is a matrix ("head.kernel") and decays; a tied one is the embedding and does not.
 

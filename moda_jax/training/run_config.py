@@ -55,9 +55,13 @@ def with_run_config(arguments: Sequence[str]) -> list[str]:
 
 def _section(section: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(type(section))
-    return {
-        field.name: _typed(getattr(section, field.name), hints[field.name]) for field in dataclasses.fields(section)
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    values = {
+        name: _section(value) if dataclasses.is_dataclass(value) else _typed(value, hints[name])
+        for name, value in values.items()
     }
+    # Other names of a field, unset: an older config file may set them.
+    return values | {alias: config_dict.placeholder(bool) for alias in getattr(section, "ALIASES", ())}
 
 
 def _typed(value: Any, hint: Any) -> Any:

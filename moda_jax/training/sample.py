@@ -10,7 +10,7 @@ from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.inference.decode import inference_params, model_config
 from moda_jax.inference.generation import generate
 from moda_jax.inference.sampling import SamplingConfig
-from moda_jax.training.state import ModelFunction
+from moda_jax.model.function import ModelFunction
 
 
 def sample_text(

@@ -81,13 +81,16 @@ def may_change(field: str) -> bool:
 
 def config_changes(old: Config, new: Config) -> list[Change]:
     """The fields that differ, in the order of the config."""
-    before, after = old.to_dict(), new.to_dict()
-    return [
-        Change(f"{section}.{key}", before[section][key], value)
-        for section, values in after.items()
-        for key, value in values.items()
-        if before[section][key] != value
-    ]
+    before, after = _flat(old.to_dict()), _flat(new.to_dict())
+    return [Change(field, before[field], value) for field, value in after.items() if before[field] != value]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level: "model.moda.ffn_kv"."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def read_config(workdir: Path) -> Config | None:

@@ -42,7 +42,10 @@ def test_an_int_serves_for_a_float():
         ({"width": 0}, r"model.width=0: expected a positive number"),
         ({"num_layers": 2.0}, r"model.num_layers=2.0: expected a value of type int"),
         ({"num_layers": True}, r"model.num_layers=True: expected a value of type int"),
-        ({"depth": "dense"}, r"model.depth='dense': expected one of \('none', 'moda'\)"),
+        (
+            {"depth": "dense"},
+            r"model.depth='dense': expected one of \('none', 'moda', .*\), or \"package.module:Class\"",
+        ),
         ({"remat": True}, r"model.remat=True: expected a value of type str"),
         ({"dtype": "int8"}, r"model.dtype='int8': expected one of"),
         ({"dtype": jnp.int8}, r"model.dtype='int8': expected one of"),

@@ -13,7 +13,6 @@ from support.selection import quick_of
 from moda_jax.config import TransformerConfig
 from moda_jax.inference import decode
 from moda_jax.inference.sampling import GREEDY, SamplingConfig, row_keys
-from moda_jax.model import depth_mechanism
 
 BASE = TransformerConfig(
     vocab_size=97, num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=48,
@@ -201,10 +200,3 @@ def test_a_prompt_pass_in_groups_is_the_same(monkeypatch):
     decode.prefill.clear_cache()
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(grouped), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
-
-
-def test_a_mechanism_that_reads_outside_of_the_operator_is_refused(monkeypatch):
-    monkeypatch.setattr(depth_mechanism.MixtureOfDepths, "reads_in_operator", False)
-    _, model, params = build()
-    with pytest.raises(NotImplementedError, match=r"model\.depth='moda' reads its stream outside of the attention"):
-        decode.check_decodable(model, params)

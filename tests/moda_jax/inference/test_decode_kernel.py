@@ -7,7 +7,7 @@ import pytest
 
 from moda_jax.config import TransformerConfig
 from moda_jax.inference import decode
-from moda_jax.model.depth_stream import DepthStream
+from moda_jax.model.depth.stream import DepthStream
 from pallas_kernels import dispatch
 
 ON_GPU = jax.default_backend() == "gpu"

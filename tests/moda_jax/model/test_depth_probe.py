@@ -47,7 +47,8 @@ def by_hand(module, tokens, segment_ids, visible):
     keys, values, masses = [], [], []
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], module.layers) for i in range(LAYERS - 1)]
     for layer, block in enumerate([*layers, module.last_layer]):
-        query, key, value = block.before(x, positions)
+        projected, _ = block.project({"x": x}, positions, None)
+        query, key, value = (projected[name] for name in ("query", "key", "value"))
         seen = [slot for slot in range(len(keys)) if visible[layer, slot]]
         depth = [jnp.stack([stack[slot] for slot in seen], axis=2) if seen else None for stack in (keys, values)]
         attended, lse = moda_attention(
@@ -59,10 +60,11 @@ def by_hand(module, tokens, segment_ids, visible):
             logits = jnp.einsum("btkgh,btkh->btkg", grouped, keys[slot]) * config.head_dim**-0.5
             mass = mass.at[slot].set(jnp.exp(logits.reshape(ROWS, TOKENS, -1) - lse).mean())
         masses.append(mass)
-        x, entries = block.after(x, key, value, attended, positions)
-        for entry_key, entry_value in entries:
-            keys.append(entry_key)
-            values.append(entry_value)
+        finished, entries = block.finish(projected | {"x": x, "attended": attended}, positions, None)
+        x = finished["output"]
+        for entry in entries:
+            keys.append(entry.values[0])
+            values.append(entry.values[1])
     return module.final_norm(x), jnp.stack(masses)
 
 

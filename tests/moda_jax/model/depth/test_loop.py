@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import checkify
 from support import plain_model
 from support.quick_compile import QUICK
 
@@ -207,6 +208,108 @@ def test_a_traced_overflow_loses_nothing_and_has_right_gradients(block, slots):
             params, x, jnp.int32(stream.length)
         )
         for way in (loop, plain_loop)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
+
+
+def test_a_traced_overflow_shows_in_the_length_and_under_checkify():
+    params, x, stream, scale = arguments()
+
+    def run(key, value, length, check):
+        after = depth_scan(PARTED, params, x, DepthStream(key, value, length), scale, SEGMENTS, check=check)[1]
+        return after.length
+
+    short = start(slots=5)
+    assert jax.jit(run, static_argnums=3)(short.key, short.value, short.length, False) == 2 * L + 1
+    checked = checkify.checkify(jax.jit(run, static_argnums=3))
+    error, _ = checked(short.key, short.value, short.length, True)
+    with pytest.raises(checkify.JaxRuntimeError, match="7 entries, but the stream has 5 slots: some are lost"):
+        error.throw()
+    error, _ = checked(stream.key, stream.value, stream.length, True)
+    error.throw()  # nothing to report
+
+
+def rewrites_the_first_slot(p, x, stream, scale, segment_ids):
+    x, stream = whole(p, x, stream, scale, segment_ids)
+    return x, dataclasses.replace(stream, key=stream.key.at[:, :, 0].multiply(1.5))
+
+
+def test_what_a_block_may_do_with_the_stream_is_checked():
+    params, x, stream, scale = arguments()
+
+    def call(block, **options):
+        return depth_scan(block, params, x, stream, scale, SEGMENTS, **options)
+
+    def shorter(p, x, stream, scale, segment_ids):
+        return x, dataclasses.replace(stream, length=np.int32(0))
+
+    def other_dtype(p, x, stream, scale, segment_ids):
+        return x, dataclasses.replace(stream, key=stream.key.astype(jnp.bfloat16))
+
+    with pytest.raises(ValueError, match="returned a stream of length 0, expected at least its input's 1"):
+        call(shorter)
+    with pytest.raises(ValueError, match=r"the block returned a stream with .* expected its input's"):
+        call(other_dtype)
+    with pytest.raises(ValueError, match=r"returned a tuple as stream, expected DepthStream"):
+        call(lambda p, x, stream, *shared: (x, (stream.key, stream.value)))
+    with pytest.raises(
+        ValueError, match=r"the block returned ArrayImpl|the block returned .*Tracer, expected \(x, stream\)"
+    ):
+        call(lambda p, x, stream, *shared: x)
+    for block, message in ((rewrites_the_first_slot, "layer 0 changed a slot that was filled before"), (whole, None)):
+        error, _ = checkify.checkify(jax.jit(functools.partial(call, block, check=True)))()
+        if message is None:
+            error.throw()
+        else:
+            with pytest.raises(checkify.JaxRuntimeError, match=message):
+                error.throw()
+
+
+def test_numbers_may_be_shared_and_what_is_no_array_is_named():
+    params, x, stream, _ = arguments()
+
+    def value(loop, x, scale):
+        return run(loop, params, x, stream, scale)
+
+    def loop(params, x, stream, scale):
+        return depth_scan(PARTED, params, x, stream, scale, SEGMENTS)
+
+    got = jax.grad(functools.partial(value, loop))(x, 0.9)
+    np.testing.assert_allclose(got, jax.grad(functools.partial(value, loop))(x, jnp.float32(0.9)), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"depth_scan: shared\[0\]='0.9': expected an array or a number"):
+        depth_scan(PARTED, params, x, stream, "0.9", SEGMENTS)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_auxiliary_outputs_are_stacked_over_the_layers(unroll):
+    params, x, stream, scale = arguments()
+
+    def block(p, x, stream, scale):
+        x, stream = whole(p, x, stream, scale, SEGMENTS)
+        return x, stream, {"mean": jnp.mean(x), "last": x[:, -1]}
+
+    def plain(params, x):
+        s, found = stream, []
+        for i in range(L):
+            x, s, aux = block(jax.tree.map(lambda leaf, i=i: leaf[i], params), x, s, scale)
+            found.append(aux)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    def looped(params, x):
+        x, after, aux = depth_scan(block, params, x, stream, scale, unroll=unroll)
+        assert after.length == 2 * L + 1
+        return x, aux
+
+    def objective(way, params, x):
+        x, aux = way(params, x)
+        layers = jnp.arange(1.0, L + 1)
+        return jnp.sum(jnp.sin(x)) + jnp.sum(layers * aux["mean"]) + jnp.sum(jnp.cos(aux["last"]).T * layers)
+
+    got, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(objective, way), argnums=(0, 1)), compiler_options=QUICK)(
+            params, x
+        )
+        for way in (looped, plain)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
 

@@ -1,0 +1,106 @@
+"""The registry of depth mechanisms, and the config section of each: `model.depth=NAME`, `model.NAME.*`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moda_jax.config_checks import check_types, require_positive
+
+# Name -> "module:Class", a `moda_jax.model.depth.mechanism.DepthMechanism`. `model.depth` may also be such a path.
+MECHANISMS = {
+    "none": "moda_jax.model.depth.none:NoDepth",
+    "moda": "moda_jax.model.depth.moda:MixtureOfDepths",
+    "attnres_block": "moda_jax.model.depth.attnres_block:BlockAttentionResiduals",
+    "value_mixing": "moda_jax.model.depth.value_mixing:ValueMixing",
+    "mhc": "moda_jax.model.depth.mhc:ManifoldHyperConnections",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """The base of the sections."""
+
+    def check(self, name: str) -> None:
+        """Checks the fields; `name` stands before theirs in messages.
+
+        Raises:
+            ValueError: naming the field, what came and what was expected.
+        """
+        check_types(name, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoDASection(Section):
+    """Mixture-of-depths attention (arXiv 2603.15619).
+
+    Attributes:
+        ffn_kv: the FFN sub-layer also writes a depth entry, projected from its input (Table 3 row 4).
+        attn_kv: the attention sub-layer writes a projection of its input instead of its own KV (row 5).
+    """
+
+    ffn_kv: bool = True
+    attn_kv: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockAttentionResidualsSection(Section):
+    """Attention Residuals, block form (arXiv 2603.15031).
+
+    Attributes:
+        block_size: sub-layers whose outputs are one source, two to a layer; 1: the full form.
+    """
+
+    block_size: int = 4
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        require_positive(name, self, "block_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueMixingSection(Section):
+    """Depth-attention value mixing (arXiv 2606.05014).
+
+    Attributes:
+        stride: layers 0, stride, 2 stride, ... are sources of later layers.
+    """
+
+    stride: int = 4
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        require_positive(name, self, "stride")
+
+
+@dataclasses.dataclass(frozen=True)
+class MHCSection(Section):
+    """Manifold-constrained hyper-connections (arXiv 2512.24880).
+
+    Attributes:
+        streams: n, residual streams.
+        sinkhorn_rounds: rounds of column and row normalisation that make the mixing matrix doubly stochastic.
+    """
+
+    streams: int = 4
+    sinkhorn_rounds: int = 20
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        require_positive(name, self, "streams", "sinkhorn_rounds")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DepthSections:
+    """A section for every mechanism that has fields; only the one that `depth` names is read.
+
+    Attributes:
+        moda: of `depth="moda"`.
+        attnres_block: of `depth="attnres_block"`.
+        value_mixing: of `depth="value_mixing"`.
+        mhc: of `depth="mhc"`.
+    """
+
+    moda: MoDASection = dataclasses.field(default_factory=MoDASection)
+    attnres_block: BlockAttentionResidualsSection = dataclasses.field(default_factory=BlockAttentionResidualsSection)
+    value_mixing: ValueMixingSection = dataclasses.field(default_factory=ValueMixingSection)
+    mhc: MHCSection = dataclasses.field(default_factory=MHCSection)

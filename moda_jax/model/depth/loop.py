@@ -1,0 +1,750 @@
+"""The layer loop: runs stacked layers over one depth stream with O(S) memory, forward and backward.
+
+Plain autodiff through a loop whose carry is the depth buffer keeps one copy of the buffer per layer, O(S^2) in all.
+Slots are written once and never change, so the *final* buffer holds what every layer read: a read's view is the final
+buffer with the length that it had then. The reverse loop therefore keeps that one buffer and carries one gradient
+buffer, which
+
+1. hands a layer the gradient of the entries that it wrote (its slots, complete once all later reads are reversed),
+2. receives in place what a read contributes to the slots of earlier writers.
+
+Per layer only what `remat` names is stored, never the buffer.
+
+Two kinds of block:
+
+- any function `block(params, x, stream, *shared) -> (x, stream)`, or (x, stream, aux): its backward recomputes the
+  whole block from its input, and makes a gradient of all slots in every layer;
+- a `Layer`, cut at every operation on the stream, so that the operations' results can be kept and not be computed
+  again, and their backward adds into the gradient buffers directly. `PartedBlock` is the short form of one with a
+  single cut, at the attention op.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+from moda_jax.model.depth.operations import Operation, SoftmaxAttention, no_segments
+from moda_jax.model.depth.stream import Entry, Stream, is_traced, read_slot
+
+Array = jax.Array
+PyTree = Any
+Values = dict[str, PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What the forward loop keeps per layer, besides the layer's input: the meaning of a `remat` name."""
+
+    results: (
+        bool  # what the operations returned: attention's output [B, T, N, H] and lse [B, T, N], reads of the stream
+    )
+    parts: bool  # everything that autodiff of the parts between the operations needs
+
+
+REMAT = {
+    "full": Stored(results=False, parts=False),
+    "attention": Stored(results=True, parts=False),
+    "ffn": Stored(results=True, parts=True),  # the FFN itself then keeps less: see `moda_jax.model.layers.swiglu`
+    "none": Stored(results=True, parts=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a layer computes between two operations. It never touches the stream.
+
+    Attributes:
+        run: (params, values, *shared) -> (values, entries): a dict of what `takes` names to a dict of what `gives`
+            names, and what is written to the stream before the next operation.
+        takes: names of values: "x", the layer's input; "layer", its int32 number, counted from 0; what earlier parts
+            and operations gave.
+        gives: names of values. The last part gives "output", the layer's result, and may give "aux".
+    """
+
+    run: Callable[..., tuple[Values, tuple[Entry, ...]]]
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Where an operation stands between two parts.
+
+    Attributes:
+        operation: what is done.
+        takes: names of the values that it is asked with.
+        gives: name of its result.
+    """
+
+    operation: Operation
+    takes: tuple[str, ...]
+    gives: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer cut at its operations, for `depth_scan`.
+
+    Attributes:
+        parts: one more than there are cuts.
+        cuts: the operations between them.
+        reread: (name of a value, number of a buffer, number of the layer's entry): values that stand in the stream
+            unchanged, so that they are read again from there instead of being stored. Only for a layer that writes all
+            of its entries.
+        prepare: one layer's parameters -> what the parts get, differentiable; on a mesh, the gather of that layer.
+    """
+
+    parts: tuple[Part, ...]
+    cuts: tuple[Cut, ...]
+    reread: tuple[tuple[str, int, int], ...] = ()
+    prepare: Callable[[PyTree], PyTree] = lambda params: params
+
+    def __post_init__(self) -> None:
+        if len(self.parts) != len(self.cuts) + 1:
+            raise ValueError(
+                f"Layer: {len(self.parts)} parts and {len(self.cuts)} cuts, expected one part more than cuts"
+            )
+        known, used = {"x", "layer"}, {"output", "aux"}
+        for i, part in enumerate(self.parts):
+            cut = self.cuts[i] if i < len(self.cuts) else None
+            for name in part.takes:
+                _require_known(name, known, f"part {i}")
+            known |= set(part.gives)
+            used |= set(part.takes)
+            if cut is not None:
+                for name in cut.takes:
+                    _require_known(name, known, f"the operation behind part {i}")
+                known.add(cut.gives)
+                used |= set(cut.takes)
+        if "output" not in self.parts[-1].gives:
+            raise ValueError(f"Layer: the last part gives {self.parts[-1].gives}, expected 'output' among it")
+        idle = sorted(known - used - {"x", "layer"})
+        if idle:
+            raise ValueError(f"Layer: nobody takes {idle[0]!r}")
+
+    @property
+    def numbered(self) -> bool:
+        """Whether a part asks for the layer's number."""
+        return any("layer" in part.takes for part in self.parts)
+
+    @property
+    def has_aux(self) -> bool:
+        """Whether the layer returns an auxiliary output."""
+        return "aux" in self.parts[-1].gives
+
+
+def _require_known(name: str, known: set[str], where: str) -> None:
+    if name not in known:
+        raise ValueError(f"Layer: {where} takes {name!r}, expected one of {', '.join(sorted(known))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PartedBlock:
+    """A layer cut at its attention op alone, for `depth_scan`; its stream is a `DepthStream`.
+
+    Attributes:
+        before: (params, x, *shared) -> (query [B, T, N, H], key, value [B, T, K, H]).
+        after: (params, x, key, value, attended [B, T, N, H], *shared) -> (x, entries); entries is a tuple of
+            `entries_per_layer` pairs (key, value), [B, T, K, H] each.
+        entries_per_layer: slots that the layer fills.
+        writes_own_key_value: entries[0] is `before`'s (key, value): they are then re-read from the stream, not stored.
+        segment_ids: (*shared) -> [B, T] int32 or None: the op's mask.
+        scale: of the logits; None: H ** -0.5.
+        implementation: of the op; None: the best for the device.
+        prepare: one layer's parameters -> what both parts get, differentiable; on a mesh, the gather of that layer.
+    """
+
+    before: Callable[..., tuple[Array, Array, Array]]
+    after: Callable[..., tuple[PyTree, tuple[tuple[Array, Array], ...]]]
+    entries_per_layer: int
+    writes_own_key_value: bool = False
+    segment_ids: Callable[..., Array | None] = no_segments
+    scale: float | None = None
+    implementation: str | None = None
+    prepare: Callable[[PyTree], PyTree] = lambda params: params
+
+    def layer(self) -> Layer:
+        """The same as a `Layer`."""
+        op = SoftmaxAttention(True, self.segment_ids, self.scale, self.implementation)
+        return Layer(
+            parts=(
+                Part(_Before(self), ("x",), ("query", "key", "value")),
+                Part(_After(self), ("x", "key", "value", "attended"), ("output",)),
+            ),
+            cuts=(Cut(op, ("query", "key", "value"), "attended"),),
+            reread=(("key", 0, 0), ("value", 1, 0)) if self.writes_own_key_value else (),
+            prepare=self.prepare,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Before:
+    block: PartedBlock
+
+    def __call__(self, params: PyTree, values: Values, *shared: PyTree) -> tuple[Values, tuple[Entry, ...]]:
+        query, key, value = self.block.before(params, values["x"], *shared)
+        return {"query": query, "key": key, "value": value}, ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _After:
+    block: PartedBlock
+
+    def __call__(self, params: PyTree, values: Values, *shared: PyTree) -> tuple[Values, tuple[Entry, ...]]:
+        x, entries = self.block.after(params, values["x"], values["key"], values["value"], values["attended"], *shared)
+        if len(entries) != self.block.entries_per_layer:
+            raise ValueError(
+                f"depth_scan: `after` returned {len(entries)} entries, expected entries_per_layer="
+                f"{self.block.entries_per_layer}"
+            )
+        return {"output": x}, tuple(Entry(tuple(entry)) for entry in entries)
+
+
+def run_layer(
+    layer: Layer,
+    params: PyTree,
+    x: PyTree,
+    stream: Stream,
+    number: Array | int | None,
+    shared: tuple,
+    operate: Callable[[Cut, Values, Stream], tuple[PyTree, Stream, int]] | None = None,
+) -> tuple[PyTree, Stream]:
+    """One layer outside of the loop, differentiable by JAX.
+
+    Args:
+        layer, params, x, stream, shared: as in `depth_scan`, the parameters of one layer.
+        number: the layer's.
+        operate: (cut, the values so far, stream) -> (result, stream, how many of the next part's entries stand in the
+            stream already); None: runs the cut's operation.
+    """
+    params = layer.prepare(params)
+    values, there = {"x": x, "layer": number}, 0
+    for i, part in enumerate(layer.parts):
+        given, entries = part.run(params, {name: values[name] for name in part.takes}, *shared)
+        values |= given
+        stream = stream if there == 0 else stream.with_length(stream.length_after(there))
+        for entry in entries[there:]:
+            stream = stream.write(entry)
+        there = 0
+        if i < len(layer.cuts):
+            cut = layer.cuts[i]
+            if operate is None:
+                values[cut.gives] = cut.operation(tuple(values[name] for name in cut.takes), stream, shared)
+            else:
+                values[cut.gives], stream, there = operate(cut, values, stream)
+    return values["output"], stream
+
+
+def depth_scan(
+    block: Callable[..., tuple[PyTree, Stream]] | PartedBlock | Layer,
+    params: PyTree,
+    x: PyTree,
+    stream: Stream,
+    *shared: PyTree,
+    remat: str = "attention",
+    unroll: bool = False,
+    gradient_dtype: jnp.dtype | str | None = None,
+    check: bool = False,
+) -> tuple[PyTree, Stream] | tuple[PyTree, Stream, PyTree]:
+    """Runs a stack of layers, each reading and appending to the depth stream, with memory linear in the slots.
+
+    Args:
+        block: `block(params_of_one_layer, x, stream, *shared) -> (x, stream)`, or `(x, stream, aux)`, which changes the
+            stream by `append` only, in every layer as often; or a `PartedBlock` or `Layer`. Everything that is
+            differentiated must come in through the arguments.
+        params: arrays stacked over layers: leading axis L on every leaf.
+        x: the first layer's input, an array or pytree; every layer returns the same shapes and dtypes.
+        stream: what came before; enough free slots for all layers.
+        *shared: given to every layer unchanged (positions, segment ids, ...); gradients of the layers are summed.
+        remat: for a `PartedBlock`, what is stored per layer for the backward pass: "full": the layer's input alone, all
+            else is recomputed; "attention": also attention's output and lse, so that attention's forward is not run
+            again; "none": all that autodiff of the parts needs; "ffn": the same here, `Transformer`'s blocks then
+            compute the FFN's hidden activations again. Other blocks are always recomputed from their input.
+        unroll: compile every layer by itself instead of one loop body: on a GPU faster to run (nothing is copied into
+            stacks over layers and out of them), slower to compile; the memory is the same.
+        gradient_dtype: dtype in which the stream's gradient accumulates over the layers; None: the stream's.
+        check: also check, while it runs, that no entry was lost for want of a slot and that the block left the slots
+            of others as they were. The call has to be under `jax.experimental.checkify.checkify`, which reports it.
+
+    Returns:
+        The last layer's output and the stream with all entries; if the block has auxiliary outputs also these, stacked
+        over the layers as `jax.lax.scan` does. Under a traced length an overflow leaves the filled slots as they are,
+        loses the entries that find no slot, and shows in the returned length, which is then more than the slots.
+
+    Raises:
+        ValueError: an unknown `remat`, params without a common leading axis, a value in x or shared that is no array
+            or number, a block that returns other shapes or dtypes or fewer entries than it got, or not enough free
+            slots (when the stream's length is concrete).
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r}: expected one of {tuple(REMAT)}")
+    leading = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
+    if len(leading) != 1 or leading == {()}:
+        raise ValueError(
+            f"depth_scan: params must share one leading axis of layers, got leading sizes {sorted(leading)}"
+        )
+    ((num_layers,),) = leading
+    params, x, shared = (_arrays(name, tree) for name, tree in (("params", params), ("x", x), ("shared", shared)))
+    if isinstance(block, PartedBlock):
+        block = block.layer()
+    if isinstance(block, Layer):
+        # An overflowing stream holds no entry to read again, and under a traced length nobody knows.
+        kept = dataclasses.replace(block, reread=()) if is_traced(stream.length) else block
+        looped: _Looped = _CutLayer(kept, REMAT[remat])
+    else:
+        # Layers are compared by value, to compile once; a callable that has no hash is its own value.
+        looped = _WholeLayer(block if isinstance(block, Hashable) else lambda *arguments: block(*arguments), check)
+    dtype = None if gradient_dtype is None else jnp.dtype(gradient_dtype)
+    length = None
+    entries, has_aux = looped.inspect(params, x, stream, shared)
+    if entries is not None and not is_traced(stream.length):  # inside the loop it is traced; out here it stays concrete
+        _check_capacity(stream, num_layers * entries)
+        length = stream.length_after(num_layers * entries)
+    x, after, (aux, kept) = _loop(
+        looped, unroll, dtype, params, x, stream.with_length(jnp.int32(stream.length)), shared
+    )
+    if check:
+        checkify.check(
+            after.length <= stream.slots,
+            f"depth_scan: {{length}} entries, but the stream has {stream.slots} slots: some are lost",
+            length=after.length,
+        )
+        if kept is not None:
+            checkify.check(
+                jnp.all(kept), "depth_scan: layer {layer} changed a slot that was filled before", layer=jnp.argmin(kept)
+            )
+    after = after if length is None else after.with_length(length)
+    return (x, after, aux) if has_aux else (x, after)
+
+
+def _arrays(name: str, tree: PyTree) -> PyTree:
+    """The tree with arrays for its Python numbers, which would pass forward and have no gradient's dtype."""
+
+    def array(path: tuple, leaf: Any) -> Array:
+        if isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+            return jnp.asarray(leaf)
+        raise ValueError(f"depth_scan: {name}{jax.tree_util.keystr(path)}={leaf!r}: expected an array or a number")
+
+    return jax.tree.map_with_path(array, tree)
+
+
+def _check_capacity(stream: Stream, entries: int) -> None:
+    if int(stream.length) + entries > stream.slots:
+        raise ValueError(
+            f"depth_scan: the layers write {entries} entries, but {stream.slots - int(stream.length)} of the stream's "
+            f"{stream.slots} slots are free"
+        )
+
+
+class _Looped:
+    """One layer of the loop: `run` it forward, or `reverse` it. Compared by value (static argument of `_loop`)."""
+
+    numbered = False
+
+    def inspect(self, params: PyTree, x: PyTree, stream: Stream, shared: tuple) -> tuple[int | None, bool]:
+        """Looks at one layer without running it.
+
+        Returns:
+            Slots that each layer fills, None where that is not known; whether it has auxiliary outputs.
+        """
+        raise NotImplementedError
+
+    def run(
+        self, params: PyTree, x: PyTree, stream: Stream, number: Array | None, shared: tuple
+    ) -> tuple[PyTree, Stream, tuple[PyTree, Array | None], PyTree]:
+        """(x, stream, (aux, whether the filled slots are as they were), what to store for `reverse`)."""
+        raise NotImplementedError
+
+    def reverse(
+        self,
+        params: PyTree,
+        stored: PyTree,
+        stream: Stream,
+        number: Array | None,
+        shared: tuple,
+        dx: PyTree,
+        daux: PyTree,
+        dbuffers: tuple[Array, ...],
+    ) -> tuple[PyTree, PyTree, tuple[Array, ...], tuple]:
+        """(dparams, dx, dbuffers, dshared); `stream` is the final one with the length that this layer found."""
+        raise NotImplementedError
+
+
+# Jitted by itself, so that a model that is called without jit compiles its loop once and not at every call.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _forward(looped: _Looped, unroll: bool, params, x, stream, shared):
+    """The loop itself; returns also what each layer stored and the length that it found, stacked over layers."""
+
+    def step(carry, params_l):
+        x, stream = carry
+        params_l, number = params_l if looped.numbered else (params_l, None)
+        x, after, left, stored = looped.run(params_l, x, stream, number, shared)
+        return (x, after), (left, (stored, stream.length))
+
+    (x, stream), (left, stored) = jax.lax.scan(step, (x, stream), _per_layer(looped, params), unroll=unroll)
+    # Unrolled, XLA would compute the slots that the backward reads again from the buffer before the last write, which
+    # then has to be kept beside the final one.
+    stream = jax.lax.optimization_barrier(stream)
+    return (x, stream, left), stored
+
+
+def _per_layer(looped: _Looped, params: PyTree) -> PyTree:
+    """What the loop takes apart: the parameters, with the layers' numbers if they are asked for."""
+    if not looped.numbered:
+        return params
+    return params, jnp.arange(jax.tree.leaves(params)[0].shape[0], dtype=jnp.int32)
+
+
+def _loop_forward(looped, unroll, gradient_dtype, params, x, stream, shared):
+    outputs, stored = _forward(looped, unroll, params, x, stream, shared)
+    return outputs, (params, stored, outputs[1], stream.length, shared)
+
+
+def _loop_backward(looped, unroll, gradient_dtype, residuals, cotangents):
+    params, (stored, lengths), stream, length, shared = residuals
+    dx, dstream, (daux, _) = cotangents
+    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(shared)]
+    dshared = [jnp.zeros_like(leaf) for leaf, keep in zip(jax.tree.leaves(shared), inexact, strict=True) if keep]
+
+    def step(carry, layer_l):
+        dx, dbuffers, dshared = carry
+        if unroll:
+            # Forward and backward then stand in one computation, where XLA would take what is recomputed here for what
+            # it has already, and keep that: all the memory that `remat` is there to save. With dx in the barrier no
+            # layer is recomputed before its turn.
+            layer_l, dx = jax.lax.optimization_barrier((layer_l, dx))
+        params_l, stored_l, length_l, daux_l = layer_l
+        params_l, number = params_l if looped.numbered else (params_l, None)
+        dparams, dx, dbuffers, more = looped.reverse(
+            params_l, stored_l, stream.with_length(length_l), number, shared, dx, daux_l, dbuffers
+        )
+        more = [leaf for leaf, keep in zip(jax.tree.leaves(more), inexact, strict=True) if keep]
+        return (dx, dbuffers, [a + b for a, b in zip(dshared, more, strict=True)]), dparams
+
+    dtypes = [buffer.dtype for buffer in stream.buffers]
+    dbuffers = tuple(d.astype(gradient_dtype or dtype) for d, dtype in zip(dstream.buffers, dtypes, strict=True))
+    (dx, dbuffers, dshared), dparams = jax.lax.scan(
+        step, (dx, dbuffers, dshared), (_per_layer(looped, params), stored, lengths, daux), reverse=True, unroll=unroll
+    )
+    # What the layers wrote replaced the incoming contents of those slots.
+    dbuffers = tuple(
+        jnp.where(_slots(d, jnp.arange(d.shape[2]) < length), d, 0).astype(dtype)
+        for d, dtype in zip(dbuffers, dtypes, strict=True)
+    )
+    sums = iter(dshared)
+    no_gradient = [
+        next(sums) if keep else np.zeros(leaf.shape, jax.dtypes.float0)
+        for leaf, keep in zip(jax.tree.leaves(shared), inexact, strict=True)
+    ]
+    dshared = jax.tree.unflatten(jax.tree.structure(shared), no_gradient)
+    return dparams, dx, stream.with_buffers(dbuffers, np.zeros((), jax.dtypes.float0)), dshared
+
+
+def _loop_primal(looped, unroll, gradient_dtype, params, x, stream, shared):
+    return _forward(looped, unroll, params, x, stream, shared)[0]
+
+
+_loop = jax.custom_vjp(_loop_primal, nondiff_argnums=(0, 1, 2))
+_loop.defvjp(_loop_forward, _loop_backward)
+
+
+def _slots(buffer: Array, mask: Array) -> Array:
+    """A mask [S] of slots, to be broadcast to `buffer` [B, T, S, ...]."""
+    return mask.reshape(-1, *(1,) * (buffer.ndim - 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class _WholeLayer(_Looped):
+    """Any block: stores the layer's input, recomputes the block, differentiates it with JAX's own autodiff."""
+
+    block: Callable[..., tuple]
+    check: bool = False  # compare the filled slots before and after the block
+
+    def inspect(self, params, x, stream, shared):
+        found = []
+
+        def one(params, x, buffers, shared):
+            x_out, after, aux = self._call(params, x, stream.with_buffers(buffers, stream.length), shared)
+            if not is_traced(stream.length) and is_traced(after.length):
+                raise ValueError(
+                    "depth_scan: the block appends a traced number of entries, expected one known in Python"
+                )
+            entries = None if is_traced(stream.length) else int(after.length) - int(stream.length)
+            found.append((entries, aux is not None))
+            return x_out, after.buffers
+
+        params_l = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
+        x_out, buffers = jax.eval_shape(one, params_l, x, stream.buffers, shared)
+        _require_same("x", x_out, x)
+        _require_same("a stream", buffers, stream.buffers)
+        ((entries, has_aux),) = found
+        if entries is not None and entries < 0:
+            raise ValueError(
+                f"depth_scan: the block returned a stream of length {int(stream.length) + entries}, expected at least "
+                f"its input's {int(stream.length)}"
+            )
+        return entries, has_aux
+
+    def run(self, params, x, stream, number, shared):
+        x_out, after, aux = self._call(params, x, stream, shared)
+        kept = None
+        if self.check:
+            kept = after.length >= stream.length
+            for old, new in zip(stream.buffers, after.buffers, strict=True):
+                filled = _slots(old, jnp.arange(old.shape[2]) < stream.length)
+                kept &= jnp.all(jnp.where(filled, (old == new) | ((old != old) & (new != new)), True))  # NaN is NaN
+        return x_out, after, (aux, kept), x
+
+    def reverse(self, params, stored, stream, number, shared, dx, daux, dbuffers):
+        def one(params, x, buffers, shared):
+            x_out, after, aux = self._call(params, x, stream.with_buffers(buffers, stream.length), shared)
+            return (x_out, after.buffers, aux), after.length
+
+        _, vjp, length_after = jax.vjp(one, params, stored, stream.buffers, shared, has_aux=True)
+        # Only this layer's own slots go in, so that what comes out is its contribution alone and adds in any dtype.
+        own_dbuffers = []
+        for d, buffer in zip(dbuffers, stream.buffers, strict=True):
+            slot = jnp.arange(buffer.shape[2])
+            own = (slot >= stream.length) & (slot < length_after)
+            own_dbuffers.append(jnp.where(_slots(buffer, own), d, 0).astype(buffer.dtype))
+        dparams, dx, more, dshared = vjp((dx, tuple(own_dbuffers), daux))
+        return dparams, dx, tuple(d + m.astype(d.dtype) for d, m in zip(dbuffers, more, strict=True)), dshared
+
+    def _call(self, params, x, stream, shared) -> tuple[PyTree, Stream, PyTree]:
+        """(x, stream, aux), aux None if the block has none."""
+        returned = self.block(params, x, stream, *shared)
+        if not (isinstance(returned, tuple) and len(returned) in (2, 3)):
+            raise ValueError(
+                f"depth_scan: the block returned {type(returned).__name__}, expected (x, stream) or (x, stream, aux)"
+            )
+        x_out, after, *aux = returned
+        if type(after) is not type(stream):
+            raise ValueError(
+                f"depth_scan: the block returned a {type(after).__name__} as stream, expected {type(stream).__name__}"
+            )
+        return x_out, after, aux[0] if aux else None
+
+
+def _require_same(name: str, came: PyTree, expected: PyTree) -> None:
+    """A block returns the shapes and dtypes that it got."""
+    came, expected = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (came, expected))
+    if came != expected:
+        raise ValueError(
+            f"depth_scan: the block returned {name} with (shape, dtype) {came}, expected its input's {expected}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _CutLayer(_Looped):
+    """A `Layer`: keeps what `stored` names; its operations' backward adds into the stream's gradient directly."""
+
+    layer: Layer
+    stored: Stored
+
+    @property
+    def numbered(self) -> bool:
+        return self.layer.numbered
+
+    def inspect(self, params, x, stream, shared):
+        counts = []
+
+        def one(params, x, buffers, shared):
+            found = stream.with_buffers(buffers, jnp.int32(0))
+            x_out, _, _, stored = self.run(params, x, found, jnp.int32(0), shared)
+            places = stored["places"]
+            counts.append(sum(places.counts) if places.slots is None else None)
+            return x_out
+
+        params_l = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
+        _require_same("x", jax.eval_shape(one, params_l, x, stream.buffers, shared), x)
+        return counts[0], self.layer.has_aux
+
+    def run(self, params, x, stream, number, shared):
+        layer, parts = self.layer, self.layer.parts
+        params = layer.prepare(params)
+        values, results, saved, vjps = {"x": x, "layer": number}, {}, [], []
+        written, lengths = [], []
+        for i, part in enumerate(parts):
+            given, entries, vjp = _differentiated(part, params, values, shared)
+            values |= given
+            vjps.append(vjp)
+            slots = []
+            for entry in entries:
+                slots.append((stream.slot_of(entry.when), entry.when is None))
+                stream = stream.write(entry)
+            written.append(tuple(slots))
+            if i < len(layer.cuts):
+                cut = layer.cuts[i]
+                lengths.append(stream.length)
+                request = tuple(values[name] for name in cut.takes)
+                result, save = cut.operation.forward(request, stream, shared)
+                # The operation reads the buffers before this layer writes to them. XLA does not see that by itself
+                # where the entry is the layer's own KV, which exists before attention has run: in an unrolled loop it
+                # would copy the buffer per layer.
+                result, stream = jax.lax.optimization_barrier((result, stream))
+                values[cut.gives] = results[cut.gives] = result
+                saved.append(save)
+        stored = {"x": x, "places": _Places.of(written, lengths)}
+        if self.stored.results:
+            stored |= {"results": results, "saved": saved}
+        if self.stored.parts:
+            requests = [tuple(values[name] for name in cut.takes) for cut in layer.cuts]
+            known = (params, x, number, shared, results, saved, [values[name] for name, _, _ in layer.reread])
+            stored["residuals"] = _Residuals.of((vjps, requests), known)
+        return values["output"], stream, (values.get("aux"), None), stored
+
+    def reverse(self, params, stored, stream, number, shared, dx, daux, dbuffers):
+        layer, parts, places = self.layer, self.layer.parts, stored["places"]
+        params, prepared = jax.vjp(layer.prepare, params)
+        reread = {
+            name: read_slot(stream.buffers[buffer], stream.length_after(entry)) for name, buffer, entry in layer.reread
+        }
+        if self.stored.parts:
+            results, saved = stored["results"], stored["saved"]
+            known = (params, stored["x"], number, shared, results, saved, list(reread.values()))
+            vjps, requests = stored["residuals"].restore(known)
+        else:
+            vjps, requests, results, saved = self._replay(params, stored, stream, number, shared, reread)
+
+        dvalues = {"output": dx, "aux": daux}
+        dparams = dshared = None
+        for i in reversed(range(len(parts))):
+            dentries = tuple(
+                tuple(
+                    read_slot(d, slot).astype(buffer.dtype) for d, buffer in zip(dbuffers, stream.buffers, strict=True)
+                )
+                for slot in places.slots_of(i, stream)
+            )
+            if dentries:
+                # As in `run`, the other way round: a layer's slots are read before the backward of its operations adds
+                # to the others.
+                dentries, dbuffers = jax.lax.optimization_barrier((dentries, dbuffers))
+            dgiven = {name: dvalues.pop(name) for name in parts[i].gives}
+            more, dtaken, dshared_more = vjps[i]((dgiven, dentries))
+            dparams = more if dparams is None else _add(dparams, more)
+            dshared = dshared_more if dshared is None else _add(dshared, dshared_more)
+            for name, d in dtaken.items():
+                dvalues[name] = _add(dvalues[name], d) if name in dvalues else d
+            if i > 0:
+                cut = layer.cuts[i - 1]
+                drequest, dbuffers = cut.operation.backward(
+                    requests[i - 1], results[cut.gives], saved[i - 1], places.stream_at(i - 1, stream), shared,
+                    dvalues.pop(cut.gives), dbuffers,
+                )  # fmt: skip
+                for name, d in zip(cut.takes, drequest, strict=True):
+                    dvalues[name] = _add(dvalues[name], d) if name in dvalues else d
+        return prepared(dparams)[0], dvalues["x"], dbuffers, dshared
+
+    def _replay(self, params, stored, stream, number, shared, reread):
+        """(vjps of the parts, requests, results, saved), computed again but for what is stored."""
+        layer, places = self.layer, stored["places"]
+        values, vjps, requests = {"x": stored["x"], "layer": number}, [], []
+        results, saved = stored.get("results", {}), stored.get("saved", [])
+        for i, part in enumerate(layer.parts):
+            given, _, vjp = _differentiated(part, params, values, shared)
+            values |= given
+            values |= {name: value for name, value in reread.items() if name in given}
+            vjps.append(vjp)
+            if i < len(layer.cuts):
+                cut = layer.cuts[i]
+                requests.append(tuple(values[name] for name in cut.takes))
+                if not self.stored.results:
+                    result, save = cut.operation.forward(requests[-1], places.stream_at(i, stream), shared)
+                    results, saved = results | {cut.gives: result}, [*saved, save]
+                values[cut.gives] = results[cut.gives]
+        return vjps, requests, results, saved
+
+
+def _differentiated(part: Part, params: PyTree, values: Values, shared: tuple):
+    """(what the part gives, its entries, its vjp: of (given, the entries' values) to (params, taken, shared))."""
+
+    def run(params, taken, shared):
+        given, entries = part.run(params, taken, *shared)
+        if set(given) != set(part.gives):
+            raise ValueError(f"depth_scan: a part gave {sorted(given)}, expected {sorted(part.gives)}")
+        return (given, tuple(tuple(entry.values) for entry in entries)), [entry.when for entry in entries]
+
+    taken = {name: values[name] for name in part.takes}
+    (given, entries), vjp, when = jax.vjp(run, params, taken, shared, has_aux=True)
+    return given, tuple(Entry(v, w) for v, w in zip(entries, when, strict=True)), vjp
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["slots", "lengths"], meta_fields=["counts"])
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Where a layer's entries went, and how long the stream was at each of its operations.
+
+    Where every entry is written that follows from their number, and nothing is stored.
+    """
+
+    counts: tuple[int, ...]  # entries of each part
+    slots: tuple[tuple[Array, ...], ...] | None
+    lengths: tuple[Array, ...] | None
+
+    @classmethod
+    def of(cls, written: list[tuple[tuple[Array, bool], ...]], lengths: list[Array]) -> _Places:
+        """From each part's (slot, whether it is always written), and the lengths."""
+        counts = tuple(len(entries) for entries in written)
+        if all(always for entries in written for _, always in entries):
+            return cls(counts, None, None)
+        return cls(counts, tuple(tuple(slot for slot, _ in entries) for entries in written), tuple(lengths))
+
+    def slots_of(self, part: int, stream: Stream) -> tuple[Array, ...]:
+        """The slots of a part's entries; `stream` has the length that the layer found."""
+        if self.slots is not None:
+            return self.slots[part]
+        first = sum(self.counts[:part])
+        return tuple(stream.length_after(first + i) for i in range(self.counts[part]))
+
+    def stream_at(self, cut: int, stream: Stream) -> Stream:
+        """The stream as the operation found it."""
+        if self.lengths is not None:
+            return stream.with_length(self.lengths[cut])
+        count = sum(self.counts[: cut + 1])
+        return stream.with_length(stream.length_after(count)) if count else stream
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["treedef", "sources"])
+@dataclasses.dataclass(frozen=True)
+class _Residuals:
+    """Vjp functions, and other values, as what has to be stored of them: not what the reverse loop has anyway.
+
+    A vjp function is a pytree whose leaves are the arrays that it keeps. Many are the very inputs of its part (weights,
+    the layer's input, attention's output); storing those per layer would copy them, the weights above all. An array
+    that two of them keep is stored once.
+    """
+
+    kept: list[Array]
+    treedef: Any
+    sources: tuple[tuple[bool, int], ...]  # per leaf: whether it is known, and its place among the known or the kept
+
+    @classmethod
+    def of(cls, tree: PyTree, known: PyTree) -> _Residuals:
+        """What to store of `tree`, traced in the same loop body as `known`."""
+        places = {id(leaf): (True, i) for i, leaf in enumerate(jax.tree.leaves(known))}
+        leaves, treedef = jax.tree.flatten(tree)
+        kept, sources = [], []
+        for leaf in leaves:
+            if id(leaf) not in places:
+                places[id(leaf)] = (False, len(kept))
+                kept.append(leaf)
+            sources.append(places[id(leaf)])
+        return cls(kept, treedef, tuple(sources))
+
+    def restore(self, known: PyTree) -> PyTree:
+        """The tree again, from what was kept and the same known values."""
+        leaves = {True: jax.tree.leaves(known), False: self.kept}
+        return jax.tree.unflatten(self.treedef, [leaves[is_known][i] for is_known, i in self.sources])
+
+
+def _add(a: PyTree, b: PyTree) -> PyTree:
+    """Leafwise sum; integer leaves have no gradient (dtype float0) and pass through."""
+    return jax.tree.map(lambda a, b: a if a.dtype == jax.dtypes.float0 else a + b, a, b)

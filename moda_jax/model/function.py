@@ -1,0 +1,82 @@
+"""The model as a pure function of its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moda_jax.config import TransformerConfig
+from moda_jax.model.transformer import Transformer
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFunction:
+    """`Transformer` without its parameters: a pure function, safe to close over in a jitted one.
+
+    Attributes:
+        graph: the module's structure.
+    """
+
+    graph: nnx.GraphDef
+
+    def __call__(
+        self, params: Any, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None
+    ) -> Array:
+        """Logits [B, T, V] float32; arrays as in `Transformer.__call__`, `params` as `split_model` returns them."""
+        return self.module(params)(tokens, segment_ids, positions)
+
+    def hidden(
+        self, params: Any, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None
+    ) -> Array:
+        """The final norm's output [B, T, D]; times `output_table`'s transpose it gives the logits."""
+        return self.module(params).hidden(tokens, segment_ids, positions)
+
+    def output_table(self, params: Any) -> Array:
+        """[V, D] float32."""
+        return self.module(params).output_table()
+
+    def vocab_size(self, params: Any) -> int:
+        """V, without padding."""
+        return self.module(params).config.vocab_size
+
+    def module(self, params: Any) -> nnx.Module:
+        """The `Transformer` itself, holding `params`."""
+        return nnx.merge(self.graph, params)
+
+
+def split_model(config: TransformerConfig, key: Array) -> tuple[ModelFunction, Any]:
+    """A freshly initialised model, as function and parameters.
+
+    Args:
+        config: the model's section.
+        key: a typed PRNG key, the source of the parameters.
+
+    Returns:
+        The function and the parameters, nested dicts of float32 arrays.
+
+    Raises:
+        NotImplementedError: the model holds variables that are not parameters; a train step would not carry them on.
+    """
+    graph, params, rest = nnx.split(Transformer(config, rngs=nnx.Rngs(params=key)), nnx.Param, ...)
+    others = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(rest)]
+    if others:
+        raise NotImplementedError(f"the train step carries parameters only; the model also holds {', '.join(others)}")
+    return ModelFunction(graph), nnx.to_pure_dict(params)
+
+
+def model_function(config: TransformerConfig) -> ModelFunction:
+    """The model's function alone; no parameter is allocated."""
+    holder: list[ModelFunction] = []
+
+    def build() -> Any:
+        model, params = split_model(config, jax.random.key(0))
+        holder.append(model)
+        return params
+
+    jax.eval_shape(build)
+    return holder[0]

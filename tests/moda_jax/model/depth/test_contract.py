@@ -1,0 +1,165 @@
+"""What every depth mechanism must hold: full for MoDA, block Attention Residuals and mHC, in part for the others."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from support import plain_depth
+from support.mechanisms import CASES, FULL, OTHERS, assert_close, case_config, case_params, packed
+from support.quick_compile import QUICK
+
+from moda_jax import param_count
+from moda_jax.inference import decode
+from moda_jax.interop.exchange import export_model, load_model
+from moda_jax.model.attention import default_positions
+from moda_jax.model.function import model_function, split_model
+from moda_jax.model.stack import Step
+
+
+def objective(logits):
+    """A scalar of the logits that weighs every one of them differently."""
+    weights = jnp.cos(jnp.arange(logits.size, dtype=jnp.float32)).reshape(logits.shape)
+    return jnp.sum(weights * jax.nn.log_softmax(logits))
+
+
+def value_and_gradient(function, params, compiled=True):
+    def scalar(params):
+        logits = function(params, *packed())
+        return objective(logits), logits
+
+    both = jax.value_and_grad(scalar, has_aux=True)
+    (_, logits), gradient = (jax.jit(both, compiler_options=QUICK) if compiled else both)(params)
+    return logits, gradient
+
+
+@functools.cache
+def expected(name):
+    """Logits and gradients of the independent model, one operation at a time: its unrolled layers compile long."""
+    config = case_config(name)
+    return value_and_gradient(
+        lambda params, *arrays: plain_depth.logits(params, config, *arrays), case_params(name), compiled=False
+    )
+
+
+# The three that cover every (loop, remat) in pairs; the rest where there is time.
+FORMS = [("scan", "attention"), ("scan", "full"), ("unroll", "none")]
+MORE_FORMS = [("scan", "none"), ("scan", "ffn"), ("unroll", "full"), ("unroll", "attention")]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, form) for name in FULL for form in FORMS),
+        *((name, FORMS[i % 2 * 2]) for i, name in enumerate(OTHERS)),
+        *(pytest.param(name, form, marks=pytest.mark.slow) for name in FULL for form in MORE_FORMS),
+    ],
+    ids=str,
+)
+def test_logits_and_gradients_are_those_of_the_independent_model(name, form):
+    loop, remat = form
+    model = model_function(case_config(name, layer_loop=loop, remat=remat))
+    assert_close(value_and_gradient(model, case_params(name)), expected(name), 2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_and_decoding_are_the_forward_pass(name):
+    config, params = case_config(name), case_params(name)
+    model = model_function(config)
+    tokens = packed(1)[0]
+    logits = jax.jit(model, compiler_options=QUICK)(params, tokens)
+    start = np.zeros(len(tokens), np.int32)
+    step_logits, cache = decode.prefill(model, params, tokens[:, :8], start, capacity=12, padded=False)
+    assert cache.key.shape == (config.num_layers, 2, config.num_kv_heads, 12, config.head_dim)
+    seen = [step_logits]
+    for i in range(8, 11):
+        step_logits, cache = decode.step(model, params, cache, jnp.asarray(tokens[:, i]))
+        seen.append(step_logits)
+    assert_close(jnp.stack(seen, axis=1), logits[:, 7:], 1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_token_depends_on_a_later_one_or_on_another_document(name):
+    config, params = case_config(name, layer_loop="unroll"), case_params(name)
+    module = model_function(config).module(params)
+    tokens, segment_ids, positions = packed(2, batch=1)
+    x = module.embedding(jnp.asarray(tokens))
+
+    def outputs(x):
+        return module.walk(x, positions, segment_ids)[0][0].sum(axis=-1)  # [T]
+
+    gradient = jax.jit(jax.jacrev(outputs), compiler_options=QUICK)(x)[:, 0]  # [T out, T in, D]
+    same = segment_ids[0][:, None] == segment_ids[0][None, :]
+    np.testing.assert_array_equal(jnp.any(gradient != 0, axis=-1), jnp.tril(same))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_parameters_are_those_that_accounting_counts(name, tmp_path):
+    """Counted in the exported file, which has no padding; and what is read back is what was written."""
+    config, params = case_config(name), case_params(name)
+    directory = export_model(config, params, tmp_path / "model")
+    loaded_config, module = load_model(directory, dtype="float32", attention_implementation="xla")
+    assert loaded_config == config
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    assert param_count(config) == sum(tensor.size for tensor in tensors.values())
+    export_model(config, nnx.to_pure_dict(nnx.state(module, nnx.Param)), tmp_path / "again")
+    again = safetensors.numpy.load_file(tmp_path / "again" / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, again, tensors)
+
+
+def test_mechanisms_share_the_initial_values_of_what_they_share():
+    def flat(name):
+        _, params = split_model(case_config(name, norm="pre"), jax.random.key(3))
+        return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+
+    first = flat("none")
+    for name in FULL:
+        others = flat(name)
+        assert first.keys() <= others.keys()
+        for path, leaf in first.items():
+            np.testing.assert_array_equal(others[path], leaf, err_msg=f"{name}: {path}")
+
+
+def temporary_bytes(name, layers, **fields):
+    """Of the gradient of a model with small sub-layers and many tokens."""
+    config = case_config(name, num_layers=layers, max_sequence_length=256, **fields)
+    model = model_function(config)
+    params = jax.eval_shape(lambda: split_model(config, jax.random.key(0))[1])
+
+    def loss(params, tokens):
+        return jnp.sum(jax.nn.logsumexp(model(params, tokens), axis=-1))
+
+    tokens = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile(compiler_options=QUICK)
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["scan", "unroll"])
+@pytest.mark.parametrize("name", [*FULL, "attnres_block of 1, post-norm"])
+def test_memory_is_linear_in_depth(name, loop):
+    sizes = (8, 16, 32) if loop == "scan" else (4, 8, 16)
+    found = {layers: temporary_bytes(name, layers, remat="attention", layer_loop=loop) for layers in sizes}
+    print(f"{name}, {loop}: temporary bytes {found}")
+    small, middle, large = found.values()
+    assert large <= 2.2 * middle and middle <= 2.2 * small, found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_of_a_walk_are_the_models(name):
+    """A layer by itself is what the model runs."""
+    config, params = case_config(name), case_params(name)
+    module = model_function(config).module(params)
+    tokens = jnp.asarray(packed()[0])
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(x):
+        positions = default_positions(x)
+        hidden = module.walk(x, positions, None)[0]
+        return hidden, module.walk(x, positions, None, Step())[0]
+
+    looped, stepped = both(module.embedding(tokens))
+    assert_close(stepped, looped, 1e-6)

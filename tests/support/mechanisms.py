@@ -1,0 +1,76 @@
+"""Small models of every depth mechanism, for the contract suite."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moda_jax.config import TransformerConfig
+from moda_jax.model.function import split_model
+
+TINY = TransformerConfig(
+    vocab_size=31, num_layers=4, width=16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_width=24,
+    max_sequence_length=32, dtype="float32", attention_implementation="xla", initializer_range=0.3,
+)  # fmt: skip
+# The fully tested mechanisms, each in the form that strains the loop most, and what else is run once.
+FULL = {
+    "moda": {"depth": "moda"},
+    "attnres_block": {"depth": "attnres_block", "attnres_block": {"block_size": 3}, "norm": "pre"},
+    "mhc": {"depth": "mhc", "norm": "pre"},
+}
+OTHERS = {
+    "none": {"depth": "none"},
+    "moda, projected": {"depth": "moda", "moda": {"attn_kv": True}, "norm": "pre"},
+    "attnres_block of 1, post-norm": {"depth": "attnres_block", "attnres_block": {"block_size": 1}},
+    "attnres_block of 2": {"depth": "attnres_block", "attnres_block": {"block_size": 2}, "norm": "pre"},
+    "value_mixing": {"depth": "value_mixing", "value_mixing": {"stride": 2}},
+    "value_mixing of all": {"depth": "value_mixing", "value_mixing": {"stride": 1}, "norm": "pre"},
+    "attnres_block of 4": {"depth": "attnres_block", "attnres_block": {"block_size": 4}, "norm": "pre"},
+}
+CASES = FULL | OTHERS
+
+
+def case_config(name, **fields):
+    """The config of a case."""
+    return TransformerConfig.from_dict(dataclasses.asdict(TINY) | CASES[name] | fields)
+
+
+@functools.cache
+def case_params(name):
+    """Its parameters, perturbed: what starts as 0 or 1 would hide mistakes."""
+    return perturbed(case_config(name))
+
+
+def perturbed(config, seed=0):
+    """Fresh parameters of a config with noise on all of them."""
+    _, params = split_model(config, jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def packed(seed=0, batch=2):
+    """Tokens of three documents in a row: (tokens, segment_ids, positions), [B, 11]."""
+    lengths = (3, 5, 3)
+    tokens = np.random.default_rng(seed).integers(0, TINY.vocab_size, (batch, sum(lengths))).astype(np.int32)
+    segment_ids = np.repeat([7, 0, 2], lengths).astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)
+    return tokens, *(jnp.asarray(np.broadcast_to(a, tokens.shape)) for a in (segment_ids, positions))
+
+
+def relative_errors(got, expected):
+    """Relative L2 error by the leaf's path; a leaf that is 0 in both has none."""
+    return {
+        jax.tree_util.keystr(path): float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-6))
+        for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True)
+    }
+
+
+def assert_close(got, expected, tolerance):
+    """Every leaf's relative L2 error is below the tolerance; the message names the worst."""
+    errors = relative_errors(got, expected)
+    name = max(errors, key=errors.get)
+    assert errors[name] < tolerance, f"{name}: relative L2 error {errors[name]:.2e}, bound {tolerance:.0e}"

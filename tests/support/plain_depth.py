@@ -1,0 +1,128 @@
+"""Independent models of the depth mechanisms: unrolled layers, Python lists, plain autodiff, float32.
+
+Each mechanism is a function of the sub-layers alone, written from its paper; what is not depth (norms, projections,
+dense attention) is `plain_model`'s. Nothing here imports `moda_jax`.
+"""
+
+import jax
+import jax.numpy as jnp
+from support import plain_model
+from support.plain_model import einsum, rms, rope
+
+EPSILON = 1e-6
+
+
+class Parts:
+    """The sub-layers of one layer: their norms, wherever they stand, are inside."""
+
+    def __init__(self, p, config, positions, visible):
+        self.p, self.config, self.positions, self.visible = p, config, positions, visible
+        self.pre = config.norm == "pre"
+
+    def norm(self, x, name):
+        return rms(x, self.p[name]["scale"], self.config.norm_epsilon)
+
+    def attention(self, h, mix=lambda q, k, v: v):
+        a, config = self.p["attention"], self.config
+        u = self.norm(h, "attention_norm") if self.pre else h
+
+        def heads(name, norm):
+            y = einsum("btd,dnh->btnh", u, a[name]["kernel"])
+            if norm and config.qk_norm:
+                y = rms(y.reshape(*y.shape[:2], -1), a[norm]["scale"], config.norm_epsilon).reshape(y.shape)
+            return rope(y, self.positions, config.rope_theta) if norm else y
+
+        q, k, v = heads("query", "query_norm"), heads("key", "key_norm"), heads("value", None)
+        v = mix(q, k, v)
+        y = plain_model.attention(q, k, v, [], [], self.visible)
+        y = einsum("btnh,nhd->btd", y, a["output"]["kernel"])
+        return y if self.pre else self.norm(y, "attention_norm")
+
+    def ffn(self, h):
+        f = self.p["ffn"]
+        u = self.norm(h, "ffn_norm") if self.pre else h
+        y = jax.nn.silu(einsum("btd,df->btf", u, f["gate"]["kernel"])) * einsum("btd,df->btf", u, f["up"]["kernel"])
+        y = einsum("btf,fd->btd", y, f["down"]["kernel"])
+        return y if self.pre else self.norm(y, "ffn_norm")
+
+
+def mixture(sources, read):
+    """Attention Residuals' mixture of a list of [B, T, D]."""
+    stacked = jnp.stack(sources)
+    looks = stacked / jnp.sqrt(jnp.mean(stacked**2, axis=-1, keepdims=True) + EPSILON) * read["scale"]
+    weights = jax.nn.softmax(jnp.sum(looks * read["vector"], axis=-1), axis=0)
+    return jnp.sum(weights[..., None] * stacked, axis=0)
+
+
+def attnres_block(config, layers, x):
+    size, closed, running = config.attnres_block.block_size, [x], None
+    number = 0
+    for layer in layers:
+        for name, function in (("attention_read", layer.attention), ("ffn_read", layer.ffn)):
+            h = mixture(closed if running is None else [*closed, running], layer.p["depth"][name])
+            y = function(h)
+            running, number = y if running is None else running + y, number + 1
+            if number % size == 0:
+                closed, running = [*closed, running], None
+    return mixture(closed if running is None else [*closed, running], layers[-1].p["depth"]["output_read"])
+
+
+def mhc(config, layers, x):
+    n = config.mhc.streams
+    streams = [x] * n
+    for layer in layers:
+        for name, function in (("attention_connection", layer.attention), ("ffn_connection", layer.ffn)):
+            p = layer.p["depth"][name]
+            flat = jnp.concatenate(streams, axis=-1)
+            flat = flat / jnp.sqrt(jnp.mean(flat**2, axis=-1, keepdims=True) + EPSILON)
+            products = einsum("btc,cm->btm", flat, p["kernel"].reshape(flat.shape[-1], -1))
+            pre = jax.nn.sigmoid(p["gate"][0] * products[..., :n] + p["offset"][:n])
+            post = 2 * jax.nn.sigmoid(p["gate"][1] * products[..., n : 2 * n] + p["offset"][n : 2 * n])
+            matrix = jnp.exp(p["gate"][2] * products[..., 2 * n :] + p["offset"][2 * n :])
+            matrix = matrix.reshape(*matrix.shape[:2], n, n)
+            for _ in range(config.mhc.sinkhorn_rounds):
+                matrix = matrix / matrix.sum(axis=-2, keepdims=True)
+                matrix = matrix / matrix.sum(axis=-1, keepdims=True)
+            y = function(sum(pre[..., i, None] * streams[i] for i in range(n)))
+            streams = [
+                sum(matrix[..., i, j, None] * streams[j] for j in range(n)) + post[..., i, None] * y for i in range(n)
+            ]
+    return sum(streams)
+
+
+def value_mixing(config, layers, x):
+    keys, values = [], []
+    for number, layer in enumerate(layers):
+
+        def mix(q, k, v, number=number):
+            query = q.reshape(*k.shape[:3], -1, k.shape[-1]).mean(axis=3)
+            sources = [*zip(keys, values, strict=True), (k, v)]
+            logits = jnp.stack([jnp.sum(query * key, axis=-1) for key, _ in sources]) * k.shape[-1] ** -0.5
+            weights = jax.nn.softmax(logits, axis=0)
+            v = sum(weight[..., None] * value for weight, (_, value) in zip(weights, sources, strict=True))
+            if number % config.value_mixing.stride == 0:
+                keys.append(k)
+                values.append(v)
+            return v
+
+        x = x + layer.attention(x, mix)
+        x = x + layer.ffn(x)
+    return x
+
+
+MODELS = {"attnres_block": attnres_block, "mhc": mhc, "value_mixing": value_mixing}
+
+
+def logits(params, config, tokens, segment_ids=None, positions=None):
+    """As `plain_model.logits`, for the mechanisms of MODELS; MoDA and none are `plain_model`'s own."""
+    if config.depth not in MODELS:
+        return plain_model.logits(params, config, tokens, segment_ids, positions)
+    B, T = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
+    segment_ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
+    visible = jnp.tril(jnp.ones((T, T), bool)) & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    trees = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.num_layers - 1)]
+    layers = [Parts(p, config, positions, visible) for p in (*trees, params["last_layer"])]
+    x = MODELS[config.depth](config, layers, params["embedding"]["table"][tokens])
+    x = rms(x, params["final_norm"]["scale"], config.norm_epsilon)
+    return einsum("btd,vd->btv", x, params["embedding"]["table"])

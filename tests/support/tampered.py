@@ -1,0 +1,40 @@
+"""Depth mechanisms of somebody else's: ours with one method changed, found by `model.depth="support.tampered:NAME"`."""
+
+import jax
+import jax.numpy as jnp
+
+from moda_jax.model.depth.attnres_block import BlockAttentionResiduals
+from moda_jax.model.depth.mhc import ManifoldHyperConnections
+from moda_jax.model.depth.moda import MixtureOfDepths
+from moda_jax.model.depth.value_mixing import ValueMixing
+
+FACTOR = 1.4
+
+
+def scaled(tree):
+    """Every float array times FACTOR."""
+    return jax.tree.map(lambda a: a * FACTOR if jnp.issubdtype(jnp.result_type(a), jnp.inexact) else a, tree)
+
+
+def changed(base, method):
+    """A subclass whose `method` returns FACTOR times as much."""
+
+    def tampered(self, *arguments, **options):
+        return scaled(getattr(base, method)(self, *arguments, **options))
+
+    return type(f"{base.__name__}_{method}", (base,), {method: tampered, "__module__": __name__})
+
+
+# Every method that a layer or the model calls, on a mechanism that uses it.
+METHODS = {
+    "begin": MixtureOfDepths,
+    "request": BlockAttentionResiduals,
+    "input": MixtureOfDepths,
+    "value_request": ValueMixing,
+    "mixed": ValueMixing,
+    "residual": ManifoldHyperConnections,
+    "entries": MixtureOfDepths,
+    "finish": BlockAttentionResiduals,
+}
+CLASSES = {method: changed(base, method) for method, base in METHODS.items()}
+globals().update({cls.__name__: cls for cls in CLASSES.values()})
