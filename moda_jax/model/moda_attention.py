@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moda_jax.model.attention import Attention, default_positions
+from moda_jax.model.attention_cache import AttentionCache
 from moda_jax.model.depth.mechanism import ATTENTION, FFN, SubLayer
 from moda_jax.model.depth.moda import MixtureOfDepths
 from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.depth.stream import DepthStream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.precision import compute_dtype
+from pallas_kernels import moda_attention
 
 Array = jax.Array
 
@@ -100,6 +102,38 @@ class MoDAAttention(Attention):
         operation = SoftmaxAttention(True, segment_ids=_only, implementation=self.implementation)
         y = self.output(operation((query, key, value), stream, (segment_ids,)))
         return y, self._written(ATTENTION, x, stream, positions, key, value)
+
+    def decode(
+        self, x: Array, stream: DepthStream, cache: AttentionCache, positions: Array | None = None
+    ) -> tuple[Array, DepthStream, AttentionCache]:
+        """The next tokens of a text whose earlier tokens are in the cache: a prompt's, or one at a time.
+
+        As a call over the whole text gives for these tokens. For inference: the cache is not meant to be differentiated
+        through a loop.
+
+        Args:
+            x: [B, T, D], the T tokens behind those in the cache.
+            stream: what earlier layers wrote for these tokens.
+            cache: this layer's own.
+            positions: [B, T] int32 for the rotary embedding; None: `cache.places(T)`. `write_ffn` wants the same ones.
+
+        Returns:
+            y [B, T, D], the stream with one more entry, and the cache with T more tokens in each row.
+
+        Raises:
+            ValueError: a full stream or cache (when its length is concrete), or shapes that do not fit.
+        """
+        places = cache.places(x.shape[1])
+        positions = places if positions is None else positions
+        query, key, value = self.project(x, positions)
+        cache = cache.append(key, value)
+        depth_key, depth_value = (stream.key, stream.value) if stream.slots else (None, None)
+        attended = moda_attention(
+            query, cache.key.astype(query.dtype), cache.value.astype(query.dtype), depth_key, depth_value,
+            depth_length=stream.length if stream.slots else None, query_positions=places, key_length=cache.length,
+            implementation=self.implementation,
+        )  # fmt: skip
+        return self.output(attended), self._written(ATTENTION, x, stream, positions, key, value), cache
 
     def write_ffn(self, inputs: Array, stream: DepthStream, positions: Array | None = None) -> DepthStream:
         """The stream after the FFN sub-layer's entry, projected from its input `inputs` [B, T, D].
