@@ -10,6 +10,7 @@ from moda_jax.config_checks import check_types, require_positive
 MECHANISMS = {
     "none": "moda_jax.model.depth.none:NoDepth",
     "moda": "moda_jax.model.depth.moda:MixtureOfDepths",
+    "denseformer": "moda_jax.model.depth.denseformer:DenseFormer",
     "attnres_block": "moda_jax.model.depth.attnres_block:BlockAttentionResiduals",
     "value_mixing": "moda_jax.model.depth.value_mixing:ValueMixing",
     "mhc": "moda_jax.model.depth.mhc:ManifoldHyperConnections",
@@ -27,6 +28,23 @@ class Section:
             ValueError: naming the field, what came and what was expected.
         """
         check_types(name, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseFormerSection(Section):
+    """DenseFormer (arXiv 2402.02622).
+
+    Attributes:
+        dilation: behind layer i, only outputs of layers i, i - dilation, i - 2 dilation, ... are summed.
+        period: a sum stands behind every period-th layer.
+    """
+
+    dilation: int = 1
+    period: int = 1
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        require_positive(name, self, "dilation", "period")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +112,14 @@ class DepthSections:
     """A section for every mechanism that has fields; only the one that `depth` names is read.
 
     Attributes:
+        denseformer: of `depth="denseformer"`.
         moda: of `depth="moda"`.
         attnres_block: of `depth="attnres_block"`.
         value_mixing: of `depth="value_mixing"`.
         mhc: of `depth="mhc"`.
     """
 
+    denseformer: DenseFormerSection = dataclasses.field(default_factory=DenseFormerSection)
     moda: MoDASection = dataclasses.field(default_factory=MoDASection)
     attnres_block: BlockAttentionResidualsSection = dataclasses.field(default_factory=BlockAttentionResidualsSection)
     value_mixing: ValueMixingSection = dataclasses.field(default_factory=ValueMixingSection)

@@ -25,6 +25,8 @@ OTHERS = {
     "moda, projected": {"depth": "moda", "moda": {"attn_kv": True}, "norm": "pre"},
     "attnres_block of 1, post-norm": {"depth": "attnres_block", "attnres_block": {"block_size": 1}},
     "attnres_block of 2": {"depth": "attnres_block", "attnres_block": {"block_size": 2}, "norm": "pre"},
+    "denseformer": {"depth": "denseformer"},
+    "denseformer, dilated": {"depth": "denseformer", "denseformer": {"dilation": 2, "period": 2}, "norm": "pre"},
     "value_mixing": {"depth": "value_mixing", "value_mixing": {"stride": 2}},
     "value_mixing of all": {"depth": "value_mixing", "value_mixing": {"stride": 1}, "norm": "pre"},
     "attnres_block of 4": {"depth": "attnres_block", "attnres_block": {"block_size": 4}, "norm": "pre"},

@@ -110,7 +110,21 @@ def value_mixing(config, layers, x):
     return x
 
 
-MODELS = {"attnres_block": attnres_block, "mhc": mhc, "value_mixing": value_mixing}
+def denseformer(config, layers, x):
+    dilation, period = config.denseformer.dilation, config.denseformer.period
+    outputs = [x]
+    for number, layer in enumerate([*layers, None]):
+        if number > 0 and number % period == 0:
+            p = layers[-1].p["depth"]["output_weights"] if layer is None else layer.p["depth"]["attention_weights"]
+            x = sum(p["vector"][age] * output for age, output in enumerate(outputs[::-1][::dilation]))
+        if layer is not None:
+            x = x + layer.attention(x)
+            x = x + layer.ffn(x)
+            outputs.append(x)
+    return x
+
+
+MODELS = {"attnres_block": attnres_block, "denseformer": denseformer, "mhc": mhc, "value_mixing": value_mixing}
 
 
 def logits(params, config, tokens, segment_ids=None, positions=None):
