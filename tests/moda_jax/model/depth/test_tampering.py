@@ -17,8 +17,6 @@ from moda_jax.model.depth import mechanism
 from moda_jax.model.function import model_function
 from moda_jax.model.stack import Step
 
-# MoDA under post-norm: behind a norm its input's scale would not show.
-NORM = {tampered.MixtureOfDepths: "post"}
 CASE = {
     tampered.MixtureOfDepths: "moda, projected",
     tampered.BlockAttentionResiduals: "attnres_block",
@@ -38,9 +36,9 @@ def test_every_method_of_the_interface_is_tampered_with():
 
 
 @functools.cache
-def last_logits(name, depth, norm):
+def last_logits(name, depth):
     """The last token's logits by the ways in which a model runs."""
-    config = case_config(name, num_layers=3, depth=depth, norm=norm)
+    config = case_config(name, num_layers=3, depth=depth)
     params = perturbed(case_config(name, num_layers=3))
     model = model_function(config)
 
@@ -63,9 +61,9 @@ def last_logits(name, depth, norm):
 @pytest.mark.parametrize("method", tampered.METHODS)
 def test_all_ways_change_together(method):
     base = tampered.METHODS[method]
-    name, norm = CASE[base], NORM.get(base, "pre")
-    plain = last_logits(name, case_config(name).depth, norm)
-    other = last_logits(name, f"support.tampered:{base.__name__}_{method}", norm)
+    name = CASE[base]
+    plain = last_logits(name, case_config(name).depth)
+    other = last_logits(name, f"support.tampered:{base.__name__}_{method}")
     for way, logits in other.items():
         assert_close(logits, other["loop"], 1e-5)
         (change,) = relative_errors(logits, plain[way]).values()
