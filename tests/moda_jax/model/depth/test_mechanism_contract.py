@@ -45,17 +45,28 @@ def expected(name):
     )
 
 
-# The three that cover every (loop, remat) in pairs; the rest where there is time.
-FORMS = [("scan", "attention"), ("scan", "full"), ("unroll", "none")]
-MORE_FORMS = [("scan", "none"), ("scan", "ffn"), ("unroll", "full"), ("unroll", "attention")]
+# By default each full mechanism in one way, block Attention Residuals in two; all ways and the other cases are slow.
+QUICK_FORMS = {
+    ("moda", ("scan", "attention")), ("attnres_block", ("scan", "full")), ("attnres_block", ("unroll", "none")),
+    ("mhc", ("scan", "none")),
+}  # fmt: skip
+FORMS = [(loop, remat) for loop in ("scan", "unroll") for remat in ("full", "attention", "ffn", "none")]
+
+
+def slow(value, quick):
+    """A case, marked slow unless it is among the quick ones."""
+    values = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*values, marks=() if value in quick else pytest.mark.slow)
+
+
+every_case = pytest.mark.parametrize("name", [slow(name, FULL) for name in CASES])
 
 
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        *((name, form) for name in FULL for form in FORMS),
-        *((name, FORMS[i % 2 * 2]) for i, name in enumerate(OTHERS)),
-        *(pytest.param(name, form, marks=pytest.mark.slow) for name in FULL for form in MORE_FORMS),
+        *(slow((name, form), QUICK_FORMS) for name in FULL for form in FORMS),
+        *(slow((name, FORMS[(0, 7)[i % 2]]), ()) for i, name in enumerate(OTHERS)),
     ],
     ids=str,
 )
@@ -65,7 +76,7 @@ def test_logits_and_gradients_are_those_of_the_independent_model(name, form):
     assert_close(value_and_gradient(model, case_params(name)), expected(name), 2e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_prefill_and_decoding_are_the_forward_pass(name):
     config, params = case_config(name), case_params(name)
     model = model_function(config)
@@ -81,7 +92,7 @@ def test_prefill_and_decoding_are_the_forward_pass(name):
     assert_close(jnp.stack(seen, axis=1), logits[:, 7:], 1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_no_token_depends_on_a_later_one_or_on_another_document(name):
     config, params = case_config(name, layer_loop="unroll"), case_params(name)
     module = model_function(config).module(params)
@@ -148,9 +159,9 @@ def test_memory_is_linear_in_depth(name, loop):
     assert large <= 2.2 * middle and middle <= 2.2 * small, found
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_rows_of_a_walk_are_the_models(name):
-    """A layer by itself is what the model runs."""
+@pytest.mark.parametrize("name", FULL)
+def test_a_walk_with_a_step_is_the_model(name):
+    """What prefill, decoding, maps and diagnosis walk is what trains."""
     config, params = case_config(name), case_params(name)
     module = model_function(config).module(params)
     tokens = jnp.asarray(packed()[0])

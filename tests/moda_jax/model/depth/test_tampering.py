@@ -58,7 +58,13 @@ def last_logits(name, depth):
     return ways
 
 
-@pytest.mark.parametrize("method", tampered.METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=() if method in ("entries", "request") else pytest.mark.slow)
+        for method in tampered.METHODS
+    ],
+)
 def test_all_ways_change_together(method):
     base = tampered.METHODS[method]
     name = CASE[base]
