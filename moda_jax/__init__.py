@@ -3,7 +3,8 @@
 from moda_jax.config import TransformerConfig
 from moda_jax.model.accounting import forward_flops, param_count, train_flops_per_token
 from moda_jax.model.attention_cache import AttentionCache
-from moda_jax.model.depth.loop import PartedBlock, depth_scan
+from moda_jax.model.depth.cut_layer import PartedBlock
+from moda_jax.model.depth.loop import depth_scan
 from moda_jax.model.depth.stream import DepthStream
 from moda_jax.model.moda_attention import MoDAAttention
 from moda_jax.model.transformer import Transformer

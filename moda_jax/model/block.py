@@ -15,7 +15,7 @@ from flax import nnx
 
 from moda_jax.config import TransformerConfig
 from moda_jax.model.attention import Attention
-from moda_jax.model.depth.loop import Cut, Layer, Part, Values, run_layer
+from moda_jax.model.depth.cut_layer import Cut, Layer, Part, Values, run_layer
 from moda_jax.model.depth.mechanism import ATTENTION, FFN, VALUE, DepthMechanism, SubLayer
 from moda_jax.model.depth.operations import SoftmaxAttention, second_of_shared
 from moda_jax.model.depth.registry import find_mechanism

@@ -19,7 +19,8 @@ from flax import nnx
 from moda_jax.config import TransformerConfig
 from moda_jax.model.attention import default_positions
 from moda_jax.model.block import Block, layer_norm
-from moda_jax.model.depth.loop import Cut, Layer, Values, depth_scan, run_layer
+from moda_jax.model.depth.cut_layer import Cut, Layer, Values, run_layer
+from moda_jax.model.depth.loop import depth_scan
 from moda_jax.model.depth.mechanism import OUTPUT, DepthMechanism
 from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.depth.registry import find_mechanism

@@ -31,12 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from moda_jax.model.depth.operations import Operation, SoftmaxAttention, no_segments
-from moda_jax.model.depth.stream import Entry, Stream, is_traced, read_slot
+from moda_jax.model.depth.cut_layer import Layer, PartedBlock
+from moda_jax.model.depth.kept import Places, Residuals, differentiated
+from moda_jax.model.depth.stream import Stream, is_traced, read_slot
 
 Array = jax.Array
 PyTree = Any
-Values = dict[str, PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,192 +55,6 @@ REMAT = {
     "ffn": Stored(results=True, parts=True),  # the FFN itself then keeps less: see `moda_jax.model.layers.swiglu`
     "none": Stored(results=True, parts=True),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What a layer computes between two operations. It never touches the stream.
-
-    Attributes:
-        run: (params, values, *shared) -> (values, entries): a dict of what `takes` names to a dict of what `gives`
-            names, and what is written to the stream before the next operation.
-        takes: names of values: "x", the layer's input; "layer", its int32 number, counted from 0; what earlier parts
-            and operations gave.
-        gives: names of values. The last part gives "output", the layer's result, and may give "aux".
-    """
-
-    run: Callable[..., tuple[Values, tuple[Entry, ...]]]
-    takes: tuple[str, ...]
-    gives: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """Where an operation stands between two parts.
-
-    Attributes:
-        operation: what is done.
-        takes: names of the values that it is asked with.
-        gives: name of its result.
-    """
-
-    operation: Operation
-    takes: tuple[str, ...]
-    gives: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """A layer cut at its operations, for `depth_scan`.
-
-    Attributes:
-        parts: one more than there are cuts.
-        cuts: the operations between them.
-        reread: (name of a value, number of a buffer, number of the layer's entry): values that stand in the stream
-            unchanged, so that they are read again from there instead of being stored. Only for a layer that writes all
-            of its entries.
-        prepare: one layer's parameters -> what the parts get, differentiable; on a mesh, the gather of that layer.
-    """
-
-    parts: tuple[Part, ...]
-    cuts: tuple[Cut, ...]
-    reread: tuple[tuple[str, int, int], ...] = ()
-    prepare: Callable[[PyTree], PyTree] = lambda params: params
-
-    def __post_init__(self) -> None:
-        if len(self.parts) != len(self.cuts) + 1:
-            raise ValueError(
-                f"Layer: {len(self.parts)} parts and {len(self.cuts)} cuts, expected one part more than cuts"
-            )
-        known, used = {"x", "layer"}, {"output", "aux"}
-        for i, part in enumerate(self.parts):
-            cut = self.cuts[i] if i < len(self.cuts) else None
-            for name in part.takes:
-                _require_known(name, known, f"part {i}")
-            known |= set(part.gives)
-            used |= set(part.takes)
-            if cut is not None:
-                for name in cut.takes:
-                    _require_known(name, known, f"the operation behind part {i}")
-                known.add(cut.gives)
-                used |= set(cut.takes)
-        if "output" not in self.parts[-1].gives:
-            raise ValueError(f"Layer: the last part gives {self.parts[-1].gives}, expected 'output' among it")
-        idle = sorted(known - used - {"x", "layer"})
-        if idle:
-            raise ValueError(f"Layer: nobody takes {idle[0]!r}")
-
-    @property
-    def numbered(self) -> bool:
-        """Whether a part asks for the layer's number."""
-        return any("layer" in part.takes for part in self.parts)
-
-    @property
-    def has_aux(self) -> bool:
-        """Whether the layer returns an auxiliary output."""
-        return "aux" in self.parts[-1].gives
-
-
-def _require_known(name: str, known: set[str], where: str) -> None:
-    if name not in known:
-        raise ValueError(f"Layer: {where} takes {name!r}, expected one of {', '.join(sorted(known))}")
-
-
-@dataclasses.dataclass(frozen=True)
-class PartedBlock:
-    """A layer cut at its attention op alone, for `depth_scan`; its stream is a `DepthStream`.
-
-    Attributes:
-        before: (params, x, *shared) -> (query [B, T, N, H], key, value [B, T, K, H]).
-        after: (params, x, key, value, attended [B, T, N, H], *shared) -> (x, entries); entries is a tuple of
-            `entries_per_layer` pairs (key, value), [B, T, K, H] each.
-        entries_per_layer: slots that the layer fills.
-        writes_own_key_value: entries[0] is `before`'s (key, value): they are then re-read from the stream, not stored.
-        segment_ids: (*shared) -> [B, T] int32 or None: the op's mask.
-        scale: of the logits; None: H ** -0.5.
-        implementation: of the op; None: the best for the device.
-        prepare: one layer's parameters -> what both parts get, differentiable; on a mesh, the gather of that layer.
-    """
-
-    before: Callable[..., tuple[Array, Array, Array]]
-    after: Callable[..., tuple[PyTree, tuple[tuple[Array, Array], ...]]]
-    entries_per_layer: int
-    writes_own_key_value: bool = False
-    segment_ids: Callable[..., Array | None] = no_segments
-    scale: float | None = None
-    implementation: str | None = None
-    prepare: Callable[[PyTree], PyTree] = lambda params: params
-
-    def layer(self) -> Layer:
-        """The same as a `Layer`."""
-        op = SoftmaxAttention(True, self.segment_ids, self.scale, self.implementation)
-        return Layer(
-            parts=(
-                Part(_Before(self), ("x",), ("query", "key", "value")),
-                Part(_After(self), ("x", "key", "value", "attended"), ("output",)),
-            ),
-            cuts=(Cut(op, ("query", "key", "value"), "attended"),),
-            reread=(("key", 0, 0), ("value", 1, 0)) if self.writes_own_key_value else (),
-            prepare=self.prepare,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Before:
-    block: PartedBlock
-
-    def __call__(self, params: PyTree, values: Values, *shared: PyTree) -> tuple[Values, tuple[Entry, ...]]:
-        query, key, value = self.block.before(params, values["x"], *shared)
-        return {"query": query, "key": key, "value": value}, ()
-
-
-@dataclasses.dataclass(frozen=True)
-class _After:
-    block: PartedBlock
-
-    def __call__(self, params: PyTree, values: Values, *shared: PyTree) -> tuple[Values, tuple[Entry, ...]]:
-        x, entries = self.block.after(params, values["x"], values["key"], values["value"], values["attended"], *shared)
-        if len(entries) != self.block.entries_per_layer:
-            raise ValueError(
-                f"depth_scan: `after` returned {len(entries)} entries, expected entries_per_layer="
-                f"{self.block.entries_per_layer}"
-            )
-        return {"output": x}, tuple(Entry(tuple(entry)) for entry in entries)
-
-
-def run_layer(
-    layer: Layer,
-    params: PyTree,
-    x: PyTree,
-    stream: Stream,
-    number: Array | int | None,
-    shared: tuple,
-    operate: Callable[[Cut, Values, Stream], tuple[PyTree, Stream, int]] | None = None,
-) -> tuple[PyTree, Stream]:
-    """One layer outside of the loop, differentiable by JAX.
-
-    Args:
-        layer, params, x, stream, shared: as in `depth_scan`, the parameters of one layer.
-        number: the layer's.
-        operate: (cut, the values so far, stream) -> (result, stream, how many of the next part's entries stand in the
-            stream already); None: runs the cut's operation.
-    """
-    params = layer.prepare(params)
-    values, there = {"x": x, "layer": number}, 0
-    for i, part in enumerate(layer.parts):
-        given, entries = part.run(params, {name: values[name] for name in part.takes}, *shared)
-        values |= given
-        stream = stream if there == 0 else stream.with_length(stream.length_after(there))
-        for entry in entries[there:]:
-            stream = stream.write(entry)
-        there = 0
-        if i < len(layer.cuts):
-            cut = layer.cuts[i]
-            if operate is None:
-                values[cut.gives] = cut.operation(tuple(values[name] for name in cut.takes), stream, shared)
-            else:
-                values[cut.gives], stream, there = operate(cut, values, stream)
-    return values["output"], stream
 
 
 def depth_scan(
@@ -573,7 +387,7 @@ class _CutLayer(_Looped):
         values, results, saved, vjps = {"x": x, "layer": number}, {}, [], []
         written, lengths = [], []
         for i, part in enumerate(parts):
-            given, entries, vjp = _differentiated(part, params, values, shared)
+            given, entries, vjp = differentiated(part, params, values, shared)
             values |= given
             vjps.append(vjp)
             slots = []
@@ -592,13 +406,13 @@ class _CutLayer(_Looped):
                 result, stream = jax.lax.optimization_barrier((result, stream))
                 values[cut.gives] = results[cut.gives] = result
                 saved.append(save)
-        stored = {"x": x, "places": _Places.of(written, lengths)}
+        stored = {"x": x, "places": Places.of(written, lengths)}
         if self.stored.results:
             stored |= {"results": results, "saved": saved}
         if self.stored.parts:
             requests = [tuple(values[name] for name in cut.takes) for cut in layer.cuts]
             known = (params, x, number, shared, results, saved, [values[name] for name, _, _ in layer.reread])
-            stored["residuals"] = _Residuals.of((vjps, requests), known)
+            stored["residuals"] = Residuals.of((vjps, requests), known)
         return values["output"], stream, (values.get("aux"), None), stored
 
     def reverse(self, params, stored, stream, number, shared, dx, daux, dbuffers):
@@ -649,7 +463,7 @@ class _CutLayer(_Looped):
         values, vjps, requests = {"x": stored["x"], "layer": number}, [], []
         results, saved = stored.get("results", {}), stored.get("saved", [])
         for i, part in enumerate(layer.parts):
-            given, _, vjp = _differentiated(part, params, values, shared)
+            given, _, vjp = differentiated(part, params, values, shared)
             values |= given
             values |= {name: value for name, value in reread.items() if name in given}
             vjps.append(vjp)
@@ -661,88 +475,6 @@ class _CutLayer(_Looped):
                     results, saved = results | {cut.gives: result}, [*saved, save]
                 values[cut.gives] = results[cut.gives]
         return vjps, requests, results, saved
-
-
-def _differentiated(part: Part, params: PyTree, values: Values, shared: tuple):
-    """(what the part gives, its entries, its vjp: of (given, the entries' values) to (params, taken, shared))."""
-
-    def run(params, taken, shared):
-        given, entries = part.run(params, taken, *shared)
-        if set(given) != set(part.gives):
-            raise ValueError(f"depth_scan: a part gave {sorted(given)}, expected {sorted(part.gives)}")
-        return (given, tuple(tuple(entry.values) for entry in entries)), [entry.when for entry in entries]
-
-    taken = {name: values[name] for name in part.takes}
-    (given, entries), vjp, when = jax.vjp(run, params, taken, shared, has_aux=True)
-    return given, tuple(Entry(v, w) for v, w in zip(entries, when, strict=True)), vjp
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["slots", "lengths"], meta_fields=["counts"])
-@dataclasses.dataclass(frozen=True)
-class _Places:
-    """Where a layer's entries went, and how long the stream was at each of its operations.
-
-    Where every entry is written that follows from their number, and nothing is stored.
-    """
-
-    counts: tuple[int, ...]  # entries of each part
-    slots: tuple[tuple[Array, ...], ...] | None
-    lengths: tuple[Array, ...] | None
-
-    @classmethod
-    def of(cls, written: list[tuple[tuple[Array, bool], ...]], lengths: list[Array]) -> _Places:
-        """From each part's (slot, whether it is always written), and the lengths."""
-        counts = tuple(len(entries) for entries in written)
-        if all(always for entries in written for _, always in entries):
-            return cls(counts, None, None)
-        return cls(counts, tuple(tuple(slot for slot, _ in entries) for entries in written), tuple(lengths))
-
-    def slots_of(self, part: int, stream: Stream) -> tuple[Array, ...]:
-        """The slots of a part's entries; `stream` has the length that the layer found."""
-        if self.slots is not None:
-            return self.slots[part]
-        first = sum(self.counts[:part])
-        return tuple(stream.length_after(first + i) for i in range(self.counts[part]))
-
-    def stream_at(self, cut: int, stream: Stream) -> Stream:
-        """The stream as the operation found it."""
-        if self.lengths is not None:
-            return stream.with_length(self.lengths[cut])
-        count = sum(self.counts[: cut + 1])
-        return stream.with_length(stream.length_after(count)) if count else stream
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["treedef", "sources"])
-@dataclasses.dataclass(frozen=True)
-class _Residuals:
-    """Vjp functions, and other values, as what has to be stored of them: not what the reverse loop has anyway.
-
-    A vjp function is a pytree whose leaves are the arrays that it keeps. Many are the very inputs of its part (weights,
-    the layer's input, attention's output); storing those per layer would copy them, the weights above all. An array
-    that two of them keep is stored once.
-    """
-
-    kept: list[Array]
-    treedef: Any
-    sources: tuple[tuple[bool, int], ...]  # per leaf: whether it is known, and its place among the known or the kept
-
-    @classmethod
-    def of(cls, tree: PyTree, known: PyTree) -> _Residuals:
-        """What to store of `tree`, traced in the same loop body as `known`."""
-        places = {id(leaf): (True, i) for i, leaf in enumerate(jax.tree.leaves(known))}
-        leaves, treedef = jax.tree.flatten(tree)
-        kept, sources = [], []
-        for leaf in leaves:
-            if id(leaf) not in places:
-                places[id(leaf)] = (False, len(kept))
-                kept.append(leaf)
-            sources.append(places[id(leaf)])
-        return cls(kept, treedef, tuple(sources))
-
-    def restore(self, known: PyTree) -> PyTree:
-        """The tree again, from what was kept and the same known values."""
-        leaves = {True: jax.tree.leaves(known), False: self.kept}
-        return jax.tree.unflatten(self.treedef, [leaves[is_known][i] for is_known, i in self.sources])
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:
