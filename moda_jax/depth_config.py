@@ -10,8 +10,11 @@ from moda_jax.config_checks import check_types, require_positive
 MECHANISMS = {
     "none": "moda_jax.model.depth.none:NoDepth",
     "moda": "moda_jax.model.depth.moda:MixtureOfDepths",
+    "attnres": "moda_jax.model.depth.attnres:AttentionResiduals",
+    "attnres_delta": "moda_jax.model.depth.attnres_delta:DeltaAttentionResiduals",
     "attnres_block": "moda_jax.model.depth.attnres_block:BlockAttentionResiduals",
     "value_mixing": "moda_jax.model.depth.value_mixing:ValueMixing",
+    "value_residual": "moda_jax.model.depth.value_residual:ValueResidual",
     "mhc": "moda_jax.model.depth.mhc:ManifoldHyperConnections",
 }
 
@@ -58,6 +61,17 @@ class BlockAttentionResidualsSection(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class DeltaAttentionResidualsSection(Section):
+    """Attention Residuals, delta form (arXiv 2605.18855).
+
+    Attributes:
+        null_source: every sub-layer has a learned vector among its sources, 0 at the start.
+    """
+
+    null_source: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class ValueMixingSection(Section):
     """Depth-attention value mixing (arXiv 2606.05014).
 
@@ -70,6 +84,20 @@ class ValueMixingSection(Section):
     def check(self, name: str) -> None:
         super().check(name)
         require_positive(name, self, "stride")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueResidualSection(Section):
+    """Value residual (arXiv 2410.17897).
+
+    Attributes:
+        first, own: weights of the first layer's value and of the layer's own, from the second layer on.
+        learned: they are where every layer's weights start.
+    """
+
+    first: float = 0.5
+    own: float = 0.5
+    learned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +124,15 @@ class DepthSections:
     Attributes:
         moda: of `depth="moda"`.
         attnres_block: of `depth="attnres_block"`.
+        attnres_delta: of `depth="attnres_delta"`.
         value_mixing: of `depth="value_mixing"`.
+        value_residual: of `depth="value_residual"`.
         mhc: of `depth="mhc"`.
     """
 
     moda: MoDASection = dataclasses.field(default_factory=MoDASection)
     attnres_block: BlockAttentionResidualsSection = dataclasses.field(default_factory=BlockAttentionResidualsSection)
+    attnres_delta: DeltaAttentionResidualsSection = dataclasses.field(default_factory=DeltaAttentionResidualsSection)
     value_mixing: ValueMixingSection = dataclasses.field(default_factory=ValueMixingSection)
+    value_residual: ValueResidualSection = dataclasses.field(default_factory=ValueResidualSection)
     mhc: MHCSection = dataclasses.field(default_factory=MHCSection)

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from support.quick_compile import QUICK
 
 from moda_jax.config import TransformerConfig
 from moda_jax.model.function import split_model
@@ -29,7 +30,15 @@ OTHERS = {
     "value_mixing of all": {"depth": "value_mixing", "value_mixing": {"stride": 1}, "norm": "pre"},
     "attnres_block of 4": {"depth": "attnres_block", "attnres_block": {"block_size": 4}, "norm": "pre"},
 }
-CASES = FULL | OTHERS
+# Of these the quick suite runs those of three layers, in one form; the rest of the contract is slow.
+FAMILY = {
+    "value_residual": {"depth": "value_residual", "value_residual": {"learned": True}, "num_layers": 3},
+    "attnres": {"depth": "attnres", "num_layers": 3},
+    "attnres_delta": {"depth": "attnres_delta", "attnres_delta": {"null_source": True}, "num_layers": 3, "norm": "pre"},
+    "attnres_delta, no null source": {"depth": "attnres_delta"},
+    "value_residual, fixed": {"depth": "value_residual", "value_residual": {"first": 0.3}, "norm": "pre"},
+}
+CASES = FULL | OTHERS | FAMILY
 
 
 def case_config(name, **fields):
@@ -45,11 +54,15 @@ def case_params(name):
 
 def perturbed(config, seed=0):
     """Fresh parameters of a config with noise on all of them."""
-    _, params = split_model(config, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+
+    def make(key, noise):
+        leaves, tree = jax.tree.flatten(split_model(config, key)[1])
+        keys = jax.random.split(noise, len(leaves))
+        noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, noisy)
+
+    # As one program: one operation at a time they take longer than everything that is tested with them.
+    return jax.jit(make, compiler_options=QUICK)(jax.random.key(seed), jax.random.key(seed + 1))
 
 
 def packed(seed=0, batch=2):

@@ -54,6 +54,29 @@ def mixture(sources, read):
     return jnp.sum(weights[..., None] * stacked, axis=0)
 
 
+def attnres(config, layers, x):
+    outputs = [x]
+    for layer in layers:
+        reads = layer.p["depth"]
+        outputs.append(layer.attention(mixture(outputs, reads["attention_read"])))
+        outputs.append(layer.ffn(mixture(outputs, reads["ffn_read"])))
+    return mixture(outputs, layers[-1].p["depth"]["output_read"])
+
+
+def attnres_delta(config, layers, x):
+    outputs = [x]
+    for number, layer in enumerate(layers):
+        for name, function in (("attention_read", layer.attention), ("ffn_read", layer.ffn)):
+            read = layer.p["depth"][name]
+            sources = [] if (number, name) == (0, "attention_read") else list(outputs)
+            if config.attnres_delta.null_source:
+                sources.append(jnp.broadcast_to(read["null"]["vector"], x.shape))
+            y = function(x + mixture(sources, read) if sources else x)
+            x = x + y
+            outputs.append(y)
+    return x
+
+
 def attnres_block(config, layers, x):
     size, closed, running = config.attnres_block.block_size, [x], None
     number = 0
@@ -110,7 +133,26 @@ def value_mixing(config, layers, x):
     return x
 
 
-MODELS = {"attnres_block": attnres_block, "mhc": mhc, "value_mixing": value_mixing}
+def value_residual(config, layers, x):
+    section, first = config.value_residual, []
+    for number, layer in enumerate(layers):
+
+        def mix(q, k, v, number=number, p=layer.p):
+            if number == 0:
+                first.append(v)
+                return v
+            a, b = p["depth"]["weights"]["gate"] if section.learned else (section.first, section.own)
+            return a * first[0] + b * v
+
+        x = x + layer.attention(x, mix)
+        x = x + layer.ffn(x)
+    return x
+
+
+MODELS = {
+    function.__name__: function
+    for function in (attnres, attnres_delta, attnres_block, mhc, value_mixing, value_residual)
+}
 
 
 def logits(params, config, tokens, segment_ids=None, positions=None):

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from support import plain_depth
-from support.mechanisms import CASES, FULL, OTHERS, assert_close, case_config, case_params, packed
+from support.mechanisms import CASES, FAMILY, FULL, OTHERS, assert_close, case_config, case_params, packed
 from support.quick_compile import QUICK
 
 from moda_jax import param_count
@@ -45,6 +45,11 @@ def expected(name):
     )
 
 
+# Of the family the quick suite has gradients, in a case of three layers for each mechanism, and the counting.
+MOSTLY_QUICK = [*FULL, *OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILY)]
+QUICK_FAMILY = [name for name, fields in FAMILY.items() if fields.get("num_layers") == 3]
+
+
 # The three that cover every (loop, remat) in pairs; the rest where there is time.
 FORMS = [("scan", "attention"), ("scan", "full"), ("unroll", "none")]
 MORE_FORMS = [("scan", "none"), ("scan", "ffn"), ("unroll", "full"), ("unroll", "attention")]
@@ -55,7 +60,9 @@ MORE_FORMS = [("scan", "none"), ("scan", "ffn"), ("unroll", "full"), ("unroll", 
     [
         *((name, form) for name in FULL for form in FORMS),
         *((name, FORMS[i % 2 * 2]) for i, name in enumerate(OTHERS)),
+        *((name, FORMS[0]) for name in QUICK_FAMILY),
         *(pytest.param(name, form, marks=pytest.mark.slow) for name in FULL for form in MORE_FORMS),
+        *(pytest.param(name, FORMS[2], marks=pytest.mark.slow) for name in FAMILY),
     ],
     ids=str,
 )
@@ -65,7 +72,7 @@ def test_logits_and_gradients_are_those_of_the_independent_model(name, form):
     assert_close(value_and_gradient(model, case_params(name)), expected(name), 2e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MOSTLY_QUICK)
 def test_prefill_and_decoding_are_the_forward_pass(name):
     config, params = case_config(name), case_params(name)
     model = model_function(config)
@@ -81,7 +88,7 @@ def test_prefill_and_decoding_are_the_forward_pass(name):
     assert_close(jnp.stack(seen, axis=1), logits[:, 7:], 1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MOSTLY_QUICK)
 def test_no_token_depends_on_a_later_one_or_on_another_document(name):
     config, params = case_config(name, layer_loop="unroll"), case_params(name)
     module = model_function(config).module(params)
@@ -148,7 +155,7 @@ def test_memory_is_linear_in_depth(name, loop):
     assert large <= 2.2 * middle and middle <= 2.2 * small, found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MOSTLY_QUICK)
 def test_rows_of_a_walk_are_the_models(name):
     """A layer by itself is what the model runs."""
     config, params = case_config(name), case_params(name)
