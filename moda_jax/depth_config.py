@@ -10,11 +10,13 @@ from moda_jax.config_checks import check_types, require_positive
 MECHANISMS = {
     "none": "moda_jax.model.depth.none:NoDepth",
     "moda": "moda_jax.model.depth.moda:MixtureOfDepths",
+    "depth_attention": "moda_jax.model.depth.depth_attention:AttentionOverDepth",
     "attnres": "moda_jax.model.depth.attnres:AttentionResiduals",
     "attnres_delta": "moda_jax.model.depth.attnres_delta:DeltaAttentionResiduals",
     "attnres_block": "moda_jax.model.depth.attnres_block:BlockAttentionResiduals",
     "value_mixing": "moda_jax.model.depth.value_mixing:ValueMixing",
     "value_residual": "moda_jax.model.depth.value_residual:ValueResidual",
+    "hc": "moda_jax.model.depth.hc:HyperConnections",
     "mhc": "moda_jax.model.depth.mhc:ManifoldHyperConnections",
 }
 
@@ -101,6 +103,21 @@ class ValueResidualSection(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class HCSection(Section):
+    """Hyper-connections (arXiv 2409.19606).
+
+    Attributes:
+        streams: n, residual streams.
+    """
+
+    streams: int = 4
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        require_positive(name, self, "streams")
+
+
+@dataclasses.dataclass(frozen=True)
 class MHCSection(Section):
     """Manifold-constrained hyper-connections (arXiv 2512.24880).
 
@@ -127,6 +144,7 @@ class DepthSections:
         attnres_delta: of `depth="attnres_delta"`.
         value_mixing: of `depth="value_mixing"`.
         value_residual: of `depth="value_residual"`.
+        hc: of `depth="hc"`.
         mhc: of `depth="mhc"`.
     """
 
@@ -135,4 +153,5 @@ class DepthSections:
     attnres_delta: DeltaAttentionResidualsSection = dataclasses.field(default_factory=DeltaAttentionResidualsSection)
     value_mixing: ValueMixingSection = dataclasses.field(default_factory=ValueMixingSection)
     value_residual: ValueResidualSection = dataclasses.field(default_factory=ValueResidualSection)
+    hc: HCSection = dataclasses.field(default_factory=HCSection)
     mhc: MHCSection = dataclasses.field(default_factory=MHCSection)

@@ -36,6 +36,11 @@ FAMILY = {
     "attnres": {"depth": "attnres", "num_layers": 3},
     "attnres_delta": {"depth": "attnres_delta", "attnres_delta": {"null_source": True}, "num_layers": 3, "norm": "pre"},
     "attnres_delta, no null source": {"depth": "attnres_delta"},
+    "hc": {"depth": "hc", "hc": {"streams": 3}, "num_layers": 3, "norm": "pre"},
+    "hc of 4": {"depth": "hc", "norm": "pre"},
+    # Without a residual stream large weights make gradients ill-conditioned, the independent model's too.
+    "depth_attention": {"depth": "depth_attention", "num_layers": 3, "norm": "pre", "initializer_range": 0.02},
+    "depth_attention, post-norm": {"depth": "depth_attention", "initializer_range": 0.02},
     "value_residual, fixed": {"depth": "value_residual", "value_residual": {"first": 0.3}, "norm": "pre"},
 }
 CASES = FULL | OTHERS | FAMILY

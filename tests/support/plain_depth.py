@@ -113,6 +113,54 @@ def mhc(config, layers, x):
     return sum(streams)
 
 
+def hc(config, layers, x):
+    n = config.hc.streams
+    streams, number = [x] * n, 0
+    for layer in layers:
+        for name, function in (("attention_hyper", layer.attention), ("ffn_hyper", layer.ffn)):
+            p = layer.p["depth"][name]
+            weights = []  # of stream s: [B, T, n + 2]
+            for s in range(n):
+                u = streams[s] / jnp.sqrt(jnp.mean(streams[s] ** 2, axis=-1, keepdims=True) + EPSILON)
+                dynamic = jnp.tanh(einsum("btd,dm->btm", u, p["kernel"]))
+                dynamic = jnp.concatenate(
+                    [p["gate"][0] * dynamic[..., : n + 1], p["gate"][1] * dynamic[..., n + 1 :]], axis=-1
+                )
+                start = [float(s == number % n), *(float(s == t) for t in range(n)), 1.0]
+                weights.append(jnp.array(start) + p["offset"][s] + dynamic)
+            y = function(sum(weights[s][..., 0, None] * streams[s] for s in range(n)))
+            streams = [
+                sum(weights[s][..., 1 + t, None] * streams[s] for s in range(n)) + weights[t][..., n + 1, None] * y
+                for t in range(n)
+            ]
+            number += 1
+    return sum(streams)
+
+
+def depth_attention(config, layers, x):
+    keys, values = [], []
+    groups = config.num_heads // config.num_kv_heads
+
+    def write(maps, output):
+        pair = einsum("btd,dckh->btckh", output, maps["depth_kv"]["kernel"])
+        keys.append(jnp.repeat(pair[:, :, 0], groups, axis=2))
+        values.append(jnp.repeat(pair[:, :, 1], groups, axis=2))
+        return einsum("btd,dnh->btnh", output, maps["depth_query"]["kernel"]) if "depth_query" in maps else None
+
+    def read(query):
+        if query is None:
+            return values[0].reshape(x.shape)
+        logits = jnp.stack([jnp.sum(query * key, axis=-1) for key in keys]) * config.head_dim**-0.5
+        weights = jax.nn.softmax(logits, axis=0)
+        return sum(w[..., None] * value for w, value in zip(weights, values, strict=True)).reshape(x.shape)
+
+    query = write(layers[-1].p["depth"]["embedding_maps"], x)
+    for layer in layers:
+        query = write(layer.p["depth"]["attention_maps"], layer.attention(read(query)))
+        query = write(layer.p["depth"]["ffn_maps"], layer.ffn(read(query)))
+    return read(query)
+
+
 def value_mixing(config, layers, x):
     keys, values = [], []
     for number, layer in enumerate(layers):
@@ -151,8 +199,10 @@ def value_residual(config, layers, x):
 
 MODELS = {
     function.__name__: function
-    for function in (attnres, attnres_delta, attnres_block, mhc, value_mixing, value_residual)
-}
+    for function in (
+        attnres, attnres_block, attnres_delta, depth_attention, hc, mhc, value_mixing, value_residual,
+    )
+}  # fmt: skip
 
 
 def logits(params, config, tokens, segment_ids=None, positions=None):

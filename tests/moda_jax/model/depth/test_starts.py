@@ -30,11 +30,27 @@ def test_value_residual_without_the_first_value_is_the_plain_transformer():
     assert not np.allclose(fresh_logits("post", "value_residual"), logits, atol=1e-3)  # as published, it is not
 
 
+def test_hyper_connections_start_as_the_plain_transformer():
+    """All streams are the residual stream; the final norm divides their sum by n, but for its epsilon."""
+    assert_close(fresh_logits("pre", "hc"), fresh_logits("pre", "none"), 1e-4)
+
+
+def test_hyper_connections_are_pre_norm_only():
+    with pytest.raises(ValueError, match=r"model\.norm='post': expected 'pre' with model.depth='hc'"):
+        split_model(case_config("none", depth="hc"), jax.random.key(0))
+
+
+def test_depth_attention_needs_heads_that_make_up_the_width():
+    with pytest.raises(ValueError, match=r"model.width=20: expected model.num_heads \* model.head_dim = 16 with"):
+        split_model(case_config("none", depth="depth_attention", width=20), jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     ("depth", "fields", "message"),
     [
         ("value_residual", {"learned": 1}, r"model.value_residual.learned=1: expected a value of type bool"),
         ("value_residual", {"first": float("inf")}, r"model.value_residual.first=inf: expected a finite number"),
+        ("hc", {"streams": 0}, r"model.hc.streams=0: expected a positive number"),
         ("attnres_delta", {"null_source": "yes"}, r"model.attnres_delta.null_source='yes': expected a value of type"),
     ],
 )
