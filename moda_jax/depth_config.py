@@ -10,6 +10,7 @@ from moda_jax.config_checks import check_types, require_positive
 MECHANISMS = {
     "none": "moda_jax.model.depth.none:NoDepth",
     "moda": "moda_jax.model.depth.moda:MixtureOfDepths",
+    "denseformer": "moda_jax.model.depth.denseformer:DenseFormer",
     "depth_attention": "moda_jax.model.depth.depth_attention:AttentionOverDepth",
     "attnres": "moda_jax.model.depth.attnres:AttentionResiduals",
     "attnres_delta": "moda_jax.model.depth.attnres_delta:DeltaAttentionResiduals",
@@ -32,6 +33,23 @@ class Section:
             ValueError: naming the field, what came and what was expected.
         """
         check_types(name, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseFormerSection(Section):
+    """DenseFormer (arXiv 2402.02622).
+
+    Attributes:
+        dilation: behind layer i, only outputs of layers i, i - dilation, i - 2 dilation, ... are summed.
+        period: a sum stands behind every period-th layer.
+    """
+
+    dilation: int = 1
+    period: int = 1
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        require_positive(name, self, "dilation", "period")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +157,7 @@ class DepthSections:
     """A section for every mechanism that has fields; only the one that `depth` names is read.
 
     Attributes:
+        denseformer: of `depth="denseformer"`.
         moda: of `depth="moda"`.
         attnres_block: of `depth="attnres_block"`.
         attnres_delta: of `depth="attnres_delta"`.
@@ -148,6 +167,7 @@ class DepthSections:
         mhc: of `depth="mhc"`.
     """
 
+    denseformer: DenseFormerSection = dataclasses.field(default_factory=DenseFormerSection)
     moda: MoDASection = dataclasses.field(default_factory=MoDASection)
     attnres_block: BlockAttentionResidualsSection = dataclasses.field(default_factory=BlockAttentionResidualsSection)
     attnres_delta: DeltaAttentionResidualsSection = dataclasses.field(default_factory=DeltaAttentionResidualsSection)

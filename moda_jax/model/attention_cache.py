@@ -80,7 +80,7 @@ class AttentionCache:
             raise ValueError(
                 f"AttentionCache.append: {tokens} more tokens behind {filled} do not fit into {self.capacity} places"
             )
-        rows = jnp.arange(batch)[:, None], self.places(tokens)
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None], self.places(tokens)
         return AttentionCache(
             self.key.at[rows].set(key.astype(self.key.dtype), mode="drop"),
             self.value.at[rows].set(value.astype(self.value.dtype), mode="drop"),

@@ -26,11 +26,13 @@ OTHERS = {
     "moda, projected": {"depth": "moda", "moda": {"attn_kv": True}, "norm": "pre"},
     "attnres_block of 1, post-norm": {"depth": "attnres_block", "attnres_block": {"block_size": 1}},
     "attnres_block of 2": {"depth": "attnres_block", "attnres_block": {"block_size": 2}, "norm": "pre"},
+    "denseformer": {"depth": "denseformer"},
+    "denseformer, dilated": {"depth": "denseformer", "denseformer": {"dilation": 2, "period": 2}, "norm": "pre"},
     "value_mixing": {"depth": "value_mixing", "value_mixing": {"stride": 2}},
     "value_mixing of all": {"depth": "value_mixing", "value_mixing": {"stride": 1}, "norm": "pre"},
     "attnres_block of 4": {"depth": "attnres_block", "attnres_block": {"block_size": 4}, "norm": "pre"},
 }
-# Of these the quick suite runs those of three layers, in one form; the rest of the contract is slow.
+# Of these the quick suite has the gradients, of a case in three layers for most; the rest of the contract is slow.
 FAMILY = {
     "value_residual": {"depth": "value_residual", "value_residual": {"learned": True}, "num_layers": 3},
     "attnres": {"depth": "attnres", "num_layers": 3},

@@ -197,10 +197,24 @@ def value_residual(config, layers, x):
     return x
 
 
+def denseformer(config, layers, x):
+    dilation, period = config.denseformer.dilation, config.denseformer.period
+    outputs = [x]
+    for number, layer in enumerate([*layers, None]):
+        if number > 0 and number % period == 0:
+            p = layers[-1].p["depth"]["output_weights"] if layer is None else layer.p["depth"]["attention_weights"]
+            x = sum(p["vector"][age] * output for age, output in enumerate(outputs[::-1][::dilation]))
+        if layer is not None:
+            x = x + layer.attention(x)
+            x = x + layer.ffn(x)
+            outputs.append(x)
+    return x
+
+
 MODELS = {
     function.__name__: function
     for function in (
-        attnres, attnres_block, attnres_delta, depth_attention, hc, mhc, value_mixing, value_residual,
+        attnres, attnres_block, attnres_delta, denseformer, depth_attention, hc, mhc, value_mixing, value_residual,
     )
 }  # fmt: skip
 

@@ -139,4 +139,4 @@ class BlockAttentionResiduals(DepthMechanism):
 
 def _done(site: str, layer: Array | int) -> Array | int:
     """Sub-layers before this one."""
-    return 2 * layer + (site == FFN)
+    return 2 * layer + int(site == FFN)

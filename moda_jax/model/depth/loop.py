@@ -436,7 +436,7 @@ def _loop_backward(looped, unroll, gradient_dtype, residuals, cotangents):
     )
     # What the layers wrote replaced the incoming contents of those slots.
     dbuffers = tuple(
-        jnp.where(_slots(d, jnp.arange(d.shape[2]) < length), d, 0).astype(dtype)
+        jnp.where(_slots(d, jnp.arange(d.shape[2], dtype=jnp.int32) < length), d, 0).astype(dtype)
         for d, dtype in zip(dbuffers, dtypes, strict=True)
     )
     sums = iter(dshared)
@@ -499,7 +499,7 @@ class _WholeLayer(_Looped):
         if self.check:
             kept = after.length >= stream.length
             for old, new in zip(stream.buffers, after.buffers, strict=True):
-                filled = _slots(old, jnp.arange(old.shape[2]) < stream.length)
+                filled = _slots(old, jnp.arange(old.shape[2], dtype=jnp.int32) < stream.length)
                 kept &= jnp.all(jnp.where(filled, (old == new) | ((old != old) & (new != new)), True))  # NaN is NaN
         return x_out, after, (aux, kept), x
 
@@ -512,7 +512,7 @@ class _WholeLayer(_Looped):
         # Only this layer's own slots go in, so that what comes out is its contribution alone and adds in any dtype.
         own_dbuffers = []
         for d, buffer in zip(dbuffers, stream.buffers, strict=True):
-            slot = jnp.arange(buffer.shape[2])
+            slot = jnp.arange(buffer.shape[2], dtype=jnp.int32)
             own = (slot >= stream.length) & (slot < length_after)
             own_dbuffers.append(jnp.where(_slots(buffer, own), d, 0).astype(buffer.dtype))
         dparams, dx, more, dshared = vjp((dx, tuple(own_dbuffers), daux))

@@ -57,7 +57,7 @@ class Connection(nnx.Module):
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=(2, 3)) + EPSILON)  # [B, T]
         products = contract("btnd,ndm->btm", x.astype(self.dtype), self.kernel[...].astype(self.dtype), jnp.float32)
         gates = jnp.repeat(self.gate[...], jnp.array([n, n, n * n]), total_repeat_length=n * n + 2 * n)
-        logits = gates * (products * inverse[..., None]) + self.offset[...]
+        logits = gates[None, None] * (products * inverse[..., None]) + self.offset[...][None, None]
         pre, post, mix = jnp.split(logits, [n, 2 * n], axis=-1)
         mix = mix.reshape(*mix.shape[:-1], n, n)
         return jax.nn.sigmoid(pre), 2.0 * jax.nn.sigmoid(post), jax.checkpoint(sinkhorn, static_argnums=1)(mix, rounds)

@@ -116,7 +116,7 @@ class SoftmaxMixture(Read):
         curvature = dlogits * logits * inverse**2 / hidden.shape[-1]
         added = (
             weights[..., None] * dmixture[:, :, None]
-            + slope[..., None] * direction.astype(jnp.float32)
+            + slope[..., None] * along_last(direction, hidden)
             - jnp.where(weights > 0, curvature, 0.0)[..., None] * hidden
         )
         return (ddirection.astype(direction.dtype),), (_added(dhidden, added),)
@@ -125,14 +125,19 @@ class SoftmaxMixture(Read):
         """Logits and inverse root mean squares [B, T, S], and the slots [B, T, S, D], zero where not filled."""
         hidden = _filled(stream.hidden, stream.length)
         logits, inverse = mixture_logit(direction, hidden, self.epsilon)
-        return jnp.where(jnp.arange(stream.slots) < stream.length, logits, MASKED), inverse, hidden
+        return jnp.where(_is_filled(stream.slots, stream.length), logits, MASKED), inverse, hidden
+
+
+def along_last(vector: Array, like: Array) -> Array:
+    """`vector` [D] as float32 beside `like` [..., D]: of its rank, so that strict rank promotion has nothing to say."""
+    return vector.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
 def mixture_logit(direction: Array, hidden: Array, epsilon: float) -> tuple[Array, Array]:
     """`SoftmaxMixture`'s logits of hidden states [..., D], and their inverse root mean squares, [...] float32."""
     hidden = hidden.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(hidden * hidden, axis=-1) + epsilon)
-    return jnp.sum(hidden * direction.astype(jnp.float32), axis=-1) * inverse, inverse
+    return jnp.sum(hidden * along_last(direction, hidden), axis=-1) * inverse, inverse
 
 
 def joined(result: tuple[Array, Array], logit: Array, source: Array) -> Array:
@@ -163,7 +168,7 @@ class WeightedSum(Read):
     def forward(self, request: tuple, stream: HiddenStream, shared: tuple) -> tuple[Array, None]:
         """As the class says, in float32."""
         weights = self._fitted(request[0], stream)
-        return _weighted_sum(weights, stream).astype(stream.hidden.dtype), None
+        return _weighted_sum(weights[None, None], stream).astype(stream.hidden.dtype), None
 
     def backward(self, request, result, saved, stream, shared, dresult, dbuffers):
         """dv_s = weight_s dresult, dweight_s = sum over all tokens of dresult . v_s."""
@@ -172,14 +177,14 @@ class WeightedSum(Read):
         hidden = _filled(stream.hidden, stream.length)
         dweights = jnp.sum(dresult * hidden, axis=(0, 1, 3))[: len(weights)]  # [S]
         dweights = jnp.pad(dweights, (0, len(weights) - len(dweights))).astype(weights.dtype)
-        added = self._fitted(weights, stream)[..., None] * dresult
+        added = self._fitted(weights, stream)[None, None, :, None] * dresult
         return (dweights,), (_added(dhidden, added),)
 
     def _fitted(self, weights: Array, stream: HiddenStream) -> Array:
         """[S] float32: 0 in slots that are not filled or have no weight."""
         weights = weights[: stream.slots].astype(jnp.float32)
         weights = jnp.pad(weights, (0, stream.slots - len(weights)))
-        return jnp.where(jnp.arange(stream.slots) < stream.length, weights, 0.0)
+        return jnp.where(_is_filled(stream.slots, stream.length)[0, 0], weights, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +224,12 @@ class DepthAttention(Read):
 
 def _filled(hidden: Array, length: Array | np.int32) -> Array:
     """[B, T, S, D] float32, zero in slots that are not filled, which may hold anything."""
-    filled = (jnp.arange(hidden.shape[2]) < length)[:, None]
-    return jnp.where(filled, hidden, 0).astype(jnp.float32)
+    return jnp.where(_is_filled(hidden.shape[2], length)[..., None], hidden, 0).astype(jnp.float32)
+
+
+def _is_filled(slots: int, length: Array | np.int32) -> Array:
+    """[1, 1, S], beside [B, T, S]."""
+    return (jnp.arange(slots, dtype=jnp.int32) < length)[None, None]
 
 
 def _weights(logits: Array, lse: Array) -> Array:
@@ -230,7 +239,7 @@ def _weights(logits: Array, lse: Array) -> Array:
 
 
 def _weighted_sum(weights: Array, stream: HiddenStream) -> Array:
-    """Sum over the slots, [B, T, D] float32. weights: [B, T, S] or [S]."""
+    """Sum over the slots, [B, T, D] float32. weights: [B, T, S], or [1, 1, S] where they are the same for all."""
     return jnp.sum(weights[..., None] * _filled(stream.hidden, stream.length), axis=2)
 
 

@@ -364,6 +364,7 @@ class TestTraining:
         write_texts(tmp_path / "texts", random_texts(20))
         output = tmp_path / "tokenizer.json"
         process = start_python(
+            "from moda_jax import progress; progress.INTERVAL_SECONDS = 0.0\n"  # stderr is a pipe: lines, no bar
             "import runpy; runpy.run_module('moda_jax.data.tokenizer', run_name='__main__')",
             "train", "--vocab-size=270", f"--output={output}", f"--source={tmp_path / 'texts'}",
             f"--cache-dir={tmp_path / 'cache'}",
@@ -371,7 +372,7 @@ class TestTraining:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert f"--config.data.tokenizer={output}" in out
-        assert "Preparing the corpus" in err and "Reading" in err
+        assert "Preparing the corpus" in err and "Reading" in err and "\r" not in err
         assert load_tokenizer(DataConfig(tokenizer=str(output))).decode([0]) == "<|endoftext|>"
         assert list(tmp_path.glob("*.incomplete")) == []
 

@@ -38,31 +38,38 @@ def value_and_gradient(function, params, compiled=True):
 
 @functools.cache
 def expected(name):
-    """Logits and gradients of the independent model, one operation at a time: its unrolled layers compile long."""
+    """Logits and gradients of the independent model; beyond three layers one operation at a time: they compile long."""
     config = case_config(name)
     return value_and_gradient(
-        lambda params, *arrays: plain_depth.logits(params, config, *arrays), case_params(name), compiled=False
+        lambda params, *arrays: plain_depth.logits(params, config, *arrays), case_params(name), compiled=config.num_layers <= 3
     )
 
 
-# Of the family the quick suite has gradients, in a case of three layers for each mechanism, and the counting.
-MOSTLY_QUICK = [*FULL, *OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILY)]
-QUICK_FAMILY = [name for name, fields in FAMILY.items() if fields.get("num_layers") == 3]
+# By default each full mechanism in one way, block Attention Residuals in two; all ways and the other cases are slow.
+QUICK_FORMS = {
+    ("moda", ("scan", "attention")), ("attnres_block", ("scan", "full")), ("attnres_block", ("unroll", "none")),
+    ("mhc", ("scan", "none")), ("value_residual", ("scan", "attention")), ("attnres_delta", ("scan", "attention")),
+    ("hc", ("scan", "attention")), ("depth_attention", ("scan", "attention")),
+}  # fmt: skip
+FAMILY_FORMS = [("scan", "attention"), ("unroll", "none")]
+FORMS = [(loop, remat) for loop in ("scan", "unroll") for remat in ("full", "attention", "ffn", "none")]
 
 
-# The three that cover every (loop, remat) in pairs; the rest where there is time.
-FORMS = [("scan", "attention"), ("scan", "full"), ("unroll", "none")]
-MORE_FORMS = [("scan", "none"), ("scan", "ffn"), ("unroll", "full"), ("unroll", "attention")]
+def slow(value, quick):
+    """A case, marked slow unless it is among the quick ones."""
+    values = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*values, marks=() if value in quick else pytest.mark.slow)
+
+
+every_case = pytest.mark.parametrize("name", [slow(name, FULL) for name in CASES])
 
 
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        *((name, form) for name in FULL for form in FORMS),
-        *((name, FORMS[i % 2 * 2]) for i, name in enumerate(OTHERS)),
-        *((name, FORMS[0]) for name in QUICK_FAMILY),
-        *(pytest.param(name, form, marks=pytest.mark.slow) for name in FULL for form in MORE_FORMS),
-        *(pytest.param(name, FORMS[2], marks=pytest.mark.slow) for name in FAMILY),
+        *(slow((name, form), QUICK_FORMS) for name in FULL for form in FORMS),
+        *(slow((name, FORMS[(0, 7)[i % 2]]), ()) for i, name in enumerate(OTHERS)),
+        *(slow((name, form), QUICK_FORMS) for name in FAMILY for form in FAMILY_FORMS),
     ],
     ids=str,
 )
@@ -72,7 +79,7 @@ def test_logits_and_gradients_are_those_of_the_independent_model(name, form):
     assert_close(value_and_gradient(model, case_params(name)), expected(name), 2e-5)
 
 
-@pytest.mark.parametrize("name", MOSTLY_QUICK)
+@every_case
 def test_prefill_and_decoding_are_the_forward_pass(name):
     config, params = case_config(name), case_params(name)
     model = model_function(config)
@@ -88,7 +95,7 @@ def test_prefill_and_decoding_are_the_forward_pass(name):
     assert_close(jnp.stack(seen, axis=1), logits[:, 7:], 1e-5)
 
 
-@pytest.mark.parametrize("name", MOSTLY_QUICK)
+@every_case
 def test_no_token_depends_on_a_later_one_or_on_another_document(name):
     config, params = case_config(name, layer_loop="unroll"), case_params(name)
     module = model_function(config).module(params)
@@ -155,9 +162,9 @@ def test_memory_is_linear_in_depth(name, loop):
     assert large <= 2.2 * middle and middle <= 2.2 * small, found
 
 
-@pytest.mark.parametrize("name", MOSTLY_QUICK)
-def test_rows_of_a_walk_are_the_models(name):
-    """A layer by itself is what the model runs."""
+@pytest.mark.parametrize("name", FULL)
+def test_a_walk_with_a_step_is_the_model(name):
+    """What prefill, decoding, maps and diagnosis walk is what trains."""
     config, params = case_config(name), case_params(name)
     module = model_function(config).module(params)
     tokens = jnp.asarray(packed()[0])
