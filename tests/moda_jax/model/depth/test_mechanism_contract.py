@@ -109,7 +109,7 @@ def test_no_token_depends_on_a_later_one_or_on_another_document(name):
     np.testing.assert_array_equal(jnp.any(gradient != 0, axis=-1), jnp.tril(same))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [slow(name, {*FULL, *OTHERS, "attnres_delta", "depth_attention"}) for name in CASES])
 def test_the_parameters_are_those_that_accounting_counts(name, tmp_path):
     """Counted in the exported file, which has no padding; and what is read back is what was written."""
     config, params = case_config(name), case_params(name)
