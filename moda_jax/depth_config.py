@@ -11,8 +11,13 @@ MECHANISMS = {
     "none": "moda_jax.model.depth.none:NoDepth",
     "moda": "moda_jax.model.depth.moda:MixtureOfDepths",
     "denseformer": "moda_jax.model.depth.denseformer:DenseFormer",
+    "depth_attention": "moda_jax.model.depth.depth_attention:AttentionOverDepth",
+    "attnres": "moda_jax.model.depth.attnres:AttentionResiduals",
+    "attnres_delta": "moda_jax.model.depth.attnres_delta:DeltaAttentionResiduals",
     "attnres_block": "moda_jax.model.depth.attnres_block:BlockAttentionResiduals",
     "value_mixing": "moda_jax.model.depth.value_mixing:ValueMixing",
+    "value_residual": "moda_jax.model.depth.value_residual:ValueResidual",
+    "hc": "moda_jax.model.depth.hc:HyperConnections",
     "mhc": "moda_jax.model.depth.mhc:ManifoldHyperConnections",
 }
 
@@ -76,6 +81,17 @@ class BlockAttentionResidualsSection(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class DeltaAttentionResidualsSection(Section):
+    """Attention Residuals, delta form (arXiv 2605.18855).
+
+    Attributes:
+        null_source: every sub-layer has a learned vector among its sources, 0 at the start.
+    """
+
+    null_source: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class ValueMixingSection(Section):
     """Depth-attention value mixing (arXiv 2606.05014).
 
@@ -88,6 +104,35 @@ class ValueMixingSection(Section):
     def check(self, name: str) -> None:
         super().check(name)
         require_positive(name, self, "stride")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueResidualSection(Section):
+    """Value residual (arXiv 2410.17897).
+
+    Attributes:
+        first, own: weights of the first layer's value and of the layer's own, from the second layer on.
+        learned: they are where every layer's weights start.
+    """
+
+    first: float = 0.5
+    own: float = 0.5
+    learned: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class HCSection(Section):
+    """Hyper-connections (arXiv 2409.19606).
+
+    Attributes:
+        streams: n, residual streams.
+    """
+
+    streams: int = 4
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        require_positive(name, self, "streams")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +160,18 @@ class DepthSections:
         denseformer: of `depth="denseformer"`.
         moda: of `depth="moda"`.
         attnres_block: of `depth="attnres_block"`.
+        attnres_delta: of `depth="attnres_delta"`.
         value_mixing: of `depth="value_mixing"`.
+        value_residual: of `depth="value_residual"`.
+        hc: of `depth="hc"`.
         mhc: of `depth="mhc"`.
     """
 
     denseformer: DenseFormerSection = dataclasses.field(default_factory=DenseFormerSection)
     moda: MoDASection = dataclasses.field(default_factory=MoDASection)
     attnres_block: BlockAttentionResidualsSection = dataclasses.field(default_factory=BlockAttentionResidualsSection)
+    attnres_delta: DeltaAttentionResidualsSection = dataclasses.field(default_factory=DeltaAttentionResidualsSection)
     value_mixing: ValueMixingSection = dataclasses.field(default_factory=ValueMixingSection)
+    value_residual: ValueResidualSection = dataclasses.field(default_factory=ValueResidualSection)
+    hc: HCSection = dataclasses.field(default_factory=HCSection)
     mhc: MHCSection = dataclasses.field(default_factory=MHCSection)

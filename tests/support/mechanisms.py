@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from support.quick_compile import QUICK
 
 from moda_jax.config import TransformerConfig
 from moda_jax.model.function import split_model
@@ -31,7 +32,20 @@ OTHERS = {
     "value_mixing of all": {"depth": "value_mixing", "value_mixing": {"stride": 1}, "norm": "pre"},
     "attnres_block of 4": {"depth": "attnres_block", "attnres_block": {"block_size": 4}, "norm": "pre"},
 }
-CASES = FULL | OTHERS
+# Of these the quick suite has the gradients of two; the rest of the contract is slow.
+FAMILY = {
+    "value_residual": {"depth": "value_residual", "value_residual": {"learned": True}, "num_layers": 3},
+    "attnres": {"depth": "attnres", "num_layers": 3},
+    "attnres_delta": {"depth": "attnres_delta", "attnres_delta": {"null_source": True}, "num_layers": 3, "norm": "pre"},
+    "attnres_delta, no null source": {"depth": "attnres_delta"},
+    "hc": {"depth": "hc", "hc": {"streams": 3}, "num_layers": 3, "norm": "pre"},
+    "hc of 4": {"depth": "hc", "norm": "pre"},
+    # Without a residual stream large weights make gradients ill-conditioned, the independent model's too.
+    "depth_attention": {"depth": "depth_attention", "num_layers": 3, "norm": "pre", "initializer_range": 0.02},
+    "depth_attention, post-norm": {"depth": "depth_attention", "initializer_range": 0.02},
+    "value_residual, fixed": {"depth": "value_residual", "value_residual": {"first": 0.3}, "norm": "pre"},
+}
+CASES = FULL | OTHERS | FAMILY
 
 
 def case_config(name, **fields):
@@ -47,11 +61,15 @@ def case_params(name):
 
 def perturbed(config, seed=0):
     """Fresh parameters of a config with noise on all of them."""
-    _, params = split_model(config, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+
+    def make(key, noise):
+        leaves, tree = jax.tree.flatten(split_model(config, key)[1])
+        keys = jax.random.split(noise, len(leaves))
+        noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, noisy)
+
+    # As one program: one operation at a time they take longer than everything that is tested with them.
+    return jax.jit(make, compiler_options=QUICK)(jax.random.key(seed), jax.random.key(seed + 1))
 
 
 def packed(seed=0, batch=2):

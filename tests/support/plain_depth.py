@@ -54,6 +54,29 @@ def mixture(sources, read):
     return jnp.sum(weights[..., None] * stacked, axis=0)
 
 
+def attnres(config, layers, x):
+    outputs = [x]
+    for layer in layers:
+        reads = layer.p["depth"]
+        outputs.append(layer.attention(mixture(outputs, reads["attention_read"])))
+        outputs.append(layer.ffn(mixture(outputs, reads["ffn_read"])))
+    return mixture(outputs, layers[-1].p["depth"]["output_read"])
+
+
+def attnres_delta(config, layers, x):
+    outputs = [x]
+    for number, layer in enumerate(layers):
+        for name, function in (("attention_read", layer.attention), ("ffn_read", layer.ffn)):
+            read = layer.p["depth"][name]
+            sources = [] if (number, name) == (0, "attention_read") else list(outputs)
+            if config.attnres_delta.null_source:
+                sources.append(jnp.broadcast_to(read["null"]["vector"], x.shape))
+            y = function(x + mixture(sources, read) if sources else x)
+            x = x + y
+            outputs.append(y)
+    return x
+
+
 def attnres_block(config, layers, x):
     size, closed, running = config.attnres_block.block_size, [x], None
     number = 0
@@ -90,6 +113,54 @@ def mhc(config, layers, x):
     return sum(streams)
 
 
+def hc(config, layers, x):
+    n = config.hc.streams
+    streams, number = [x] * n, 0
+    for layer in layers:
+        for name, function in (("attention_hyper", layer.attention), ("ffn_hyper", layer.ffn)):
+            p = layer.p["depth"][name]
+            weights = []  # of stream s: [B, T, n + 2]
+            for s in range(n):
+                u = streams[s] / jnp.sqrt(jnp.mean(streams[s] ** 2, axis=-1, keepdims=True) + EPSILON)
+                dynamic = jnp.tanh(einsum("btd,dm->btm", u, p["kernel"]))
+                dynamic = jnp.concatenate(
+                    [p["gate"][0] * dynamic[..., : n + 1], p["gate"][1] * dynamic[..., n + 1 :]], axis=-1
+                )
+                start = [float(s == number % n), *(float(s == t) for t in range(n)), 1.0]
+                weights.append(jnp.array(start) + p["offset"][s] + dynamic)
+            y = function(sum(weights[s][..., 0, None] * streams[s] for s in range(n)))
+            streams = [
+                sum(weights[s][..., 1 + t, None] * streams[s] for s in range(n)) + weights[t][..., n + 1, None] * y
+                for t in range(n)
+            ]
+            number += 1
+    return sum(streams)
+
+
+def depth_attention(config, layers, x):
+    keys, values = [], []
+    groups = config.num_heads // config.num_kv_heads
+
+    def write(maps, output):
+        pair = einsum("btd,dckh->btckh", output, maps["depth_kv"]["kernel"])
+        keys.append(jnp.repeat(pair[:, :, 0], groups, axis=2))
+        values.append(jnp.repeat(pair[:, :, 1], groups, axis=2))
+        return einsum("btd,dnh->btnh", output, maps["depth_query"]["kernel"]) if "depth_query" in maps else None
+
+    def read(query):
+        if query is None:
+            return values[0].reshape(x.shape)
+        logits = jnp.stack([jnp.sum(query * key, axis=-1) for key in keys]) * config.head_dim**-0.5
+        weights = jax.nn.softmax(logits, axis=0)
+        return sum(w[..., None] * value for w, value in zip(weights, values, strict=True)).reshape(x.shape)
+
+    query = write(layers[-1].p["depth"]["embedding_maps"], x)
+    for layer in layers:
+        query = write(layer.p["depth"]["attention_maps"], layer.attention(read(query)))
+        query = write(layer.p["depth"]["ffn_maps"], layer.ffn(read(query)))
+    return read(query)
+
+
 def value_mixing(config, layers, x):
     keys, values = [], []
     for number, layer in enumerate(layers):
@@ -110,6 +181,22 @@ def value_mixing(config, layers, x):
     return x
 
 
+def value_residual(config, layers, x):
+    section, first = config.value_residual, []
+    for number, layer in enumerate(layers):
+
+        def mix(q, k, v, number=number, p=layer.p):
+            if number == 0:
+                first.append(v)
+                return v
+            a, b = p["depth"]["weights"]["gate"] if section.learned else (section.first, section.own)
+            return a * first[0] + b * v
+
+        x = x + layer.attention(x, mix)
+        x = x + layer.ffn(x)
+    return x
+
+
 def denseformer(config, layers, x):
     dilation, period = config.denseformer.dilation, config.denseformer.period
     outputs = [x]
@@ -124,7 +211,12 @@ def denseformer(config, layers, x):
     return x
 
 
-MODELS = {"attnres_block": attnres_block, "denseformer": denseformer, "mhc": mhc, "value_mixing": value_mixing}
+MODELS = {
+    function.__name__: function
+    for function in (
+        attnres, attnres_block, attnres_delta, denseformer, depth_attention, hc, mhc, value_mixing, value_residual,
+    )
+}  # fmt: skip
 
 
 def logits(params, config, tokens, segment_ids=None, positions=None):

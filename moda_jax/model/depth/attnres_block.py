@@ -61,7 +61,7 @@ class BlockAttentionResiduals(DepthMechanism):
     }
 
     def __init__(self, config: TransformerConfig, *, last: bool) -> None:
-        self.block_size = config.attnres_block.block_size
+        self.block_size = self.sublayers_a_source(config)
         self.num_sublayers = 2 * config.num_layers
         self.attention_read = Direction(config.width)
         self.ffn_read = Direction(config.width)
@@ -73,8 +73,13 @@ class BlockAttentionResiduals(DepthMechanism):
         return cls(config, last=last)
 
     @classmethod
+    def sublayers_a_source(cls, config: TransformerConfig) -> int:
+        """The block size."""
+        return config.attnres_block.block_size
+
+    @classmethod
     def slots(cls, config: TransformerConfig) -> int:
-        return 1 + 2 * config.num_layers // config.attnres_block.block_size
+        return 1 + 2 * config.num_layers // cls.sublayers_a_source(config)
 
     @classmethod
     def parameters(cls, config: TransformerConfig) -> int:
@@ -83,7 +88,7 @@ class BlockAttentionResiduals(DepthMechanism):
     @classmethod
     def read_flops(cls, config: TransformerConfig) -> int:
         """Two products of 2 D FLOPs a source: its logit, and the sum."""
-        size = config.attnres_block.block_size
+        size = cls.sublayers_a_source(config)
         sources = sum(1 + done // size + (done % size > 0) for done in range(2 * config.num_layers + 1))
         return 4 * config.width * sources
 

@@ -22,19 +22,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moda_jax.config_checks import require
-from moda_jax.model.depth.mechanism import ATTENTION, DepthMechanism
+from moda_jax.model.depth.mechanism import ATTENTION
+from moda_jax.model.depth.streams import EPSILON, GATE, ResidualStreams
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.precision import compute_dtype, contract
-from moda_jax.parallel.mesh import constrain
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
 
 Array = jax.Array
-
-EPSILON = 1e-6
-GATE = 0.01  # a at the start
-CONTEXT = tuple[Array, Array]
 
 
 class Connection(nnx.Module):
@@ -78,7 +74,7 @@ def sinkhorn(logits: Array, rounds: int) -> Array:
     return jax.lax.scan(normalized, matrix, None, length=rounds)[0]
 
 
-class ManifoldHyperConnections(DepthMechanism):
+class ManifoldHyperConnections(ResidualStreams):
     """The carry is X [B, T, n, D]; there is no stream. Pre-norm only.
 
     Args:
@@ -86,7 +82,6 @@ class ManifoldHyperConnections(DepthMechanism):
         rngs: source of the parameters.
     """
 
-    has_context: ClassVar[bool] = True
     parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
         f"{site}_connection.{name}": axes
         for site in ("attention", "ffn")
@@ -119,31 +114,9 @@ class ManifoldHyperConnections(DepthMechanism):
         return 2 * config.num_layers * n * config.width * (n * n + 2 * n)
 
     @classmethod
-    def read_flops(cls, config: TransformerConfig) -> int:
-        """The sub-layer's input, the mixed streams and the output's share of them: n (n + 2) products of D."""
-        n = config.mhc.streams
-        return 2 * config.num_layers * 2 * config.width * n * (n + 2)
+    def streams(cls, config: TransformerConfig) -> int:
+        return config.mhc.streams
 
-    def begin(self, config: TransformerConfig, x: Array, spare: int = 0):
-        copies = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], config.mhc.streams, x.shape[2]))
-        return _laid_out(copies), self.stream_type()
-
-    def input(self, site: str, carry: Array, result: None, layer: None) -> tuple[Array, CONTEXT]:
+    def weights(self, site: str, carry: Array, layer: None) -> tuple[Array, Array, Array]:
         connection = self.attention_connection if site == ATTENTION else self.ffn_connection
-        pre, post, mix = connection(carry, self.rounds)
-        x = jnp.sum(pre[..., None] * carry.astype(jnp.float32), axis=2).astype(carry.dtype)
-        return constrain(x, "batch", "tokens", "channels"), (post, mix)
-
-    def residual(self, site: str, carry: Array, context: CONTEXT, output: Array, layer: None) -> Array:
-        post, mix = context
-        wide = carry.astype(jnp.float32)
-        mixed = jnp.sum(mix[..., None] * wide[:, :, None], axis=3)  # [B, T, n, D]
-        added = post[..., None] * output.astype(jnp.float32)[:, :, None]
-        return _laid_out((mixed + added).astype(carry.dtype))
-
-    def finish(self, carry: Array, result: None) -> Array:
-        return jnp.sum(carry.astype(jnp.float32), axis=2).astype(carry.dtype)
-
-
-def _laid_out(x: Array) -> Array:
-    return constrain(x, "batch", "tokens", None, "channels")
+        return connection(carry, self.rounds)

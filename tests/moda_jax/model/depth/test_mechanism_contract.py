@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from support import plain_depth
-from support.mechanisms import CASES, FULL, OTHERS, assert_close, case_config, case_params, packed
+from support.mechanisms import CASES, FAMILY, FULL, OTHERS, assert_close, case_config, case_params, packed
 from support.quick_compile import QUICK
 
 from moda_jax import param_count
@@ -48,8 +48,9 @@ def expected(name):
 # By default each full mechanism in one way, block Attention Residuals in two; all ways and the other cases are slow.
 QUICK_FORMS = {
     ("moda", ("scan", "attention")), ("attnres_block", ("scan", "full")), ("attnres_block", ("unroll", "none")),
-    ("mhc", ("scan", "none")),
+    ("mhc", ("scan", "none")), ("attnres_delta", ("scan", "attention")), ("depth_attention", ("scan", "attention")),
 }  # fmt: skip
+FAMILY_FORMS = [("scan", "attention"), ("unroll", "none")]
 FORMS = [(loop, remat) for loop in ("scan", "unroll") for remat in ("full", "attention", "ffn", "none")]
 
 
@@ -67,6 +68,7 @@ every_case = pytest.mark.parametrize("name", [slow(name, FULL) for name in CASES
     [
         *(slow((name, form), QUICK_FORMS) for name in FULL for form in FORMS),
         *(slow((name, FORMS[(0, 7)[i % 2]]), ()) for i, name in enumerate(OTHERS)),
+        *(slow((name, form), QUICK_FORMS) for name in FAMILY for form in FAMILY_FORMS),
     ],
     ids=str,
 )
@@ -107,7 +109,7 @@ def test_no_token_depends_on_a_later_one_or_on_another_document(name):
     np.testing.assert_array_equal(jnp.any(gradient != 0, axis=-1), jnp.tril(same))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [slow(name, {*FULL, *OTHERS, "attnres_delta", "depth_attention"}) for name in CASES])
 def test_the_parameters_are_those_that_accounting_counts(name, tmp_path):
     """Counted in the exported file, which has no padding; and what is read back is what was written."""
     config, params = case_config(name), case_params(name)
