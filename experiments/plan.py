@@ -202,7 +202,7 @@ class Plan:
         if self.is_tiny:
             layers = 2 + values["num_layers"] // 12
             values |= _TINY_MODEL | {"vocab_size": TINY_VOCAB_SIZE, "num_layers": layers}
-        config = TransformerConfig(**values)
+        config = TransformerConfig.from_dict(values)
         if arm.parameters_of is not None:
             config = widened(config, param_count(self.model(self.arm(arm.parameters_of))))
         return config

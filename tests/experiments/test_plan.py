@@ -35,8 +35,10 @@ def test_arms_of_a_seed_differ_in_what_their_names_say():
             if value != configs["none"][section][key]
         }
 
-    assert changed("depth") == {"model.depth"} or changed("depth") == {"model.depth", "model.depth_ffn_kv"}
-    assert changed("depth_ffn") <= {"model.depth", "model.depth_ffn_kv"}
+    assert changed("depth") == {"model.depth", "model.moda"}
+    assert changed("depth_ffn") == {"model.depth"}
+    entries = [configs[name]["model"]["moda"] for name in ("depth", "depth_ffn")]
+    assert entries == [{"ffn_kv": False, "attn_kv": False}, {"ffn_kv": True, "attn_kv": False}]
     assert changed("none_wide") == {"model.ffn_width"}
     assert changed("none_time") == {"train.num_steps", "train.log_interval_steps", "eval.interval_steps"}
 
