@@ -296,4 +296,6 @@ def _checked_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray
 if __name__ == "__main__":
     from moda_jax.data.train_tokenizer import main
 
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # to stderr
+    logging.getLogger("moda_jax").setLevel(logging.INFO)  # what was passed over, and progress where no bar is drawn
     raise SystemExit(main())

@@ -83,8 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--feature", default=defaults.feature, help="as data.feature (default: %(default)s)")
     train.add_argument("--cache-dir", default=defaults.cache_dir, help="as data.cache_dir (default: the user's)")
     flags = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # to stderr
-    logging.getLogger("moda_jax").setLevel(logging.INFO)  # what was passed over, and progress where no bar is drawn
     try:
         check_local("--output", flags.output)
         config = DataConfig(source=flags.source, feature=flags.feature, cache_dir=flags.cache_dir)

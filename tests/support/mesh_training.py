@@ -112,7 +112,7 @@ def build(config: Config, *, one_device: bool, devices=None, options=QUICK):
 def train(config: Config, name: str, directory: Path, *, steps: int, boundaries=None) -> None:
     """Trains and stores; the name "one" is one device."""
     initialize, step, place = build(config, one_device=name.startswith("one"))
-    state, losses = initialize.lower().compile(QUICK)(), []
+    state, losses = initialize(), []
     for number in range(steps):
         state, metrics = step(state, place(packed_batch(config, number, boundaries)))
         losses.append(float(metrics.loss))

@@ -38,9 +38,9 @@ class Weights(nnx.Module):
 
     def __call__(self, number: Array | int, dilation: int, slots: int) -> Array:
         """Behind layer `number`, the weights of X_0, X_1, ...: [S]."""
-        age = number - jnp.arange(slots)
+        age = number - jnp.arange(slots, dtype=jnp.int32)
         place = jnp.where((age >= 0) & (age % dilation == 0), age // dilation, -1)
-        chosen = place[:, None] == jnp.arange(self.vector.shape[0])  # [S, ages]
+        chosen = place[:, None] == jnp.arange(self.vector.shape[0], dtype=jnp.int32)  # [S, ages]
         return jnp.sum(jnp.where(chosen, self.vector[...], 0.0), axis=1)
 
 
@@ -97,7 +97,7 @@ class DenseFormer(DepthMechanism):
         """A row of A; the identity where there is no sum."""
         weights = self.attention_weights if site == ATTENTION else self.output_weights
         sums = (layer > 0) & (layer % self.period == 0)
-        identity = (jnp.arange(self.num_slots) == layer).astype(jnp.float32)
+        identity = (jnp.arange(self.num_slots, dtype=jnp.int32) == layer).astype(jnp.float32)
         return jnp.where(sums, weights(layer, self.dilation, self.num_slots), identity)
 
     def input(self, site: str, carry: Array, result: Array | None, layer: Array | int) -> tuple[Array, Array | None]:

@@ -57,9 +57,9 @@ class HyperConnection(nnx.Module):
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPSILON)  # [B, T, n, 1]
         products = contract("btnd,dm->btnm", x.astype(self.dtype), self.kernel[...].astype(self.dtype), jnp.float32)
-        chosen = (jnp.arange(n) == number % n).astype(jnp.float32)[:, None]
+        chosen = (jnp.arange(n, dtype=jnp.int32) == number % n).astype(jnp.float32)[:, None]
         start = jnp.concatenate([chosen, jnp.eye(n), jnp.ones((n, 1))], axis=1)
-        gates = jnp.where(jnp.arange(n + 2) <= n, self.gate[0], self.gate[1])
+        gates = jnp.where(jnp.arange(n + 2, dtype=jnp.int32) <= n, self.gate[0], self.gate[1])
         weights = start + self.offset[...] + gates * jnp.tanh(products * inverse)
         return weights[..., 0], weights[..., 1:-1], weights[..., -1]
 

@@ -72,10 +72,11 @@ def test_log_likelihoods_are_those_of_the_forward_pass(run, caplog):
 def test_a_choice_task(run, results):
     correct = correct_norm = 0
     for question in QUESTIONS:
-        scores = [
-            log_probability(run, list(question["stem"].encode()), list(f" {choice}".encode()))
-            for choice in question["choices"]
-        ]
+        scores = []
+        for choice in question["choices"]:
+            continuation = list(f" {choice}".encode())
+            stem = list(question["stem"].encode())[-(33 - len(continuation)) :]  # the model reads 32 tokens, predicts 1
+            scores.append(log_probability(run, stem, continuation))
         lengths = [len(choice) for choice in question["choices"]]
         correct += int(np.argmax(scores) == question["answer"])
         correct_norm += int(np.argmax(np.divide(scores, lengths)) == question["answer"])
