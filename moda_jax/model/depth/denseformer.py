@@ -40,8 +40,8 @@ class Weights(nnx.Module):
         """Behind layer `number`, the weights of X_0, X_1, ...: [S]."""
         age = number - jnp.arange(slots, dtype=jnp.int32)
         place = jnp.where((age >= 0) & (age % dilation == 0), age // dilation, -1)
-        chosen = place[:, None] == jnp.arange(self.vector.shape[0], dtype=jnp.int32)  # [S, ages]
-        return jnp.sum(jnp.where(chosen, self.vector[...], 0.0), axis=1)
+        chosen = place[:, None] == jnp.arange(self.vector.shape[0], dtype=jnp.int32)[None]  # [S, ages]
+        return jnp.sum(jnp.where(chosen, self.vector[...][None], 0.0), axis=1)
 
 
 class DenseFormer(DepthMechanism):

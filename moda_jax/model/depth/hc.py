@@ -58,9 +58,9 @@ class HyperConnection(nnx.Module):
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPSILON)  # [B, T, n, 1]
         products = contract("btnd,dm->btnm", x.astype(self.dtype), self.kernel[...].astype(self.dtype), jnp.float32)
         chosen = (jnp.arange(n, dtype=jnp.int32) == number % n).astype(jnp.float32)[:, None]
-        start = jnp.concatenate([chosen, jnp.eye(n), jnp.ones((n, 1))], axis=1)
+        start = jnp.concatenate([chosen, jnp.eye(n, dtype=jnp.float32), jnp.ones((n, 1), jnp.float32)], axis=1)
         gates = jnp.where(jnp.arange(n + 2, dtype=jnp.int32) <= n, self.gate[0], self.gate[1])
-        weights = start + self.offset[...] + gates * jnp.tanh(products * inverse)
+        weights = (start + self.offset[...])[None, None] + gates[None, None, None] * jnp.tanh(products * inverse)
         return weights[..., 0], weights[..., 1:-1], weights[..., -1]
 
 
@@ -109,5 +109,5 @@ class HyperConnections(ResidualStreams):
 
     def weights(self, site: str, carry: Array, layer: Array | int) -> tuple[Array, Array, Array]:
         hyper = self.attention_hyper if site == ATTENTION else self.ffn_hyper
-        read, mix, write = hyper(carry, 2 * layer + (site == FFN))
+        read, mix, write = hyper(carry, 2 * layer + int(site == FFN))
         return read, write, jnp.swapaxes(mix, -1, -2)
