@@ -77,10 +77,14 @@ MEMORY_MESHES = {
 
 
 def packed_batch(config: Config, seed: int, boundaries: tuple[int, ...] | None = None) -> Batch:
-    """Random tokens in rows of several documents each; boundaries None: random ones, other in every row."""
+    """Random tokens in rows of several documents each; boundaries None: random ones, other in every row.
+
+    A target is its token's successor, so that there is something to learn and the loss falls.
+    """
     random = np.random.default_rng(seed)
     shape = (config.train.batch_size, config.data.sequence_length)
-    tokens, targets = random.integers(0, config.model.vocab_size, size=(2, *shape)).astype(np.int32)
+    tokens = random.integers(0, config.model.vocab_size, size=shape).astype(np.int32)
+    targets = (tokens + 1) % config.model.vocab_size
     segment_ids, positions = np.zeros((2, *shape), np.int32)
     for row in range(shape[0]):
         ends = boundaries or sorted(random.choice(np.arange(1, shape[1]), size=3, replace=False).tolist())

@@ -40,7 +40,8 @@ from moda_jax.config import DataConfig
 from moda_jax.data.pipeline import open_dataset
 from moda_jax.data.tokenizer import ByteTokenizer
 
-logging.basicConfig(level=logging.INFO)
+logging.basicConfig()
+logging.getLogger("moda_jax").setLevel(logging.INFO)
 progress.INTERVAL_SECONDS = 0.0  # stderr is a pipe: progress is lines, here one for every step of it
 config = DataConfig(source=sys.argv[1], cache_dir=sys.argv[2], sequence_length=16)
 print("ready", flush=True)
@@ -162,7 +163,7 @@ def test_two_processes_prepare_the_same_data_at_once(tmp_path):
     results = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     assert results[0][0] == results[1][0]
-    for line in ("Preparing the corpus:", f"Tokenizing {source} (train):", f"Tokenizing {source} (validation):"):
+    for line in ("Preparing the corpus", f"Tokenizing {source} (train)", f"Tokenizing {source} (validation)"):
         assert sum(line in err for _, err in results) == 1, results  # one of the two made it, and said so
     alone = data_config(source, tmp_path / "other-cache")
     fingerprints = [open_dataset(alone, split, ByteTokenizer()).fingerprint for split in ("train", "validation")]
