@@ -133,7 +133,9 @@ def test_the_layer_in_a_remat_scan_outside_of_jit(mode):
 def test_a_training_step_is_traced(mode, tmp_path):
     """Which a run does before it begins, with its evaluation's."""
     config = tiny_config(write_corpus(tmp_path / "corpus", files=6), tmp_path / "cache")
-    Components(resolve(config), Distribution(config))
+    components = Components(resolve(config), Distribution(config))
+    state, metrics = components.traced_train_step.out_info
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, metrics.loss))} == {np.dtype("float32")}
 
 
 @pytest.mark.slow
