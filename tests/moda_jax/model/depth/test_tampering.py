@@ -14,7 +14,7 @@ from support.quick_compile import QUICK
 from moda_jax.inference import decode
 from moda_jax.model.attention import default_positions
 from moda_jax.model.depth import mechanism
-from moda_jax.model.function import model_function
+from moda_jax.model.function import model_function, split_model
 from moda_jax.model.stack import Step
 
 CASE = {
@@ -80,9 +80,6 @@ def test_an_entry_that_is_not_what_it_says_is_refused():
     """The backward and decoding take the softmax's own key and value for what stands in the slot."""
     config = case_config("moda", depth="support.tampered:MixtureOfDepths_entries")
     assert config.moda.attn_kv is False
+    params = jax.eval_shape(lambda: split_model(dataclasses.replace(config, depth="moda"), jax.random.key(0))[1])
     with pytest.raises(ValueError, match="writes_own_key_value is True, expected the key and value of the sub-layer"):
-        jax.eval_shape(model_function(config), perturbed_shapes(config), jax.ShapeDtypeStruct((1, 4), jnp.int32))
-
-
-def perturbed_shapes(config):
-    return jax.eval_shape(lambda: perturbed(dataclasses.replace(config, depth="moda")))
+        jax.eval_shape(model_function(config), params, jax.ShapeDtypeStruct((1, 4), jnp.int32))
