@@ -71,6 +71,8 @@ def wrong_type(draw):
     }  # fmt: skip
     if float in allowed:
         allowed.add(int)
+    if dataclasses.is_dataclass(hint):  # a section in a section
+        allowed.add(dict)
     wrong = [kind for kind in values if kind not in allowed]
     if "dtype" in field:  # dtype objects are taken there
         wrong = [kind for kind in wrong if kind not in (int, float, bool, complex, bytes)]
@@ -113,7 +115,8 @@ def no_share(draw):
 @st.composite
 def no_choice(draw):
     section, field = draw(named(CHOICES))
-    return section, field, draw(st.text("abcdefgh ", min_size=1, max_size=8).filter(lambda text: text not in MECHANISMS))
+    words = st.text("abcdefgh ", min_size=1, max_size=8).filter(lambda word: word not in MECHANISMS)
+    return section, field, draw(words)
 
 
 @st.composite
