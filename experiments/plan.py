@@ -202,6 +202,7 @@ class Plan:
         if self.is_tiny:
             layers = 2 + values["num_layers"] // 12
             values |= _TINY_MODEL | {"vocab_size": TINY_VOCAB_SIZE, "num_layers": layers}
+            values["moda"] = values["moda"] | {"read_slots": 3, "read_first": 1, "read_stride": 2}
         config = TransformerConfig.from_dict(values)
         if arm.parameters_of is not None:
             config = widened(config, param_count(self.model(self.arm(arm.parameters_of))))

@@ -85,7 +85,7 @@ def main() -> int:
         loaded = _load(directory, config)
         evaluation = evaluate(loaded, order["evaluation"])
         _logger.info("evaluated in %.1f s", time.monotonic() - began)
-    if order["probes"] and order["evaluation"] and config.model.depth_slots:
+    if order["probes"] and order["evaluation"] and config.model.has_depth_probes:
         began = time.monotonic()
         batches = depth_probes.probe_batches(loaded, order["probe_tokens"])
         loaded = dataclasses.replace(loaded, params=inference_params(loaded.params, config.model))

@@ -21,7 +21,7 @@ from moda_jax.config_checks import require_not_negative as _require_not_negative
 from moda_jax.config_checks import require_positive as _require_positive
 from moda_jax.depth_config import MECHANISMS, DepthSections
 
-NORMS = ("pre", "post")
+NORMS = ("pre", "post", "post_sum")
 REMATS = ("full", "attention", "ffn", "none")
 LAYER_LOOPS = ("scan", "unroll")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -110,7 +110,8 @@ class TransformerConfig(DepthSections):
         num_kv_heads: K, key/value heads; divides N, G = N / K query heads share one.
         head_dim: H, channels of a head.
         ffn_width: hidden channels of the SwiGLU feed-forward network.
-        norm: "post": x + norm(f(x)), OLMo 2's reordered norm; "pre": x + f(norm(x)).
+        norm: "post": x + norm(f(x)), OLMo 2's reordered norm; "pre": x + f(norm(x)); "post_sum": norm(x + f(x)), which
+            not every depth mechanism knows.
         depth: a name of `MECHANISMS`, whose section beside these fields has the mechanism's own, or
             "package.module:Class" for a mechanism of one's own.
         rope_theta: base of the rotary embedding's wavelengths; None: no rotary embedding.
@@ -193,7 +194,13 @@ class TransformerConfig(DepthSections):
     @property
     def depth_slots(self) -> int:
         """S: slots of MoDA's whole depth stream, of which the last layer writes none; 0 for other mechanisms."""
-        return (self.num_layers - 1) * self.depth_entries_per_layer
+        stride = self.moda.read_stride if self.moda.read == "stride" else 1
+        return len(range(0, self.num_layers - 1, stride)) * self.depth_entries_per_layer
+
+    @property
+    def has_depth_probes(self) -> bool:
+        """Whether a layer's softmax is over the slots of all layers before it, so that its mass on them is known."""
+        return self.depth_slots > 0 and self.moda.one_softmax and self.moda.read == "all"
 
 
 @dataclasses.dataclass(frozen=True)

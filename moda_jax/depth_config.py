@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moda_jax.config_checks import check_types, require_positive
+from moda_jax.config_checks import check_types, require, require_positive
 
 # Name -> "module:Class", a `moda_jax.model.depth.mechanism.DepthMechanism`. `model.depth` may also be such a path.
 MECHANISMS = {
@@ -17,9 +17,14 @@ MECHANISMS = {
     "attnres_block": "moda_jax.model.depth.attnres_block:BlockAttentionResiduals",
     "value_mixing": "moda_jax.model.depth.value_mixing:ValueMixing",
     "value_residual": "moda_jax.model.depth.value_residual:ValueResidual",
+    "mudd": "moda_jax.model.depth.mudd:MultiwayDynamicDense",
     "hc": "moda_jax.model.depth.hc:HyperConnections",
     "mhc": "moda_jax.model.depth.mhc:ManifoldHyperConnections",
 }
+MODA_KEYS = ("own", "writer_norm", "reader_norm")
+MODA_READS = ("all", "window", "stride", "hybrid", "top")
+MODA_SOFTMAXES = ("joint", "separate")
+STREAMS = "at least 2 residual streams; one is model.depth='none'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +59,68 @@ class DenseFormerSection(Section):
 
 @dataclasses.dataclass(frozen=True)
 class MoDASection(Section):
-    """Mixture-of-depths attention (arXiv 2603.15619).
+    """Mixture-of-depths attention (arXiv 2603.15619). What is not the default is a question that the paper leaves open.
 
     Attributes:
         ffn_kv: the FFN sub-layer also writes a depth entry, projected from its input (Table 3 row 4).
         attn_kv: the attention sub-layer writes a projection of its input instead of its own KV (row 5).
+        key: how a depth key is stored. "own": with the writer's key norm and rotated, as its attention uses it;
+            "writer_norm": normed, not rotated; "reader_norm": as projected, and every reader applies its own key norm.
+        query_rotated: the query meets depth keys rotated; False: as it is before, for keys that are not rotated either.
+        read: the slots that a layer reads. "all"; "window": the last `read_slots`; "hybrid": the first `read_first` and
+            the last `read_slots - read_first`; "top": the `read_slots` with the highest learned scores; "stride": all,
+            but only every `read_stride`-th layer writes any.
+        read_slots: R, at most the model's slots; of "window", "hybrid" and "top".
+        read_first: of "hybrid", below `read_slots`.
+        read_stride: of "stride", below `model.num_layers`.
+        null_slot: a learned logit for each head and layer, with the value 0: a head can decline.
+        entry_bias: a learned number for each kind of entry, head and layer is added to depth logits.
+        softmax: "joint": one softmax over sequence and depth; "separate": one each, (1 - g) sequence + g depth with a
+            learned g for each head and layer.
     """
 
     ffn_kv: bool = True
     attn_kv: bool = False
+    key: str = "own"
+    query_rotated: bool = True
+    read: str = "all"
+    read_slots: int = 8
+    read_first: int = 2
+    read_stride: int = 4
+    null_slot: bool = False
+    entry_bias: bool = False
+    softmax: str = "joint"
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        for field, choices in (("key", MODA_KEYS), ("read", MODA_READS), ("softmax", MODA_SOFTMAXES)):
+            require(getattr(self, field) in choices, f"{name}.{field}", getattr(self, field), f"one of {choices}")
+        require_positive(name, self, "read_slots", "read_first", "read_stride")
+        require(
+            self.query_rotated or self.key != "own", f"{name}.query_rotated", self.query_rotated,
+            f"True with {name}.key='own', whose keys are rotated",
+        )  # fmt: skip
+        require(
+            self.read != "hybrid" or self.read_first < self.read_slots, f"{name}.read_first", self.read_first,
+            f"less than {name}.read_slots={self.read_slots}",
+        )  # fmt: skip
+        require(
+            not self.entry_bias or self.read in ("all", "stride"), f"{name}.entry_bias", self.entry_bias,
+            f"False with {name}.read={self.read!r}",
+        )  # fmt: skip
+        for field in ("null_slot", "entry_bias"):
+            require(
+                self.softmax == "joint" or not getattr(self, field), f"{name}.{field}", getattr(self, field),
+                f"False with {name}.softmax={self.softmax!r}",
+            )  # fmt: skip
+
+    @property
+    def one_softmax(self) -> bool:
+        """Whether the depth slots join the sequence's softmax as they are, in one op."""
+        return (
+            self.key != "reader_norm" and self.query_rotated and self.read in ("all", "stride")
+            and not (self.null_slot or self.entry_bias) and self.softmax == "joint"
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +183,14 @@ class HCSection(Section):
     """Hyper-connections (arXiv 2409.19606).
 
     Attributes:
-        streams: n, residual streams.
+        streams: n, residual streams, at least 2.
     """
 
     streams: int = 4
 
     def check(self, name: str) -> None:
         super().check(name)
-        require_positive(name, self, "streams")
+        require(self.streams > 1, f"{name}.streams", self.streams, STREAMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +198,7 @@ class MHCSection(Section):
     """Manifold-constrained hyper-connections (arXiv 2512.24880).
 
     Attributes:
-        streams: n, residual streams.
+        streams: n, residual streams, at least 2.
         sinkhorn_rounds: rounds of column and row normalisation that make the mixing matrix doubly stochastic.
     """
 
@@ -149,7 +207,8 @@ class MHCSection(Section):
 
     def check(self, name: str) -> None:
         super().check(name)
-        require_positive(name, self, "streams", "sinkhorn_rounds")
+        require(self.streams > 1, f"{name}.streams", self.streams, STREAMS)
+        require_positive(name, self, "sinkhorn_rounds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

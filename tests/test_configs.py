@@ -6,6 +6,8 @@ import pytest
 
 from moda_jax import param_count
 from moda_jax.config import Config
+from moda_jax.depth_config import MECHANISMS
+from moda_jax.model.depth.registry import find_mechanism
 
 DIRECTORY = Path(__file__).parents[1] / "configs"
 
@@ -24,12 +26,17 @@ def build(name, *argument):
 
 SMALL = ("48_pre", "48_post", "48_pre_depth", "48_post_depth", "48_pre_depth_ffn", "48_post_depth_ffn",
          "24_post", "24_post_depth", "24_post_depth_ffn")  # fmt: skip
+FAMILY = (*MECHANISMS, *(f"moda_{name}" for name in (
+    "own_kv", "window", "hybrid", "stride", "top", "null_slot", "entry_bias", "separate", "writer_norm", "reader_norm",
+    "reader_norm_unrotated",
+)))  # fmt: skip
 ALL = [
     ("base",), ("quickstart",), ("olmo2_700m",), ("moda_700m",), ("moda_1p5b",), ("small",), ("depth_comparison",),
     *(("moda_700m", f"row{row}") for row in range(1, 6)),
     *(("small", f"row{row}") for row in range(1, 10)),
     *(("small", name) for name in SMALL),
     *(("depth_comparison", name) for name in ("none", "moda", "moda_own_kv")),
+    ("family",), *(("family", name) for name in FAMILY), *(("family", f"48_{name}") for name in FAMILY),
 ]  # fmt: skip
 
 
@@ -38,11 +45,20 @@ def test_every_config_is_valid(arguments):
     config = build(*arguments)
     assert config.model.vocab_size >= 257
     assert Config.from_dict(config.to_dict()) == config
+    find_mechanism(config.model.depth).check(config.model)
 
 
 def test_no_config_is_forgotten():
     files = {path.stem for path in DIRECTORY.glob("*.py")} - {"__init__"}
     assert files == {arguments[0] for arguments in ALL}
+
+
+def test_an_unknown_member_of_the_family_is_refused_with_those_that_there_are():
+    with pytest.raises(
+        ValueError, match=r"family.py:48_moha: unknown argument; known: none, moda, denseformer, .*moda_"
+    ):
+        load("family", "48_moha")
+    assert build("family", "48_hc").model.num_layers == 48
 
 
 def test_base_is_the_dataclasses_defaults():

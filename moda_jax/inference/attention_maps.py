@@ -87,7 +87,7 @@ def attention_maps(model: ModelFunction, params: Any, tokens: np.ndarray) -> Att
         )
     sequence, depth, slot_mass = _all_layers(model, params, np.asarray(tokens, np.int32)[None])
     mechanism = find_mechanism(config.depth)
-    entries = len(mechanism.entry_sites(config)) if mechanism.softmax_slots else 0
+    entries = len(mechanism.entry_sites(config)) if mechanism.softmax_slots(config) else 0
     return AttentionMaps(np.asarray(sequence), np.asarray(depth), np.asarray(slot_mass), entries, len(tokens))
 
 

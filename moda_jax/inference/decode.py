@@ -150,7 +150,7 @@ def available_products(config: TransformerConfig) -> tuple[str, ...]:
         "segments": True, "positions": False, "key_length": False,
     }]  # fmt: skip
     mechanism = find_mechanism(config.depth)
-    if mechanism.softmax_slots and mechanism.slots(config):
+    if mechanism.softmax_slots(config) and mechanism.slots(config):
         query = jax.ShapeDtypeStruct((1, 1, config.num_heads, config.head_dim), dtype)
         slots = (1, 1, mechanism.slots(config) + 1, config.num_kv_heads, config.head_dim)
         slots = jax.ShapeDtypeStruct(slots, dtype)
@@ -337,15 +337,15 @@ class _Token(Step):
         cached_key, cached_value = (a[number] if isinstance(a, tuple) else _layer_of(a, number) for a in held)
         if not operation.reads_slots:
             beside = DepthStream(key[:, :, None], value[:, :, None], np.int32(1))
-            attended = self._attend(query, cached_key, cached_value, beside)
-            return attended, own, stream, 0
+            attended, lse = self._attend(query, cached_key, cached_value, beside)
+            return (attended, lse) if operation.with_lse else attended, own, stream, 0
         beside = stream.append(key, value)
-        attended = self._attend(query, cached_key, cached_value, beside)
+        attended, _ = self._attend(query, cached_key, cached_value, beside)
         # The stream is read before it is written again: XLA would copy it otherwise, as in the layer loop.
         attended, beside = jax.lax.optimization_barrier((attended, beside))
         return attended, own, beside.with_length(stream.length), 1
 
-    def _attend(self, query: Array, cached_key: Array, cached_value: Array, beside: DepthStream) -> Array:
+    def _attend(self, query: Array, cached_key: Array, cached_value: Array, beside: DepthStream) -> tuple[Array, Array]:
         return _attend(query, cached_key, cached_value, self.start, self.length, beside, self.products)
 
 
@@ -390,7 +390,7 @@ def _attend(
     length: Array,
     beside: DepthStream,
     products: str,
-) -> Array:
+) -> tuple[Array, Array]:
     """One softmax of the current token over the cache and the slots beside it: the depth stream and its own KV.
 
     Args:
@@ -402,7 +402,7 @@ def _attend(
         products: with the cache.
 
     Returns:
-        [B, 1, N, H] in the query's dtype; logits, softmax and sums are float32.
+        [B, 1, N, H] in the query's dtype, and the log-sum-exp [B, 1, N]; logits, softmax and sums are float32.
     """
     scale = query.shape[-1] ** -0.5
     if products == "kernel":
@@ -418,11 +418,13 @@ def _attend(
     visible = _visible(capacity, start, length)[:, None, None]
     over_cache = jnp.where(visible, over_key(queries, cached_key) * scale, MASKED)  # [B, K, G, C]
     logits = jnp.concatenate([over_cache, over_slots], axis=-1)
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     over_cache, over_slots = jnp.split(weights.astype(query.dtype), [capacity], axis=-1)
     out = over_place(over_cache, cached_value) + _dot_place(over_slots, slot_value)
-    return (out / total).reshape(query.shape).astype(query.dtype)
+    lse = (top + jnp.log(total)).reshape(query.shape[:-1])
+    return (out / total).reshape(query.shape).astype(query.dtype), lse
 
 
 def _visible(capacity: int, start: Array | None, length: Array) -> Array:
@@ -440,7 +442,7 @@ def _attend_by_kernels(
     length: Array,
     beside: DepthStream,
     scale: float,
-) -> Array:
+) -> tuple[Array, Array]:
     """`_attend` by the kernels: the sequence kernel over parts of the cache, the depth kernel over the slots."""
     batch, _, heads, head_dim = query.shape
     kv_heads = cached_key.shape[1]
@@ -459,7 +461,8 @@ def _attend_by_kernels(
     lse = jnp.concatenate([parts_lse, slots_lse[:, :, None]], axis=2)  # [B, K, P + 1, G]
     weights = jax.nn.softmax(lse, axis=2)[..., None]
     out = jnp.sum(weights[:, :, :-1] * parts, axis=2) + weights[:, :, -1] * slots
-    return out.reshape(query.shape).astype(query.dtype)
+    lse = jax.nn.logsumexp(lse, axis=2).reshape(query.shape[:-1])
+    return out.reshape(query.shape).astype(query.dtype), lse
 
 
 @functools.partial(jax.jit, static_argnames="scale")  # unrolled layers then share one kernel, compiled once

@@ -67,10 +67,19 @@ class Attention(nnx.Module):
         self.query_norm = HeadsNorm(num_heads, head_dim, **norm) if qk_norm else None
         self.key_norm = HeadsNorm(num_kv_heads, head_dim, **norm) if qk_norm else None
 
-    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """x [B, T, D] to query [B, T, N, H], key and value [B, T, K, H]; normalised, rotated to `positions` [B, T]."""
+    def project(
+        self, x: Array, positions: Array, key_input: Array | None = None, value_input: Array | None = None
+    ) -> tuple[Array, Array, Array]:
+        """x [B, T, D] to query [B, T, N, H], key and value [B, T, K, H]; normalised, rotated to `positions` [B, T].
+
+        `key_input` and `value_input` [B, T, D] stand in x's place for key and value where they are given.
+        """
         query = self._placed(self.query(x), self.query_norm, positions)
-        return query, self.place_key(self.key(x), positions), self.value(x)
+        key, value = (
+            self.key(x if key_input is None else key_input),
+            self.value(x if value_input is None else value_input),
+        )
+        return query, self.place_key(key, positions), value
 
     def place_key(self, key: Array, positions: Array) -> Array:
         """A raw key projection [B, T, K, H] after this layer's key norm and rotation."""

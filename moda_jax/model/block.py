@@ -34,7 +34,8 @@ class Block(nnx.Module):
     """One layer, in parts so that the loop can cut it at its operations on the stream.
 
     post-norm (OLMo 2): x + norm(attention(x)), then x + norm(ffn(x)); pre-norm: x + attention(norm(x)), then x +
-    ffn(norm(x)). What x is, and what else happens to it, is the depth mechanism's.
+    ffn(norm(x)); post-norm of the sum: norm(x + attention(x)), then norm(x + ffn(x)). What x is, and what else happens
+    to it, is the depth mechanism's.
 
     Args:
         config: of the whole model.
@@ -86,12 +87,15 @@ class Block(nnx.Module):
     def project(self, values: Values, positions: Array, segment_ids: Array | None) -> tuple[Values, tuple[Entry, ...]]:
         """x to query [B, T, N, H], key and value [B, T, K, H]."""
         inputs, context = self._input(ATTENTION, values, values["x"])
-        query, key, value = self.attention.project(inputs, positions)
+        inputs, *others = inputs if isinstance(inputs, tuple) else (inputs,)
+        query, key, value = self.attention.project(inputs, positions, *others)
         given = {"query": query, "key": key, "value": value}
         if self.depth.has_context:
             given["attention_context"] = context
         if VALUE in type(self.depth).operations(self.config):
-            given["value_request"] = self.depth.value_request(query, key, value, values.get("layer"))
+            given["value_request"] = self.depth.value_request(
+                query, key, value, values.get("layer"), self.attention, positions
+            )
         return given, ()
 
     def mix(self, values: Values, positions: Array, segment_ids: Array | None) -> tuple[Values, tuple[Entry, ...]]:
@@ -121,21 +125,39 @@ class Block(nnx.Module):
         output, entries = self._after_middle(values["middle"], values, positions)
         return {"output": output}, entries
 
-    def _input(self, site: str, values: Values, carry: PyTree) -> tuple[Array, PyTree]:
-        """What a sub-layer's first matmul receives [B, T, D], and the mechanism's context."""
+    def _input(self, site: str, values: Values, carry: PyTree) -> tuple[Array | tuple[Array, Array, Array], PyTree]:
+        """What a sub-layer's first matmul receives, [B, T, D] or three of them, and the mechanism's context."""
         x, context = self.depth.input(site, carry, values.get(f"{site}_result"), values.get("layer"))
         if self.config.norm == "pre":
-            x = (self.attention_norm if site == ATTENTION else self.ffn_norm)(x)
+            norm = self._norm(site)
+            if isinstance(x, tuple):
+                norms = norm, self.depth.key_input_norm, self.depth.value_input_norm
+                x = tuple(norm(part) for norm, part in zip(norms, x, strict=True))
+            else:
+                x = norm(x)
         return x, context
+
+    def _norm(self, site: str) -> RMSNorm:
+        return self.attention_norm if site == ATTENTION else self.ffn_norm
+
+    def _behind(
+        self, site: str, carry: PyTree, context: PyTree, output: Array, number: Array | int | None
+    ) -> tuple[Array, PyTree]:
+        """A sub-layer's output, and the carry behind it, with the norms that stand there."""
+        norm = self._norm(site)
+        output = norm(output) if self.config.norm == "post" else output
+        carry = self.depth.residual(site, carry, context, output, number)
+        return output, norm(carry) if self.config.norm == "post_sum" else carry
 
     def _after_attention(self, values: Values, positions: Array) -> tuple[PyTree, tuple[Entry, ...]]:
         x, prefix = values["x"], "mixed_" if "mixed_key" in values else ""
 
         def run() -> tuple[Array, PyTree]:
-            y = self.attention.output(values["attended"])
-            y = self.attention_norm(y) if self.config.norm == "post" else y
-            context = values.get("attention_context")
-            return y, self.depth.residual(ATTENTION, x, context, y, values.get("layer"))
+            attended = values["attended"]
+            if type(self.depth).merges(self.config):
+                attended = self.depth.attended(*attended, values["value_result"], values.get("layer"))
+            y = self.attention.output(attended)
+            return self._behind(ATTENTION, x, values.get("attention_context"), y, values.get("layer"))
 
         sublayer = SubLayer(
             ATTENTION, self.attention, lambda: self._input(ATTENTION, values, x)[0], values[f"{prefix}key"],
@@ -148,9 +170,7 @@ class Block(nnx.Module):
         inputs, context = self._input(FFN, values, carry)
 
         def run() -> tuple[Array, PyTree]:
-            y = self.ffn(inputs)
-            y = self.ffn_norm(y) if self.config.norm == "post" else y
-            return y, self.depth.residual(FFN, carry, context, y, values.get("layer"))
+            return self._behind(FFN, carry, context, self.ffn(inputs), values.get("layer"))
 
         sublayer = SubLayer(FFN, self.attention, lambda: inputs, None, None, run, positions, values.get("layer"))
         entries = self._entries(sublayer)
@@ -194,9 +214,11 @@ def _layer(
     numbered = ("layer",) if mechanism.numbered else ()
     context = ("attention_context",) if mechanism.has_context else ()
     attention_result = ("attention_result",) if ATTENTION in operations else ()
+    merges = mechanism.merges(config)
     softmax = SoftmaxAttention(
-        mechanism.softmax_slots, segment_ids=second_of_shared, implementation=config.attention_implementation
-    )
+        mechanism.softmax_slots(config), segment_ids=second_of_shared,
+        implementation=config.attention_implementation, with_lse=merges,
+    )  # fmt: skip
 
     def part(name: str, takes: tuple[str, ...], gives: tuple[str, ...]) -> Part:
         return Part(_Method(graph, name), (*takes, *numbered), gives)
@@ -215,7 +237,7 @@ def _layer(
     else:
         parts.append(part("project", ("x", *attention_result), (*heads, *context)))
     cuts.append(Cut(softmax, heads, "attended"))
-    takes = ("x", *attention_result, *context, *heads[1:], "attended")
+    takes = ("x", *attention_result, *context, *heads[1:], "attended", *(("value_result",) if merges else ()))
     if FFN in operations:
         parts.append(part("finish_attention", takes, ("middle", "ffn_request")))
         cuts.append(Cut(operations[FFN], ("ffn_request",), "ffn_result"))

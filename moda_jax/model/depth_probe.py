@@ -88,10 +88,10 @@ def probed_hidden(
         NotImplementedError: its mechanism reads the stream elsewhere than in the attention op.
     """
     check_has_depth(module.config)
-    mechanism = type(module.last_layer.depth)
-    if not mechanism.softmax_slots:
+    if not module.config.has_depth_probes:
         raise NotImplementedError(
-            f"depth probes: model.depth={module.config.depth!r} reads outside of the attention op"
+            "depth probes: the model reads its slots outside of attention's softmax, or not all of them "
+            f"({module.config.moda})"
         )
     x = module.embedding(tokens)  # [B, T, D]
     positions = default_positions(x) if positions is None else positions

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moda_jax.depth_config import MoDASection
 from moda_jax.model.attention import Attention, default_positions
 from moda_jax.model.attention_cache import AttentionCache
 from moda_jax.model.depth.mechanism import ATTENTION, FFN, SubLayer
@@ -69,7 +70,7 @@ class MoDAAttention(Attention):
         )  # fmt: skip
         self.implementation = implementation
         self.depth = MixtureOfDepths(
-            width, num_kv_heads, head_dim, ffn_kv=ffn_kv, attention_kv=attention_kv,
+            width, num_heads, num_kv_heads, head_dim, section=MoDASection(ffn_kv=ffn_kv, attn_kv=attention_kv),
             initializer_range=initializer_range, dtype=dtype, rngs=keys.at("depth"),
         )  # fmt: skip
 

@@ -169,7 +169,7 @@ class Components:
         jitted = distribution.jit_train_step(train_step, self.abstract_state)
         self.traced_train_step = jitted.trace(self.abstract_state, distribution.abstract_batch())
         self.eval_step = distribution.jit_eval_step(make_eval_step(self.model, config.train))
-        measured = config.eval.depth_mass and config.model.depth_slots > 0 and distribution.mesh is None
+        measured = config.eval.depth_mass and config.model.has_depth_probes and distribution.mesh is None
         self.depth_mass = jax.jit(make_depth_mass(self.model, config.train)) if measured else None
 
 

@@ -43,6 +43,35 @@ FAMILY = {
     # Without a residual stream large weights make gradients ill-conditioned, the independent model's too.
     "depth_attention": {"depth": "depth_attention", "num_layers": 3, "norm": "pre", "initializer_range": 0.02},
     "depth_attention, post-norm": {"depth": "depth_attention", "initializer_range": 0.02},
+    "mudd": {"depth": "mudd", "num_layers": 3, "norm": "pre"},
+    "mudd, post-norm": {"depth": "mudd"},
+    "none, norm of the sum": {"depth": "none", "norm": "post_sum"},
+    "moda, norm of the sum": {"depth": "moda", "norm": "post_sum"},
+    "value_mixing, norm of the sum": {"depth": "value_mixing", "value_mixing": {"stride": 2}, "norm": "post_sum"},
+    "value_residual, norm of the sum": {"depth": "value_residual", "norm": "post_sum"},
+    "moda, window": {"depth": "moda", "moda": {"read": "window", "read_slots": 3, "null_slot": True}},
+    "moda, hybrid": {
+        "depth": "moda",
+        "norm": "pre",
+        "moda": {"read": "hybrid", "read_slots": 3, "read_first": 1, "key": "reader_norm"},
+    },
+    "moda, top": {
+        "depth": "moda",
+        "moda": {"read": "top", "read_slots": 2, "key": "writer_norm", "query_rotated": False},
+    },
+    "moda, stride": {"depth": "moda", "norm": "pre", "moda": {"read": "stride", "read_stride": 2}},
+    "moda, stride, biases": {
+        "depth": "moda",
+        "num_layers": 5,
+        "moda": {"read": "stride", "read_stride": 2, "entry_bias": True, "null_slot": True, "key": "writer_norm"},
+    },
+    "moda, reader's norm": {
+        "depth": "moda",
+        "num_layers": 3,
+        "moda": {"key": "reader_norm", "query_rotated": False, "attn_kv": True, "ffn_kv": False},
+    },
+    "moda, writer's norm": {"depth": "moda", "num_layers": 3, "moda": {"key": "writer_norm"}},
+    "moda, separate": {"depth": "moda", "num_layers": 3, "moda": {"softmax": "separate"}, "norm": "post_sum"},
     "value_residual, fixed": {"depth": "value_residual", "value_residual": {"first": 0.3}, "norm": "pre"},
 }
 CASES = FULL | OTHERS | FAMILY

@@ -22,12 +22,18 @@ class Parts:
     def norm(self, x, name):
         return rms(x, self.p[name]["scale"], self.config.norm_epsilon)
 
+    def add(self, x, y, name):
+        """The residual sum, and the norm that may stand behind it."""
+        return self.norm(x + y, name) if self.config.norm == "post_sum" else x + y
+
     def attention(self, h, mix=lambda q, k, v: v):
+        """h: what query, key and value are projected from, or the three by name, behind their norms."""
         a, config = self.p["attention"], self.config
-        u = self.norm(h, "attention_norm") if self.pre else h
+        if not isinstance(h, dict):
+            h = dict.fromkeys(("query", "key", "value"), self.norm(h, "attention_norm") if self.pre else h)
 
         def heads(name, norm):
-            y = einsum("btd,dnh->btnh", u, a[name]["kernel"])
+            y = einsum("btd,dnh->btnh", h[name], a[name]["kernel"])
             if norm and config.qk_norm:
                 y = rms(y.reshape(*y.shape[:2], -1), a[norm]["scale"], config.norm_epsilon).reshape(y.shape)
             return rope(y, self.positions, config.rope_theta) if norm else y
@@ -36,14 +42,14 @@ class Parts:
         v = mix(q, k, v)
         y = plain_model.attention(q, k, v, [], [], self.visible)
         y = einsum("btnh,nhd->btd", y, a["output"]["kernel"])
-        return y if self.pre else self.norm(y, "attention_norm")
+        return self.norm(y, "attention_norm") if config.norm == "post" else y
 
     def ffn(self, h):
         f = self.p["ffn"]
         u = self.norm(h, "ffn_norm") if self.pre else h
         y = jax.nn.silu(einsum("btd,df->btf", u, f["gate"]["kernel"])) * einsum("btd,df->btf", u, f["up"]["kernel"])
         y = einsum("btf,fd->btd", y, f["down"]["kernel"])
-        return y if self.pre else self.norm(y, "ffn_norm")
+        return self.norm(y, "ffn_norm") if self.config.norm == "post" else y
 
 
 def mixture(sources, read):
@@ -176,8 +182,8 @@ def value_mixing(config, layers, x):
                 values.append(v)
             return v
 
-        x = x + layer.attention(x, mix)
-        x = x + layer.ffn(x)
+        x = layer.add(x, layer.attention(x, mix), "attention_norm")
+        x = layer.add(x, layer.ffn(x), "ffn_norm")
     return x
 
 
@@ -192,8 +198,8 @@ def value_residual(config, layers, x):
             a, b = p["depth"]["weights"]["gate"] if section.learned else (section.first, section.own)
             return a * first[0] + b * v
 
-        x = x + layer.attention(x, mix)
-        x = x + layer.ffn(x)
+        x = layer.add(x, layer.attention(x, mix), "attention_norm")
+        x = layer.add(x, layer.ffn(x), "ffn_norm")
     return x
 
 
@@ -211,17 +217,120 @@ def denseformer(config, layers, x):
     return x
 
 
+def mudd(config, layers, x):
+    def sums(p, x, sources, count):
+        n = len(sources)
+        hidden = 64 * (count * n // 64 + 1)
+        u = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + EPSILON)
+        h = einsum("btd,dm->btm", u, p["first"]["kernel"][:, :hidden])
+        h = h * 0.5 * (1 + jax.lax.erf(h / 2**0.5))
+        weights = einsum("btm,mca->btca", h, p["second"]["kernel"][:hidden, :, :n]) + p["second"]["offset"][:, :n]
+        return [sum(weights[:, :, c, a, None] * sources[n - 1 - a] for a in range(n)) for c in range(count)]
+
+    outputs = [x]
+    for number, layer in enumerate(layers):
+        depth = layer.p["depth"]
+        query, key, value, residual = [x] * 4 if number == 0 else sums(depth["attention_weights"], x, outputs, 4)
+        inputs = {"query": query, "key": key, "value": value}
+        if layer.pre:
+            scales = {
+                "query": layer.p["attention_norm"], "key": depth["key_input_norm"], "value": depth["value_input_norm"],
+            }  # fmt: skip
+            inputs = {n: rms(h, scales[n]["scale"], config.norm_epsilon) for n, h in inputs.items()}
+        x = residual + layer.attention(inputs)
+        x = x + layer.ffn(x)
+        outputs.append(x)
+    return sums(layers[-1].p["depth"]["output_weights"], x, outputs, 1)[0]
+
+
+def moda(config, layers, x):
+    """MoDA with its options: every entry a number of dense logits, one after the other."""
+    section, eps, theta, H = config.moda, config.norm_epsilon, config.rope_theta, config.head_dim
+    groups, entries = config.num_heads // config.num_kv_heads, []  # (kind, raw key, its norm's scale, key, value)
+
+    def normed(y, scale):
+        return rms(y.reshape(*y.shape[:2], -1), scale, eps).reshape(y.shape)
+
+    def wide(y):
+        return jnp.repeat(y, groups, axis=2)
+
+    for number, layer in enumerate(layers):
+        a, depth, positions = layer.p["attention"], layer.p.get("depth"), layer.positions
+        u = layer.norm(x, "attention_norm") if layer.pre else x
+        q, k, v = (einsum("btd,dnh->btnh", u, a[name]["kernel"]) for name in ("query", "key", "value"))
+        scale, raw = a["key_norm"]["scale"], k
+        q = normed(q, a["query_norm"]["scale"])
+        asked = rope(q, positions, theta) if section.query_rotated else q
+        q, k = rope(q, positions, theta), rope(normed(raw, scale), positions, theta)
+        logits, values = [], []
+        for place, (kind, raw_key, writer_scale, own_key, value) in enumerate(entries):
+            key = {
+                "own": own_key, "writer_norm": normed(raw_key, writer_scale), "reader_norm": normed(raw_key, scale),
+            }[section.key]  # fmt: skip
+            logit = jnp.sum(asked * wide(key), axis=-1) * H**-0.5
+            if section.entry_bias:
+                logit = logit + depth["entry_bias"]["offset"][kind]
+            age, read = len(entries) - place, True
+            if section.read == "window":
+                read = age <= section.read_slots
+            elif section.read == "hybrid":
+                read = place < section.read_first or age <= section.read_slots - section.read_first
+            elif section.read == "top":
+                scores = depth["slot_scores"]["offset"][: len(entries)]
+                better = (scores > scores[place]) | ((scores == scores[place]) & (jnp.arange(len(entries)) > place))
+                read = jnp.sum(better) < section.read_slots
+                value = value * 2 / (1 + jnp.exp(-scores[place]))
+            logits.append(jnp.where(read, logit, -jnp.inf))
+            values.append(wide(value))
+        over = jnp.where(layer.visible[:, None], einsum("btnh,bunh->bntu", q, wide(k)) * H**-0.5, -jnp.inf)
+        over = jnp.moveaxis(over, 1, 2)  # [B, T, N, T]
+        T = over.shape[-1]
+        null = [jnp.broadcast_to(depth["null_slot"]["offset"], over.shape[:-1])] if section.null_slot else []
+        if section.softmax == "separate":
+            y = jnp.einsum("btnu,bunh->btnh", jax.nn.softmax(over, axis=-1), wide(v), precision="highest")
+            if entries:
+                weights = jax.nn.softmax(jnp.stack(logits, axis=-1), axis=-1)
+                read = sum(weights[..., i, None] * value for i, value in enumerate(values))
+                gate = jax.nn.sigmoid(depth["softmax_gate"]["offset"])[:, None]
+                y = (1 - gate) * y + gate * read
+        else:
+            weights = jnp.concatenate([over, *(logit[..., None] for logit in (*logits, *null))], axis=-1)
+            weights = jax.nn.softmax(weights, axis=-1)
+            y = jnp.einsum("btnu,bunh->btnh", weights[..., :T], wide(v), precision="highest")
+            y = y + sum(weights[..., T + i, None] * value for i, value in enumerate(values))
+        y = einsum("btnh,nhd->btd", y, a["output"]["kernel"])
+        y = layer.norm(y, "attention_norm") if config.norm == "post" else y
+
+        def entry(kind, raw, value, scale=scale, positions=positions):
+            return kind, raw, scale, rope(normed(raw, scale), positions, theta), value
+
+        def projected(kind, name, inputs, depth=depth, entry=entry):
+            pair = einsum("btd,dckh->btckh", inputs, depth[name]["kernel"])
+            return entry(kind, pair[:, :, 0], pair[:, :, 1])
+
+        writes = number < len(layers) - 1 and (section.read != "stride" or number % section.read_stride == 0)
+        if writes:
+            entries.append(projected(0, "attention_kv", u) if section.attn_kv else entry(0, raw, v))
+        x = layer.add(x, y, "attention_norm")
+        if writes and section.ffn_kv:
+            entries.append(projected(1, "ffn_kv", layer.norm(x, "ffn_norm") if layer.pre else x))
+        x = layer.add(x, layer.ffn(x), "ffn_norm")
+    return x
+
+
 MODELS = {
     function.__name__: function
     for function in (
-        attnres, attnres_block, attnres_delta, denseformer, depth_attention, hc, mhc, value_mixing, value_residual,
+        attnres, attnres_block, attnres_delta, denseformer, depth_attention, hc, mhc, moda, mudd, value_mixing,
+        value_residual,
     )
 }  # fmt: skip
 
 
 def logits(params, config, tokens, segment_ids=None, positions=None):
-    """As `plain_model.logits`, for the mechanisms of MODELS; MoDA and none are `plain_model`'s own."""
-    if config.depth not in MODELS:
+    """As `plain_model.logits`, for the mechanisms of MODELS; none and the paper's MoDA are `plain_model`'s."""
+    paper = {"ffn_kv": config.moda.ffn_kv, "attn_kv": config.moda.attn_kv}
+    if config.depth not in MODELS or (config.depth == "moda" and config.moda == type(config.moda)(**paper)):
         return plain_model.logits(params, config, tokens, segment_ids, positions)
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions

@@ -47,6 +47,12 @@ def layer(p, config, x, positions, visible, depth_keys, depth_values, writes):
     a, eps, theta = p["attention"], config.norm_epsilon, config.rope_theta
     pre = config.norm == "pre"
 
+    def behind(x, y, name):
+        """The sub-layer's output added, with the norm that stands there."""
+        if config.norm == "post_sum":
+            return rms(x + y, p[name]["scale"], eps)
+        return x + (y if pre else rms(y, p[name]["scale"], eps))
+
     def heads_norm(y, name):
         return rms(y.reshape(*y.shape[:2], -1), a[name]["scale"], eps).reshape(y.shape) if config.qk_norm else y
 
@@ -64,7 +70,7 @@ def layer(p, config, x, positions, visible, depth_keys, depth_values, writes):
     if writes:
         dk, dv = projected("attention_kv", u) if config.depth_attn_kv else (k, v)
         depth_keys, depth_values = [*depth_keys, dk], [*depth_values, dv]
-    x = x + (y if pre else rms(y, p["attention_norm"]["scale"], eps))
+    x = behind(x, y, "attention_norm")
     u = rms(x, p["ffn_norm"]["scale"], eps) if pre else x
     if writes and config.depth_ffn_kv:
         dk, dv = projected("ffn_kv", u)
@@ -72,7 +78,7 @@ def layer(p, config, x, positions, visible, depth_keys, depth_values, writes):
     y = einsum("btd,df->btf", u, p["ffn"]["gate"]["kernel"])
     y = y * jax.nn.sigmoid(y) * einsum("btd,df->btf", u, p["ffn"]["up"]["kernel"])
     y = einsum("btf,fd->btd", y, p["ffn"]["down"]["kernel"])
-    return x + (y if pre else rms(y, p["ffn_norm"]["scale"], eps)), depth_keys, depth_values
+    return behind(x, y, "ffn_norm"), depth_keys, depth_values
 
 
 def logits(params, config, tokens, segment_ids=None, positions=None):

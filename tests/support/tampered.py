@@ -36,6 +36,7 @@ METHODS = {
     "input": MixtureOfDepths,
     "value_request": ValueMixing,
     "mixed": ValueMixing,
+    "attended": MixtureOfDepths,
     "residual": ManifoldHyperConnections,
     "entries": MixtureOfDepths,
     "finish": BlockAttentionResiduals,

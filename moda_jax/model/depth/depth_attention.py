@@ -96,6 +96,7 @@ class AttentionOverDepth(DepthMechanism):
 
     @classmethod
     def check(cls, config: TransformerConfig) -> None:
+        super().check(config)
         require(
             config.num_heads * config.head_dim == config.width, "model.width", config.width,
             f"model.num_heads * model.head_dim = {config.num_heads * config.head_dim} with model.depth="

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moda_jax.config_checks import require
 from moda_jax.model.depth.mechanism import ATTENTION, FFN
 from moda_jax.model.depth.streams import EPSILON, GATE, ResidualStreams
 from moda_jax.model.initial_keys import InitialKeys
@@ -72,6 +71,7 @@ class HyperConnections(ResidualStreams):
     """
 
     numbered: ClassVar[bool] = True
+    norms: ClassVar[tuple[str, ...]] = ("pre",)
     parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
         f"{site}_hyper.{name}": axes
         for site in (ATTENTION, FFN)
@@ -82,10 +82,6 @@ class HyperConnections(ResidualStreams):
         n, dtype = config.hc.streams, compute_dtype(config.dtype)
         self.attention_hyper = HyperConnection(n, config.width, dtype=dtype)
         self.ffn_hyper = HyperConnection(n, config.width, dtype=dtype)
-
-    @classmethod
-    def check(cls, config: TransformerConfig) -> None:
-        require(config.norm == "pre", "model.norm", config.norm, "'pre' with model.depth='hc'")
 
     @classmethod
     def build(cls, config: TransformerConfig, *, last: bool, rngs: InitialKeys) -> HyperConnections:

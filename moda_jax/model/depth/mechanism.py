@@ -7,6 +7,7 @@ A layer is an attention and an FFN sub-layer. A mechanism is asked at fixed plac
       request, operation, input             what the attention sub-layer gets
       value_request, operation, mixed       query, key and value before the softmax
       (the softmax, with the slots of the stream if `softmax_slots`)
+      attended                              what comes of it, if `merges`
       residual, entries                     the carry behind the sub-layer; what is written
       request, operation, input             what the FFN sub-layer gets
       residual, entries
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import jax
 from flax import nnx
 
+from moda_jax.config_checks import require
 from moda_jax.model.depth.operations import Operation
 from moda_jax.model.depth.stream import Entry, NoStream, Stream
 from moda_jax.model.initial_keys import InitialKeys
@@ -39,6 +41,7 @@ from moda_jax.parallel.parameters import register_axes
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
     from moda_jax.model.attention import Attention
+    from moda_jax.model.layers import RMSNorm
 
 Array = jax.Array
 PyTree = Any
@@ -55,7 +58,7 @@ class SubLayer:
     Attributes:
         site: "attention" or "ffn".
         attention: the layer's attention module, whose key norm and rotation depth keys get.
-        inputs: () -> what the sub-layer's first matmul received, [B, T, D].
+        inputs: () -> what the sub-layer's first matmul received, [B, T, D], or the three of `DepthMechanism.input`.
         key, value: as the softmax had them, [B, T, K, H]; None behind the FFN.
         run: () -> the sub-layer's `output` and the `carry` behind it.
         positions: [B, T] int32.
@@ -64,7 +67,7 @@ class SubLayer:
 
     site: str
     attention: Attention
-    inputs: Callable[[], Array]
+    inputs: Callable[[], Array | tuple[Array, Array, Array]]
     key: Array | None
     value: Array | None
     run: Callable[[], tuple[Array, PyTree]]
@@ -94,9 +97,9 @@ class DepthMechanism(nnx.Module):
 
     Class attributes:
         stream_type: of the stream.
-        softmax_slots: the slots of the stream, a `DepthStream`, are part of attention's softmax.
         numbered: the methods are told the layer's number.
         has_context: `input` leaves something for `residual`.
+        norms: values of `model.norm` that it knows.
         parameter_axes: logical axes of its parameters (see `moda_jax.parallel.mesh.RULES`), by the last two names of
             their path. The last name says what a parameter is: a "kernel" is a matrix, computes in the compute dtype
             and decays; "scale", "vector", "offset" and "gate" stay float32 and do not.
@@ -106,16 +109,20 @@ class DepthMechanism(nnx.Module):
     Attributes:
         writes_own_key_value: the attention sub-layer's first entry is the softmax's own (key, value), unchanged: it is
             then read again from its slot in the backward, and decoding writes it once.
+        key_input_norm, value_input_norm: under pre-norm, of attention's inputs where `input` gives three; the query's
+            has the layer's own norm.
     """
 
     stream_type: ClassVar[type[Stream]] = NoStream
-    softmax_slots: ClassVar[bool] = False
     numbered: ClassVar[bool] = False
     has_context: ClassVar[bool] = False
+    norms: ClassVar[tuple[str, ...]] = ("pre", "post")
     parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     tensors: ClassVar[dict[str, tuple[str, int]]] = {}
 
     writes_own_key_value: bool = False
+    key_input_norm: RMSNorm | None = None
+    value_input_norm: RMSNorm | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -130,7 +137,8 @@ class DepthMechanism(nnx.Module):
         Raises:
             ValueError: naming the field, what came and what was expected.
         """
-        del config
+        norms = " or ".join(map(repr, cls.norms))
+        require(config.norm in cls.norms, "model.norm", config.norm, f"{norms} with model.depth={config.depth!r}")
 
     @classmethod
     def build(cls, config: TransformerConfig, *, last: bool, rngs: InitialKeys) -> Self:
@@ -167,6 +175,18 @@ class DepthMechanism(nnx.Module):
         """The operations on the stream by site, one of `SITES`; the same in all layers."""
         del config
         return {}
+
+    @classmethod
+    def softmax_slots(cls, config: TransformerConfig) -> bool:
+        """Whether the slots of the stream, a `DepthStream`, are part of attention's softmax."""
+        del config
+        return False
+
+    @classmethod
+    def merges(cls, config: TransformerConfig) -> bool:
+        """Whether `attended` merges attention's result with the "value" operation's."""
+        del config
+        return False
 
     @classmethod
     def entry_sites(cls, config: TransformerConfig) -> tuple[str, ...]:
@@ -224,8 +244,12 @@ class DepthMechanism(nnx.Module):
         """What the operation of a site ("attention", "ffn" or "output") is asked with."""
         raise NotImplementedError(f"{type(self).__name__}.request: an operation at {site!r} needs a request")
 
-    def input(self, site: str, carry: PyTree, result: PyTree, layer: Array | None) -> tuple[Array, PyTree]:
+    def input(
+        self, site: str, carry: PyTree, result: PyTree, layer: Array | None
+    ) -> tuple[Array | tuple[Array, Array, Array], PyTree]:
         """A sub-layer's input [B, T, D] and, for `residual`, a context (None without `has_context`).
+
+        Attention may have three inputs, a tuple: what query, key and value are projections of.
 
         Args:
             site: "attention" or "ffn".
@@ -236,8 +260,24 @@ class DepthMechanism(nnx.Module):
         del site, result, layer
         return carry, None
 
-    def value_request(self, query: Array, key: Array, value: Array, layer: Array | None) -> PyTree:
-        """What the "value" operation is asked with. query: [B, T, N, H]; key, value: [B, T, K, H]."""
+    def value_request(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        layer: Array | None,
+        attention: Attention,
+        positions: Array,
+    ) -> PyTree:
+        """What the "value" operation is asked with.
+
+        Args:
+            query: [B, T, N, H].
+            key, value: [B, T, K, H].
+            layer: the layer's number, if `numbered`.
+            attention: the layer's module.
+            positions: [B, T] int32, of query and key.
+        """
         raise NotImplementedError(f"{type(self).__name__}.value_request: an operation at 'value' needs a request")
 
     def mixed(
@@ -246,6 +286,18 @@ class DepthMechanism(nnx.Module):
         """Query, key and value as the softmax gets them, from the projections and the "value" operation's result."""
         del result, layer
         return query, key, value
+
+    def attended(self, out: Array, lse: Array, result: PyTree, layer: Array | None) -> Array:
+        """What the output projection gets [B, T, N, H], if `merges`.
+
+        Args:
+            out: attention's, [B, T, N, H].
+            lse: its log-sum-exp, [B, T, N] float32.
+            result: of the "value" operation.
+            layer: the layer's number, if `numbered`.
+        """
+        del lse, result, layer
+        return out
 
     def residual(self, site: str, carry: PyTree, context: PyTree, output: Array, layer: Array | None) -> PyTree:
         """The carry behind a sub-layer, whose output [B, T, D] has passed the norm that stands behind it, if any."""

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moda_jax.config_checks import require
 from moda_jax.model.depth.mechanism import ATTENTION
 from moda_jax.model.depth.streams import EPSILON, GATE, ResidualStreams
 from moda_jax.model.initial_keys import InitialKeys
@@ -82,6 +81,7 @@ class ManifoldHyperConnections(ResidualStreams):
         rngs: source of the parameters.
     """
 
+    norms: ClassVar[tuple[str, ...]] = ("pre",)
     parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
         f"{site}_connection.{name}": axes
         for site in ("attention", "ffn")
@@ -93,10 +93,6 @@ class ManifoldHyperConnections(ResidualStreams):
         self.rounds = config.mhc.sinkhorn_rounds
         self.attention_connection = Connection(n, width, dtype=dtype, rngs=rngs.at("attention_connection"))
         self.ffn_connection = Connection(n, width, dtype=dtype, rngs=rngs.at("ffn_connection"))
-
-    @classmethod
-    def check(cls, config: TransformerConfig) -> None:
-        require(config.norm == "pre", "model.norm", config.norm, "'pre' with model.depth='mhc'")
 
     @classmethod
     def build(cls, config: TransformerConfig, *, last: bool, rngs: InitialKeys) -> ManifoldHyperConnections:

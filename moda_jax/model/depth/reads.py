@@ -188,6 +188,32 @@ class WeightedSum(Read):
 
 
 @dataclasses.dataclass(frozen=True)
+class WeightedSums(Read):
+    """C sums of hidden states, with weights of each token's own: sum_s weight_cs v_s over the filled slots.
+
+    Request: (weights [B, T, C, S] float32). Result: [B, T, C, D] in the stream's dtype.
+    """
+
+    def forward(self, request: tuple, stream: HiddenStream, shared: tuple) -> tuple[Array, None]:
+        """As the class says, in float32."""
+        (weights,) = request
+        filled = jnp.where(_is_filled(stream.slots, stream.length)[:, :, None], weights, 0.0)
+        sums = [_weighted_sum(filled[:, :, c], stream) for c in range(weights.shape[2])]
+        return jnp.stack(sums, axis=2).astype(stream.hidden.dtype), None
+
+    def backward(self, request, result, saved, stream, shared, dresult, dbuffers):
+        """dv_s = sum_c weight_cs dresult_c, dweight_cs = dresult_c . v_s."""
+        (weights,), (dhidden,) = request, dbuffers
+        dresult = dresult.astype(jnp.float32)
+        hidden = _filled(stream.hidden, stream.length)
+        filled = jnp.where(_is_filled(stream.slots, stream.length)[:, :, None], weights, 0.0)
+        sums = range(weights.shape[2])
+        dweights = jnp.stack([jnp.sum(dresult[:, :, c, None] * hidden, axis=-1) for c in sums], axis=2)
+        added = sum(filled[:, :, c, :, None] * dresult[:, :, c, None] for c in sums)
+        return (dweights.astype(weights.dtype),), (_added(dhidden, added),)
+
+
+@dataclasses.dataclass(frozen=True)
 class DepthAttention(Read):
     """Attention over the filled slots of each token, `pallas_kernels.depth_attention`.
 

@@ -39,6 +39,7 @@ class ValueMixing(DepthMechanism):
 
     stream_type: ClassVar[type[Stream]] = DepthStream
     numbered: ClassVar[bool] = True
+    norms: ClassVar[tuple[str, ...]] = ("pre", "post", "post_sum")
 
     def __init__(self, stride: int, *, last: bool) -> None:
         self.stride = stride
@@ -67,7 +68,7 @@ class ValueMixing(DepthMechanism):
     def begin(self, config: TransformerConfig, x: Array, spare: int = 0) -> tuple[Array, DepthStream]:
         return x, DepthStream.like(x, self.slots(config), config.num_kv_heads, config.head_dim).constrained()
 
-    def value_request(self, query: Array, key: Array, value: Array, layer: Array | int) -> Array:
+    def value_request(self, query: Array, key: Array, value: Array, *others: object) -> Array:
         return _group_mean(query, key)
 
     def mixed(

@@ -77,6 +77,7 @@ class ValueResidual(DepthMechanism):
 
     stream_type: ClassVar[type[Stream]] = ValueStream
     numbered: ClassVar[bool] = True
+    norms: ClassVar[tuple[str, ...]] = ("pre", "post", "post_sum")
     parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"weights.gate": (None,)}
 
     def __init__(self, config: TransformerConfig, *, last: bool) -> None:
@@ -116,7 +117,7 @@ class ValueResidual(DepthMechanism):
         slots = empty_slots(x, self.slots(config), (config.num_kv_heads, config.head_dim))
         return x, ValueStream(slots, np.int32(0)).constrained()
 
-    def value_request(self, query: Array, key: Array, value: Array, layer: Array | int) -> tuple:
+    def value_request(self, query: Array, key: Array, value: Array, *others: object) -> tuple:
         return ()
 
     def mixed(

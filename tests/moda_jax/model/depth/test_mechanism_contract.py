@@ -49,6 +49,7 @@ def expected(name):
 QUICK_FORMS = {
     ("moda", ("scan", "attention")), ("attnres_block", ("scan", "full")), ("attnres_block", ("unroll", "none")),
     ("mhc", ("scan", "none")), ("attnres_delta", ("scan", "attention")), ("depth_attention", ("scan", "attention")),
+    ("mudd", ("scan", "attention")), ("moda, window", ("scan", "attention")),
 }  # fmt: skip
 FAMILY_FORMS = [("scan", "attention"), ("unroll", "none")]
 FORMS = [(loop, remat) for loop in ("scan", "unroll") for remat in ("full", "attention", "ffn", "none")]

@@ -67,7 +67,7 @@ def last_logits(name, depth):
 )
 def test_all_ways_change_together(method):
     base = tampered.METHODS[method]
-    name = CASE[base]
+    name = "moda, window" if method == "attended" else CASE[base]
     plain = last_logits(name, case_config(name).depth)
     other = last_logits(name, f"support.tampered:{base.__name__}_{method}")
     for way, logits in other.items():
