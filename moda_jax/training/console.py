@@ -244,8 +244,7 @@ def check_config_arguments(arguments: Sequence[str], flag: str = "config") -> No
             path = Path((value if equals else following).partition(":")[0])
             if not path.is_file():
                 raise ValueError(f"--{flag}={path}: no such file")
-    sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-    known = [f"{name}.{key.name}" for name, section in sections.items() for key in dataclasses.fields(section)]
+    sections, known = config_fields(Config)
     for argument in arguments:
         name = argument.split("=", 1)[0].lstrip("-").removeprefix("no")
         if not argument.startswith("-") or not name.startswith(f"{flag}."):
@@ -256,10 +255,35 @@ def check_config_arguments(arguments: Sequence[str], flag: str = "config") -> No
         if path in sections:
             raise ValueError(f"--{flag}.{path}: is a section; set one of its keys, as in --{flag}.{path}.KEY=VALUE")
         near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-        section = path.split(".")[0]
-        others = [key for key in known if key.startswith(f"{section}.")] or list(sections)
+        section = next((name for name in _prefixes(path) if name in sections), None)
+        others = [name for name in (*sections, *known) if name.rpartition(".")[0] == (section or "")]
         hint = f"did you mean --{flag}.{near[0]}?" if near else f"known: {', '.join(others)}"
         raise ValueError(f"--{flag}.{path}: unknown config key; {hint}")
+
+
+def config_fields(section: type, prefix: str = "") -> tuple[list[str], list[str]]:
+    """The sections below a section and all that can be set in them: (["model", ...], ["model.width", ...]).
+
+    Args:
+        section: a config dataclass.
+        prefix: stands before every name.
+    """
+    sections, keys = [], [f"{prefix}{alias}" for alias in getattr(section, "ALIASES", ())]
+    for field in dataclasses.fields(section):
+        name = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(field.default_factory):
+            deeper_sections, deeper_keys = config_fields(field.default_factory, f"{name}.")
+            sections += [name, *deeper_sections]
+            keys += deeper_keys
+        else:
+            keys.append(name)
+    return sections, keys
+
+
+def _prefixes(path: str) -> list[str]:
+    """What a dotted name lies in, the longest first: "a.b.c" -> ["a.b", "a"]."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
 
 
 def _parse_flags(arguments: Sequence[str]) -> Sequence[str]:

@@ -25,6 +25,9 @@ from moda_jax.training.console import (
     [
         ("--config.model.num_layer=3", r"num_layer: unknown config key; did you mean --config\.model\.num_layers\?"),
         ("--config.modle.num_layers=3", r"did you mean --config\.model\.num_layers"),
+        ("--config.model.mhc.stream=3", r"did you mean --config\.model\.mhc\.streams\?"),
+        ("--config.model.mhc.zzzzzzz=3", r"known: model\.mhc\.streams, model\.mhc\.sinkhorn_rounds$"),
+        ("--config.model.mhc=3", r"--config\.model\.mhc: is a section; set one of its keys"),
         ("--config.eval.zzzzzzz=3", r"unknown config key; known: eval\.interval_steps, eval\.num_batches"),
         ("--config.zzzzzzz=3", r"unknown config key; known: model, data, optimizer"),
         ("--noconfig.model.qk=1", r"--config\.model\.qk: unknown config key"),
@@ -41,6 +44,7 @@ def test_good_arguments_pass():
     check_config_arguments(
         [f"--config={__file__}:row1", "--config.model.num_layers=3", "--noconfig.model.qk_norm", "--workdir=x"]
     )
+    check_config_arguments(["--config.model.mhc.streams=3", "--config.model.depth_ffn_kv=false"])
     check_config_arguments(["--config", __file__, "--config.data.cache_dir", "config.nothing"])
 
 
