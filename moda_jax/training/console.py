@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import faulthandler
 import functools
-import itertools
 import logging
 import math
 import os
@@ -23,6 +22,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
+from moda_jax import config_files
 from moda_jax.config import Config, check_local
 from moda_jax.exit_codes import ExitCode
 from moda_jax.parallel import peers
@@ -229,21 +229,15 @@ def config_from_flag(flag: flags.FlagHolder) -> tuple[Config, str]:
 
 
 def check_config_arguments(arguments: Sequence[str], flag: str = "config") -> None:
-    """Checks that the config file is there and that every `--config.section.key` names a field of `Config`.
+    """Checks that every `--config.section.key` names a field of `Config`.
 
     Args:
         arguments: the command line.
         flag: the name of the config flag.
 
     Raises:
-        ValueError: no such file, or an unknown section or key; the message names the nearest known ones.
+        ValueError: an unknown section or key; the message names the nearest known ones.
     """
-    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
-        name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name == flag:
-            path = Path((value if equals else following).partition(":")[0])
-            if not path.is_file():
-                raise ValueError(f"--{flag}={path}: no such file")
     sections, known = config_fields(Config)
     for argument in arguments:
         name = argument.split("=", 1)[0].lstrip("-").removeprefix("no")
@@ -290,7 +284,8 @@ def _parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     """absl's parser, with one line for what it and ml_collections raise."""
     try:
         if "config" in flags.FLAGS:
-            arguments = with_run_config(arguments)
+            config_files.make_importable()
+            arguments = config_files.with_found_config(with_run_config(arguments))
         check_config_arguments(arguments[1:])
         rest = flags.FLAGS(arguments)
         _check_places()
