@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from pallas_kernels.xla.blocks import MASKED, Blocks, depth_blocks, dot, loop
+from pallas_kernels.xla.blocks import MASKED, Blocks, TokenBlocks, depth_blocks, dot, loop
 
 
 def forward(
     query: Array, depth_key: Array, depth_value: Array, depth_length: int | Array | None, scale: float
 ) -> tuple[Array, Array]:
     """(out, lse) of the depth part, float32."""
-    grouped = _token_group(query, depth_key)  # [B, T, K, G, H] float32
     tokens, chunks = depth_blocks(depth_key)
+    grouped = tokens.view(_token_group(query, depth_key))  # the view of [B, T, K, G, H] float32
+    depth_key, depth_value = tokens.view(depth_key), tokens.view(depth_value)
 
     def token_block(i: Array | int, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        block = tokens.slice(grouped, i, 1)
+        block = tokens.cut(grouped, i)
 
         def chunk(j: Array | int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, acc = state
@@ -38,10 +39,10 @@ def forward(
         empty = total == 0
         out = acc / jnp.where(empty, 1.0, total)[..., None]  # acc is 0 where no chunk was visited
         lse = jnp.where(empty, 0.0, top) + jnp.log(total)  # -inf where empty
-        return tokens.update(results[0], out, i, 1), tokens.update(results[1], lse, i, 1)
+        return tokens.put(results[0], out, i), tokens.put(results[1], lse, i)
 
     out, lse = loop(tokens.count, token_block, (jnp.zeros_like(grouped), jnp.zeros_like(grouped[..., 0])))
-    return out.reshape(query.shape), lse.reshape(query.shape[:-1])
+    return tokens.flat(out).reshape(query.shape), tokens.flat(lse).reshape(query.shape[:-1])
 
 
 def backward(
@@ -57,12 +58,15 @@ def backward(
     value_gradient: Array,
 ) -> tuple[Array, Array, Array]:
     """(dquery float32, key_gradient + ddepth_key, value_gradient + ddepth_value)."""
-    grouped, dgrouped = _token_group(query, depth_key), _token_group(dout, depth_key)  # [B, T, K, G, H] float32
-    lse, delta = (array.reshape(grouped.shape[:-1]) for array in (lse, delta))  # [B, T, K, G]
     tokens, chunks = depth_blocks(depth_key)
+    grouped, dgrouped = (tokens.view(_token_group(array, depth_key)) for array in (query, dout))
+    lse, delta = (tokens.view(_token_group(array, depth_key)) for array in (lse, delta))
+    depth_key, depth_value, key_gradient, value_gradient = map(
+        tokens.view, (depth_key, depth_value, key_gradient, value_gradient)
+    )
 
     def token_block(i: Array | int, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        block, dout_block, lse_block, delta_block = (tokens.slice(x, i, 1) for x in (grouped, dgrouped, lse, delta))
+        block, dout_block, lse_block, delta_block = (tokens.cut(x, i) for x in (grouped, dgrouped, lse, delta))
         if tokens.ragged:  # tokens that the block before has done: no probability, no gradient
             lse_block = jnp.where(tokens.fresh(i)[:, None, None], lse_block, -MASKED)
 
@@ -81,18 +85,18 @@ def backward(
         dquery, *buffers = gradients
         sums = jnp.zeros_like(block), *buffers
         added, *buffers = loop(_chunks_filled(chunks, depth_length), chunk, sums)
-        return tokens.update(dquery, tokens.slice(dquery, i, 1) + added, i, 1), *buffers
+        return tokens.put(dquery, tokens.cut(dquery, i) + added, i), *buffers
 
     gradients = jnp.zeros_like(grouped), key_gradient, value_gradient
     dquery, key_gradient, value_gradient = loop(tokens.count, token_block, gradients)
-    return dquery.reshape(query.shape), key_gradient, value_gradient
+    return tokens.flat(dquery).reshape(query.shape), tokens.flat(key_gradient), tokens.flat(value_gradient)
 
 
 def _token_group(array: Array, depth_key: Array) -> Array:
-    """[B, T, N, H] -> [B, T, K, G, H] float32."""
-    batch, tokens, heads, head_dim = array.shape
+    """[B, T, N, ...] -> [B, T, K, G, ...] float32."""
+    batch, tokens, heads, *rest = array.shape
     kv_heads = depth_key.shape[3]
-    return array.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
+    return array.reshape(batch, tokens, kv_heads, heads // kv_heads, *rest).astype(jnp.float32)
 
 
 def _chunks_filled(chunks: Blocks, depth_length: int | Array | None) -> Array | int:
@@ -108,22 +112,12 @@ def _fresh_slots(chunks: Blocks, depth_length: int | Array | None, index: Array 
     return None if fresh is None else fresh[:, None, None]
 
 
-def _slots(array: Array, tokens: Blocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None) -> Array:
+def _slots(
+    view: Array, tokens: TokenBlocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None
+) -> Array:
     """[B, token block, chunk, K, H] float32, zero where not fresh: an unfilled slot may hold NaN."""
-    part = _window(array, tokens, i, chunks, j).astype(jnp.float32)
+    part = tokens.cut(view, i, chunks.start(j), chunks.size).astype(jnp.float32)
     return part if fresh is None else jnp.where(fresh, part, 0.0)
-
-
-def _window(array: Array, tokens: Blocks, i: Array | int, chunks: Blocks, j: Array | int) -> Array:
-    """[B, token block, chunk, K, H], cut out in one step."""
-    batch, _, _, kv_heads, head_dim = array.shape
-    sizes = (batch, tokens.size, chunks.size, kv_heads, head_dim)
-    return lax.dynamic_slice(array, _corner(tokens, i, chunks, j), sizes)
-
-
-def _corner(tokens: Blocks, i: Array | int, chunks: Blocks, j: Array | int) -> list[Array]:
-    """Where a window begins; of one dtype, also where JAX computes in 64 bits."""
-    return [jnp.asarray(index, jnp.int32) for index in (0, tokens.start(i), chunks.start(j), 0, 0)]
 
 
 # The three products of the depth part, tiny for each token. These forms were the fastest of several on a CPU: multiply
@@ -148,10 +142,10 @@ def _over_group(weights: Array, grouped: Array) -> Array:
 
 
 def _add_slots(
-    buffer: Array, part: Array, tokens: Blocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None
+    view: Array, part: Array, tokens: TokenBlocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None
 ) -> Array:
-    """`buffer` with `part` added to one chunk of its slots, in place; the others keep their bits."""
-    old = _window(buffer, tokens, i, chunks, j)
-    new = (old.astype(jnp.float32) + part).astype(buffer.dtype)
+    """A buffer's view with `part` added to one chunk of its slots, in place; the others keep their bits."""
+    old = tokens.cut(view, i, chunks.start(j), chunks.size)
+    new = (old.astype(jnp.float32) + part).astype(view.dtype)
     new = new if fresh is None else jnp.where(fresh, new, old)
-    return lax.dynamic_update_slice(buffer, new, _corner(tokens, i, chunks, j))
+    return tokens.put(view, new, i, chunks.start(j))
