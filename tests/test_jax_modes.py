@@ -112,7 +112,11 @@ def _gradient(block, loops):
     return jax.grad(loss, argnums=(0, 1))
 
 
-@each_mode
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(MODES[name], marks=pytest.mark.slow if name == "tracer_leaks" else ()) for name in MODES],
+    ids=MODES, indirect=True,
+)  # fmt: skip
 def test_the_layer_in_a_remat_scan_and_in_our_loop(mode):
     block, *arguments = _stack()
     gradient = _gradient(block, [_scanned, depth_scan])

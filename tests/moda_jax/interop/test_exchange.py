@@ -58,7 +58,12 @@ def test_a_round_trip_gives_transformers_logits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"depth_ffn_kv": False, "norm": "pre", "qk_norm": False}, {"num_layers": 1, "tie_embeddings": False}]
+    "fields",
+    [
+        {},
+        pytest.param({"depth_ffn_kv": False, "norm": "pre", "qk_norm": False}, marks=pytest.mark.slow),
+        pytest.param({"num_layers": 1, "tie_embeddings": False}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_moda_model_comes_back_bit_for_bit(fields, tmp_path):
     config = dataclasses.replace(MODA, **fields)

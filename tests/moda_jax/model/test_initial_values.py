@@ -26,9 +26,9 @@ def initial(**changes):
 @pytest.mark.parametrize(
     ("changes", "extra", "resized"),
     [
-        ({"depth": "moda", "depth_ffn_kv": False}, 0, 0),
+        pytest.param({"depth": "moda", "depth_ffn_kv": False}, 0, 0, marks=pytest.mark.slow),
         ({"depth": "moda", "depth_ffn_kv": True, "depth_attn_kv": True}, 2, 0),
-        ({"ffn_width": 56}, 0, 6),
+        pytest.param({"ffn_width": 56}, 0, 6, marks=pytest.mark.slow),
         ({"norm": "pre"}, 0, 0),
     ],
     ids=["depth", "projections", "wide", "pre"],

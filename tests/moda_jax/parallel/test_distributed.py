@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from support.selection import quick_of
 from support.virtual_devices import ROOT, environment
 
 from moda_jax.parallel.distributed import Launch, find_launch
@@ -61,7 +62,7 @@ def launched(number, launcher):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "ompi"])
+@pytest.mark.parametrize("launcher", quick_of(("slurm", "ompi"), ("slurm",)))
 def test_two_processes_find_each_other(launcher):
     processes = [
         subprocess.Popen(

@@ -30,7 +30,12 @@ B, T = 8, 1024
 
 
 @pytest.mark.parametrize(
-    "sizes", [(2, 4, 1, 1), (1, 2, 2, 2), (1, 1, 1, 8)], ids=["data2_fsdp4", "fsdp2_tensor2_context2", "context8"]
+    "sizes",
+    [
+        pytest.param((2, 4, 1, 1), id="data2_fsdp4", marks=pytest.mark.slow),
+        pytest.param((1, 2, 2, 2), id="fsdp2_tensor2_context2"),
+        pytest.param((1, 1, 1, 8), id="context8", marks=pytest.mark.slow),
+    ],
 )
 def test_the_train_step_lowers_for_cuda(sizes, monkeypatch):
     monkeypatch.setattr(warpgroup, "default_interpret", lambda: False)

@@ -109,6 +109,7 @@ def test_the_others_end_in_time_when_another_process_is_gone(tmp_path):
         assert "was lost: no sign of life for" in line
 
 
+@pytest.mark.slow
 def test_processes_that_are_done_are_not_missed(tmp_path):
     codes, words, _ = ended(start(tmp_path, "ends", count=2))
     assert codes == [0, 0], words

@@ -110,10 +110,11 @@ MODEL = TransformerConfig(
     ("model", "present", "absent"),
     [
         (MODEL, (*FORWARD, *BACKWARD, *NORMS, "moda_depth_backward_accumulate"), ()),
-        (
+        pytest.param(
             dataclasses.replace(MODEL, depth="none", depth_ffn_kv=False),
             (FORWARD[1], *BACKWARD[:2], *NORMS),
             (FORWARD[0], BACKWARD[2]),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["moda", "none"],
