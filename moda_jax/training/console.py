@@ -22,7 +22,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from moda_jax import config_files
+from moda_jax import command_help, config_files
 from moda_jax.config import Config, check_local
 from moda_jax.exit_codes import ExitCode
 from moda_jax.parallel import peers
@@ -283,6 +283,10 @@ def _prefixes(path: str) -> list[str]:
 def _parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     """absl's parser, with one line for what it and ml_collections raise."""
     try:
+        text = command_help.asked_for(arguments[1:], sys.modules["__main__"].__doc__ or "")
+        if text is not None:
+            print(text)
+            sys.exit(int(ExitCode.FINISHED))
         if "config" in flags.FLAGS:
             config_files.make_importable()
             arguments = config_files.with_found_config(with_run_config(arguments))
