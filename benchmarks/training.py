@@ -65,8 +65,8 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     from configs.moda_700m import get_config
     from moda_jax.config import Config
     from moda_jax.model.accounting import param_count, train_flops_per_token
-    from moda_jax.training.metrics import peak_flops
     from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
+    from moda_jax.training.peak_flops import peak_flops
     from moda_jax.training.state import initial_state, model_function
     from moda_jax.training.train_step import make_train_step
 

@@ -38,7 +38,7 @@ from moda_jax.model.accounting import param_count
 from moda_jax.training import runtime
 from moda_jax.training.checkpoint import newest_good_step
 from moda_jax.training.console import user_errors
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.signals import stops_before_training
 from moda_jax.training.state import model_function
 from moda_jax.training.train_step import make_eval_step

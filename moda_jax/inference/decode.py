@@ -33,9 +33,9 @@ from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.depth.stream import DepthStream, Stream, is_traced
 from moda_jax.model.function import ModelFunction
-from moda_jax.model.precision import compute_dtype, dot_precision
 from moda_jax.model.stack import Step, cast_matrices
 from moda_jax.model.transformer import Transformer
+from moda_jax.numerics.precision import compute_dtype, dot_precision
 from pallas_kernels import depth_attention, dispatch
 from pallas_kernels.block import attention_forward, depth_facts
 

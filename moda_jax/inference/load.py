@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from moda_jax.config import Config, check_local
+from moda_jax.config import Config
 from moda_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from moda_jax.inference.decode import inference_params
 from moda_jax.model.function import ModelFunction, model_function, split_model
 from moda_jax.training.checkpoint import CheckpointError, check_step, find_good_step, saved_steps, warn_of_skipped
-from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, TOKENIZER_FILE, read_config
+from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, TOKENIZER_FILE, read_run_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +70,6 @@ def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | N
     params = restore_params(directory / str(step), config)
     model = model_function(config.model)
     return LoadedRun(workdir, config, model, inference_params(params, config.model), loaded, step)
-
-
-def read_run_config(workdir: str | Path) -> Config:
-    """The config of a run's directory.
-
-    Raises:
-        ValueError: there is no such directory, or it holds no run.
-    """
-    check_local("--workdir", str(workdir))
-    workdir = Path(workdir)
-    if not workdir.is_dir():
-        kind = "is not a directory" if workdir.exists() else "no such directory"
-        raise ValueError(f"--workdir={workdir}: {kind}; name the directory of a run, as train.py's --workdir did")
-    config = read_config(workdir)
-    if config is None:
-        raise ValueError(f"--workdir={workdir}: holds no {CONFIG_FILE}, so it is no run's directory; train one first")
-    return config
 
 
 def restore_params(directory: Path, config: Config) -> Any:

@@ -22,7 +22,7 @@ from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.depth.stream import Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import RMSNorm, SwiGLU
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.parameters import gather_layer
 from pallas_kernels.norm import beside
 

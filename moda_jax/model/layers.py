@@ -16,12 +16,12 @@ import numpy as np
 from flax import nnx
 
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.precision import contract
+from moda_jax.numerics.precision import contract
+from moda_jax.numerics.row_sums import sum_rows
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.manual import varying_like
 from moda_jax.parallel.mesh import constrain, current_mesh
 from moda_jax.parallel.norm import rms_norm_backward
-from moda_jax.row_sums import sum_rows
 from pallas_kernels import norm
 
 Array = jax.Array
@@ -150,7 +150,7 @@ class Embedding(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def take_rows(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
-    """`table[tokens]` in `dtype`; the table's gradient is summed in a fixed order, see `moda_jax.row_sums`.
+    """`table[tokens]` in `dtype`; the table's gradient is summed in a fixed order, see `moda_jax.numerics.row_sums`.
 
     Args:
         table: [V, D] float32.

@@ -26,7 +26,7 @@ from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.depth.stream import Stream
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.mesh import current_mesh
 from moda_jax.parallel.parameters import gather_layer
 

@@ -12,8 +12,8 @@ from flax import nnx
 from moda_jax.config import TransformerConfig
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import Embedding, Projection
-from moda_jax.model.precision import compute_dtype
 from moda_jax.model.stack import Stack
+from moda_jax.numerics.precision import compute_dtype
 
 Array = jax.Array
 

@@ -11,14 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moda_jax.config import Config
-from moda_jax.data.packing import Batch
 from moda_jax.parallel import parameters
-from moda_jax.parallel.batches import BatchPlacement, RowBlock
+from moda_jax.parallel.batches import BatchPlacement, RowShare
 from moda_jax.parallel.mesh import check_config, make_mesh, mesh_sizes, on_mesh
 
 
@@ -27,6 +25,7 @@ class Distribution:
 
     Args:
         config: the run. Sizes are checked here, the parameters' when `initializer` is called.
+        layout: of a global batch, a pytree of `ArrayLayout`.
         devices: None: all devices of all processes.
 
     Raises:
@@ -39,9 +38,9 @@ class Distribution:
         vocabulary_rows: rows that the embedding is stored with.
     """
 
-    def __init__(self, config: Config, devices: Sequence[jax.Device] | None = None):
+    def __init__(self, config: Config, layout: Any, devices: Sequence[jax.Device] | None = None):
         devices = jax.devices() if devices is None else devices
-        self._config = config
+        self._config, self._layout = config, layout
         self.sizes = mesh_sizes(config.mesh, len(devices))
         check_config(config, self.sizes)
         self.mesh = make_mesh(config.mesh, devices)
@@ -49,11 +48,11 @@ class Distribution:
         self.vocabulary_rows = config.model.vocab_size
         self._relayouts: dict[int, Callable] = {}
         self._batches = None
-        self.rows = RowBlock(0, 1)
+        self.rows = RowShare(0, 1)
         if self.mesh is not None:
             self.vocabulary_rows = parameters.padded_vocabulary(config.model.vocab_size, self.sizes["tensor"])
-            self._batches = BatchPlacement(self.mesh, config.train.batch_size, config.data.sequence_length)
-            self.rows = self._batches.block
+            self._batches = BatchPlacement(self.mesh, layout)
+            self.rows = self._batches.share
 
     def initializer(self, initialize: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
         """`initialize(*arguments)`, which makes the training state, jitted so that every device makes its own part.
@@ -79,15 +78,13 @@ class Distribution:
         state = jax.eval_shape(initialize)
         return state if self.mesh is None else _abstract(state, parameters.state_shardings(self.mesh, state))
 
-    def abstract_batch(self) -> Batch:
+    def abstract_batch(self) -> Any:
         """Shapes, dtypes and shardings of what `place` returns."""
         if self._batches is not None:
             return self._batches.abstract()
-        shape = (self._config.train.batch_size, self._config.data.sequence_length)
-        integers = jax.ShapeDtypeStruct(shape, np.int32)
-        return Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct(shape, np.float32))
+        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), self._layout)
 
-    def place(self, batch: Batch) -> Batch:
+    def place(self, batch: Any) -> Any:
         """A batch as the pipeline makes it, on the devices."""
         return batch if self._batches is None else self._batches(batch)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from moda_jax.loss_blocks import VOCABULARY_MULTIPLE
+from moda_jax.numerics.loss_chunks import VOCABULARY_MULTIPLE
 from moda_jax.parallel.mesh import FIELDS, RULES, current_mesh, partition_spec
 
 Array = jax.Array

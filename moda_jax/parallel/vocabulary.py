@@ -2,9 +2,9 @@
 
 Both see this device's V / tensor rows of the table, gathered over fsdp in the compute dtype. The look-up takes the rows
 that it has and sums over tensor. The cross-entropy takes the tokens in chunks and computes a chunk's gradients while
-its logits are there, as `moda_jax.training.loss` does and `moda_jax.loss_blocks` explains; per token two numbers cross
-the tensor axis: the target's logit and the sum of exponentials. The table's gradient is summed in float32 over all
-tokens of all devices and goes back to the split layout.
+its logits are there, as `moda_jax.numerics.loss_chunks` explains; per token two numbers cross the tensor axis: the
+target's logit and the sum of exponentials. The table's gradient is summed in float32 over all tokens of all devices and
+goes back to the split layout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from moda_jax.loss_blocks import (
+from moda_jax.numerics.loss_chunks import (
     LOGITS_BYTES,
     LossSums,
     block_gradients,
@@ -26,9 +26,9 @@ from moda_jax.loss_blocks import (
     no_sums,
     num_blocks,
 )
-from moda_jax.model.precision import contract
+from moda_jax.numerics.precision import contract
+from moda_jax.numerics.row_sums import sum_rows
 from moda_jax.parallel.mesh import RULES, partition_spec
-from moda_jax.row_sums import sum_rows
 
 Array = jax.Array
 

@@ -31,9 +31,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moda_jax.config import CheckpointConfig, check_local
+from moda_jax.exit_codes import RunStoppedError
 from moda_jax.training import event_loops
 from moda_jax.training.checksums import MANIFEST_FILE, find_damage, flush, total_bytes, write_manifest
-from moda_jax.training.faults import RunStoppedError
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY
 
 _logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moda_jax.config import check_local
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.workdir import METRICS_FILE
 
 

@@ -17,9 +17,9 @@ from moda_jax.data.pipeline import TrainBatches, open_dataset, train_batches, va
 from moda_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from moda_jax.model.accounting import param_count
 from moda_jax.model.function import model_function
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.distribution import Distribution, resolved_mesh
-from moda_jax.training.console import quantity
+from moda_jax.quantities import quantity
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from moda_jax.training.state import initial_state
 from moda_jax.training.train_step import make_depth_mass, make_eval_step, make_train_step

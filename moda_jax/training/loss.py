@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moda_jax.loss_blocks import (
+from moda_jax.numerics.loss_chunks import (
     LOGITS_BYTES,
     VOCABULARY_MULTIPLE,
     LossSums,
@@ -20,7 +20,7 @@ from moda_jax.loss_blocks import (
     no_sums,
     num_blocks,
 )
-from moda_jax.model.precision import contract
+from moda_jax.numerics.precision import contract
 
 Array = jax.Array
 

@@ -28,10 +28,10 @@ import numpy as np
 
 from moda_jax.config import CheckpointConfig, Config, check_local
 from moda_jax.data.packing import Batch
+from moda_jax.exit_codes import RunStoppedError
 from moda_jax.model.function import ModelFunction, model_function
 from moda_jax.training.checkpoint import Checkpoints, saved_steps
 from moda_jax.training.diagnosis import NonFiniteTensor, non_finite_tensors
-from moda_jax.training.faults import RunStoppedError
 from moda_jax.training.optimizer import make_optimizer
 from moda_jax.training.state import TrainState, initial_state
 from moda_jax.training.train_step import StepMetrics

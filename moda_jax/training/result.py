@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moda_jax.exit_codes import ExitCode
-from moda_jax.training.metrics import perplexity
+from moda_jax.training.metrics_file import perplexity
 
 
 class RunResult(NamedTuple):

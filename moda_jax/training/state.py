@@ -11,7 +11,7 @@ import optax
 
 from moda_jax.config import TransformerConfig
 from moda_jax.model.function import ModelFunction, model_function, split_model
-from moda_jax.training.faults import UpdateCounts
+from moda_jax.training.skipped_updates import UpdateCounts
 
 Array = jax.Array
 

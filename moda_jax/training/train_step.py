@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 
 from moda_jax.config import TrainConfig
-from moda_jax.loss_blocks import LossSums
 from moda_jax.model.depth_probe import SlotChoice, depth_mass, filled_slots, probed_hidden
 from moda_jax.model.function import ModelFunction
+from moda_jax.numerics.loss_chunks import LossSums
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.mesh import current_mesh
-from moda_jax.training.faults import choose_update
 from moda_jax.training.loss import projected_loss_sums
+from moda_jax.training.skipped_updates import choose_update
 from moda_jax.training.state import TrainState
 
 Array = jax.Array

@@ -18,10 +18,11 @@ from typing import Any
 import jax
 
 from moda_jax.config import Config
-from moda_jax.data.packing import Batch
+from moda_jax.data.packing import Batch, batch_layout
 from moda_jax.model.accounting import train_flops_per_token
 from moda_jax.parallel import peers
 from moda_jax.parallel.distribution import Distribution
+from moda_jax.quantities import duration, quantity
 from moda_jax.training import workdir as workdir_lib
 from moda_jax.training.checkpoint import (
     CheckpointError,
@@ -32,14 +33,15 @@ from moda_jax.training.checkpoint import (
     warn_of_skipped,
 )
 from moda_jax.training.components import Components, resolve
-from moda_jax.training.console import ProgressLine, duration, quantity
 from moda_jax.training.lock import WorkdirLock
-from moda_jax.training.metrics import MetricsWriter, NoMetrics, peak_flops, perplexity, plot_losses, read_metrics
+from moda_jax.training.metrics_file import MetricsWriter, NoMetrics, perplexity, plot_losses, read_metrics
+from moda_jax.training.peak_flops import peak_flops
 from moda_jax.training.replay import fault_error
 from moda_jax.training.result import RunResult
 from moda_jax.training.sample import sample_text
 from moda_jax.training.signals import StopRequest
 from moda_jax.training.spikes import LossSpikes
+from moda_jax.training.status_line import StatusLine
 from moda_jax.training.train_step import StepMetrics
 from moda_jax.training.watchdog import Watchdog
 
@@ -102,7 +104,7 @@ class TrainingRun:
             self._metrics = at_the_end.enter_context(contextlib.closing(metrics))
             batches = at_the_end.enter_context(contextlib.closing(self._components.train_batches(self._position)))
             self._watchdog = at_the_end.enter_context(contextlib.closing(Watchdog(self.config.train.watchdog_seconds)))
-            progress = ProgressLine(_logger, None if first else io.StringIO())
+            progress = StatusLine(_logger, None if first else io.StringIO())
             self._progress = at_the_end.enter_context(contextlib.closing(progress))
             self._stop = at_the_end.enter_context(StopRequest())
             self._compile()
@@ -143,7 +145,9 @@ class TrainingRun:
 
     def _set_up(self, changes: list[workdir_lib.Change]) -> None:
         """All that precedes the first step, in an order in which a refused run leaves nothing behind."""
-        self._distribution = Distribution(self.config)
+        self._distribution = Distribution(
+            self.config, batch_layout(self.config.train.batch_size, self.config.data.sequence_length)
+        )
         is_new = workdir_lib.read_config(self.workdir) is None
         if not is_new:
             self._lock_directory()

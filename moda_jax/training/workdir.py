@@ -110,6 +110,23 @@ def read_config(workdir: Path) -> Config | None:
         raise ValueError(f"{path}: not a config of this version of moda_jax ({error})") from error
 
 
+def read_run_config(workdir: str | Path) -> Config:
+    """The config of a run's directory.
+
+    Raises:
+        ValueError: there is no such directory, or it holds no run.
+    """
+    check_local("--workdir", str(workdir))
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        kind = "is not a directory" if workdir.exists() else "no such directory"
+        raise ValueError(f"--workdir={workdir}: {kind}; name the directory of a run, as train.py's --workdir did")
+    config = read_config(workdir)
+    if config is None:
+        raise ValueError(f"--workdir={workdir}: holds no {CONFIG_FILE}, so it is no run's directory; train one first")
+    return config
+
+
 def check_config(workdir: Path, config: Config) -> list[Change]:
     """Checks that the directory is empty of config or holds this one, up to the fields that may change.
 

@@ -13,7 +13,7 @@ from support.tiny_run import tiny_values, write_corpus
 
 from moda_jax.config import CheckpointConfig, Config
 from moda_jax.training.checkpoint import Checkpoints, newest_good_step, saved_steps
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.optimizer import make_optimizer
 from moda_jax.training.state import initial_state
 

@@ -17,7 +17,7 @@ import numpy as np
 from support.quick_compile import QUICK
 
 from moda_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, TransformerConfig
-from moda_jax.data.packing import Batch
+from moda_jax.data.packing import Batch, batch_layout
 from moda_jax.parallel.distribution import Distribution
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from moda_jax.training.state import initial_state, model_function
@@ -106,7 +106,7 @@ def build(config: Config, *, one_device: bool, devices=None, options=QUICK):
         batch = packed_batch(config, 0)
         compiled = jax.jit(train_step).trace(jax.eval_shape(initialize), batch).lower().compile(options)
         return jax.jit(initialize), compiled, lambda batch: batch
-    distribution = Distribution(config, devices)
+    distribution = Distribution(config, batch_layout(config.train.batch_size, config.data.sequence_length), devices)
     initializer = distribution.initializer(initialize)
     state = distribution.abstract_state(initializer)
     traced = distribution.jit_train_step(train_step, state).trace(state, distribution.abstract_batch())

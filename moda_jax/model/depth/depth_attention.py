@@ -28,7 +28,7 @@ from moda_jax.model.depth.reads import DepthAttention
 from moda_jax.model.depth.stream import DepthStream, Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import Projection
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.mesh import constrain
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from moda_jax.config_checks import require
 from moda_jax.model.depth.mechanism import ATTENTION
 from moda_jax.model.depth.streams import EPSILON, GATE, ResidualStreams
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.precision import compute_dtype, contract
+from moda_jax.numerics.precision import compute_dtype, contract
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig

@@ -11,7 +11,7 @@ from moda_jax.model.depth.mechanism import ATTENTION, FFN, DepthMechanism, SubLa
 from moda_jax.model.depth.stream import DepthStream, Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import Projection
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig

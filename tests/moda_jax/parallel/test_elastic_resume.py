@@ -15,7 +15,7 @@ from support.virtual_devices import ROOT, environment
 
 from moda_jax.config import Config
 from moda_jax.training.checkpoint import saved_steps
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.trainer import TrainingRun
 
 pytestmark = pytest.mark.slow

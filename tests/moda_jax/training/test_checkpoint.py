@@ -13,6 +13,7 @@ import pytest
 from support.documents import start_python
 
 from moda_jax.config import CheckpointConfig, OptimizerConfig
+from moda_jax.exit_codes import RunStoppedError
 from moda_jax.training import checkpoint
 from moda_jax.training.checkpoint import (
     CheckpointError,
@@ -25,7 +26,6 @@ from moda_jax.training.checkpoint import (
     steps_to_delete,
 )
 from moda_jax.training.checksums import write_manifest
-from moda_jax.training.faults import RunStoppedError
 from moda_jax.training.optimizer import make_optimizer
 from moda_jax.training.state import TrainState
 
@@ -326,7 +326,7 @@ import jax, numpy as np
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 from moda_jax.config import CheckpointConfig
 from moda_jax.training import checkpoint
-from moda_jax.training.faults import RunStoppedError
+from moda_jax.exit_codes import RunStoppedError
 
 write, failing = checkpoint.write_manifest, {2, 4, 5}
 

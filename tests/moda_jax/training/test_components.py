@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support.tiny_run import tiny_config, write_corpus
 
+from moda_jax.data.packing import batch_layout
 from moda_jax.parallel.distribution import Distribution
 from moda_jax.training.components import Components, resolve
 
@@ -25,7 +26,9 @@ def build(place):
     def build_(source="corpus", **sections):
         sections["model"] = {"num_layers": 1, "depth": "none"} | sections.get("model", {})
         config = resolve(tiny_config(place / source, place / "cache", **sections))
-        return Components(config, Distribution(config))
+        return Components(
+            config, Distribution(config, batch_layout(config.train.batch_size, config.data.sequence_length))
+        )
 
     return build_
 

@@ -15,7 +15,7 @@ from moda_jax.data.corpus import list_files, split_documents
 from moda_jax.inference.load import load_run
 from moda_jax.training import components
 from moda_jax.training.checkpoint import CheckpointError, saved_steps
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.trainer import TrainingRun
 
 SAMPLE = {"sample_prompt": "def ", "sample_tokens": 10}

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moda_jax.loss_blocks import block_gradients, in_one_pass_if_representable, num_blocks
+from moda_jax.numerics.loss_chunks import block_gradients, in_one_pass_if_representable, num_blocks
 
 
 @pytest.mark.parametrize(

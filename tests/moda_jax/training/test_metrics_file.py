@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from moda_jax.training.metrics import MetricsWriter, peak_flops, perplexity, plot_losses, read_metrics
+from moda_jax.training.metrics_file import MetricsWriter, perplexity, plot_losses, read_metrics
+from moda_jax.training.peak_flops import peak_flops
 
 
 def write(workdir, step, *steps):
