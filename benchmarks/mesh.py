@@ -30,6 +30,7 @@ from benchmarks.scaling import load_config
 from benchmarks.training import synthetic_batch
 from moda_jax.config import Config, MeshConfig
 from moda_jax.data.packing import batch_layout
+from moda_jax.model.function import parameter_kinds
 from moda_jax.parallel.attention import Options, attention_backward, attention_forward, gather_tokens, scatter_tokens
 from moda_jax.parallel.distribution import Distribution
 from moda_jax.parallel.mesh import AXES, make_mesh, named_sharding, on_mesh
@@ -48,8 +49,13 @@ def time_step(
 
     Profile with XLA_FLAGS=--xla_gpu_enable_command_buffer= (empty), see `benchmarks.profile`.
     """
-    distribution = Distribution(config, batch_layout(config.train.batch_size, config.data.sequence_length), devices)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    distribution = Distribution(
+        config,
+        batch_layout(config.train.batch_size, config.data.sequence_length),
+        parameter_kinds(config.model),
+        devices,
+    )
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps, parameter_kinds(config.model))
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
     train_step = make_train_step(model_function(config.model), optimizer, schedule, config.train)
     initialize = distribution.initializer(functools.partial(initial_state, config.model, optimizer, 0))

@@ -65,6 +65,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     from configs.moda_700m import get_config
     from moda_jax.config import Config
     from moda_jax.model.accounting import param_count, train_flops_per_token
+    from moda_jax.model.function import parameter_kinds
     from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
     from moda_jax.training.peak_flops import peak_flops
     from moda_jax.training.state import initial_state, model_function
@@ -78,7 +79,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         values["data"] |= {"source": arguments.data, "tokenizer": arguments.tokenizer}
     config = Config.from_dict(values)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps, parameter_kinds(config.model))
     step = make_train_step(model_function(config.model), optimizer, schedule, config.train)
     state = jax.jit(functools.partial(initial_state, config.model, optimizer, 0))()
     batches = _batches(config, bool(arguments.data))

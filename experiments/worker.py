@@ -98,7 +98,7 @@ def main() -> int:
 def _load(directory: Path, config: Config) -> LoadedRun:
     """The run with float32 parameters, as training evaluates them: the compiled evaluation is training's."""
     step, _ = newest_good_step(directory / CHECKPOINT_DIRECTORY)
-    params = restore_params(directory / CHECKPOINT_DIRECTORY / str(step), config)
+    params = restore_params(directory / CHECKPOINT_DIRECTORY / str(step), config, padded=True)
     return LoadedRun(directory, config, model_function(config.model), params, load_tokenizer(config.data), step)
 
 

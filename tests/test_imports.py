@@ -12,7 +12,7 @@ LAYERS = (
     ("pallas_kernels",),
     (
         "moda_jax.numerics", "moda_jax.config", "moda_jax.config_checks", "moda_jax.depth_config",
-        "moda_jax.exit_codes", "moda_jax.paths", "moda_jax.progress", "moda_jax.quantities",
+        "moda_jax.exit_codes", "moda_jax.paths", "moda_jax.progress", "moda_jax.parameter", "moda_jax.quantities",
     ),
     ("moda_jax.parallel",),
     ("moda_jax.model", "moda_jax.data"),

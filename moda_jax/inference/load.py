@@ -14,7 +14,8 @@ import orbax.checkpoint as ocp
 from moda_jax.config import Config
 from moda_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from moda_jax.inference.decode import inference_params
-from moda_jax.model.function import ModelFunction, model_function, split_model
+from moda_jax.model.function import ModelFunction, model_function, parameter_kinds, split_model
+from moda_jax.parallel.parameters import pad_vocabulary, padded_vocabulary
 from moda_jax.training.checkpoint import CheckpointError, check_step, find_good_step, saved_steps, warn_of_skipped
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, TOKENIZER_FILE, read_run_config
 
@@ -72,29 +73,32 @@ def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | N
     return LoadedRun(workdir, config, model, inference_params(params, config.model), loaded, step)
 
 
-def restore_params(directory: Path, config: Config) -> Any:
+def restore_params(directory: Path, config: Config, *, padded: bool = False) -> Any:
     """The parameters of one checkpoint, float32, on the default device.
 
     Args:
         directory: of the step; its files were compared with their checksums.
         config: the run's.
+        padded: with the vocabulary padded, as training has them.
 
     Raises:
         CheckpointError: the parameters are not those of this config, or cannot be read.
     """
     expected = jax.eval_shape(functools.partial(_params, config), jax.random.key(0))
+    rows = padded_vocabulary(config.model.vocab_size)
+    with_padding = jax.eval_shape(lambda params: pad_vocabulary(params, parameter_kinds(config.model), rows), expected)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    expected = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), expected)
-    wanted = {"params": expected}
+    wanted = {"params": jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), with_padding if padded else expected
+    )}  # fmt: skip
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     path = directory.absolute() / "state"
     try:
         saved = checkpointer.metadata(path).item_metadata.tree["params"]
-        same = _shapes(saved) == _shapes(expected)
-        if same:
-            arguments = ocp.args.PyTreeRestore(
-                item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-            )
+        if _shapes(saved) in (_shapes(expected), _shapes(with_padding)):
+            how = ocp.checkpoint_utils.construct_restore_args(wanted)
+            how = jax.tree.map(lambda leaf: dataclasses.replace(leaf, strict=False), how)  # pads with zeros, or cuts
+            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
             return checkpointer.restore(path, args=arguments)["params"]
     except Exception as error:  # for damaged files Orbax raises anything, bare Exceptions included
         reason = f"{type(error).__name__}: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 from moda_jax.config import TransformerConfig
 from moda_jax.model.transformer import Transformer
+from moda_jax.parameter import ParameterKinds
 
 Array = jax.Array
 
@@ -20,9 +22,11 @@ class ModelFunction:
 
     Attributes:
         graph: the module's structure.
+        kinds: what its parameters are.
     """
 
     graph: nnx.GraphDef
+    kinds: ParameterKinds
 
     def __call__(
         self, params: Any, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None
@@ -66,7 +70,7 @@ def split_model(config: TransformerConfig, key: Array) -> tuple[ModelFunction, A
     others = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(rest)]
     if others:
         raise NotImplementedError(f"the train step carries parameters only; the model also holds {', '.join(others)}")
-    return ModelFunction(graph), nnx.to_pure_dict(params)
+    return ModelFunction(graph, ParameterKinds.of(params)), nnx.to_pure_dict(params)
 
 
 def model_function(config: TransformerConfig) -> ModelFunction:
@@ -80,3 +84,9 @@ def model_function(config: TransformerConfig) -> ModelFunction:
 
     jax.eval_shape(build)
     return holder[0]
+
+
+@functools.cache
+def parameter_kinds(config: TransformerConfig) -> ParameterKinds:
+    """What the model's parameters are."""
+    return model_function(config).kinds

@@ -158,9 +158,9 @@ class Components:
     def _trace_steps(self) -> None:
         """Builds and traces the two jitted functions; shapes only."""
         config, distribution = self._config, self._distribution
-        optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-        schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
         self.model = model_function(config.model)
+        optimizer = make_optimizer(config.optimizer, config.train.num_steps, self.model.kinds)
+        schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
         self.initialize = distribution.initializer(  # the seed is an argument: one program for all seeds
             functools.partial(initial_state, config.model, optimizer), np.int32(config.train.seed)
         )

@@ -14,7 +14,7 @@ from moda_jax.config import TrainConfig
 from moda_jax.model.function import ModelFunction
 from moda_jax.model.stack import Step
 from moda_jax.model.transformer import Transformer
-from moda_jax.training.loss import loss_sums
+from moda_jax.numerics.cross_entropy import loss_sums
 
 Array = jax.Array
 

@@ -29,11 +29,11 @@ import numpy as np
 from moda_jax.config import CheckpointConfig, Config, check_local
 from moda_jax.data.packing import Batch
 from moda_jax.exit_codes import RunStoppedError
-from moda_jax.model.function import ModelFunction, model_function
+from moda_jax.model.function import ModelFunction, model_function, parameter_kinds
 from moda_jax.training.checkpoint import Checkpoints, saved_steps
 from moda_jax.training.diagnosis import NonFiniteTensor, non_finite_tensors
 from moda_jax.training.optimizer import make_optimizer
-from moda_jax.training.state import TrainState, initial_state
+from moda_jax.training.state import TrainState, initial_state, unpadded
 from moda_jax.training.train_step import StepMetrics
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, FAULT_DIRECTORY
 
@@ -124,7 +124,7 @@ def replay(directory: Path) -> list[NonFiniteTensor]:
             f"{str(directory)!r}: holds no dump of a step ({error}); expected WORKDIR/faults/STEP"
         ) from error
     config = Config.from_dict(report["config"])
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps, parameter_kinds(config.model))
     initialize = functools.partial(initial_state, config.model, optimizer, config.train.seed)
     place = directory / CHECKPOINT_DIRECTORY
     steps = saved_steps(place)
@@ -132,7 +132,8 @@ def replay(directory: Path) -> list[NonFiniteTensor]:
         raise ValueError(f"{place}: holds no state, so the step cannot be done again")
     checkpoints = Checkpoints(place, config.checkpoint)
     try:
-        state, _ = checkpoints.restore(steps[0], jax.eval_shape(initialize))
+        wanted = jax.eval_shape(initialize)
+        state, _ = checkpoints.restore(steps[0], wanted, older=unpadded(wanted, config.model))
     finally:
         checkpoints.close()
     return list(non_finite_tensors(model_function(config.model), state.params, batch, config.train))

@@ -12,10 +12,9 @@ import optax
 from moda_jax.config import TrainConfig
 from moda_jax.model.depth_probe import SlotChoice, depth_mass, filled_slots, probed_hidden
 from moda_jax.model.function import ModelFunction
+from moda_jax.numerics.cross_entropy import projected_loss_sums
 from moda_jax.numerics.loss_chunks import LossSums
-from moda_jax.parallel import vocabulary
-from moda_jax.parallel.mesh import current_mesh
-from moda_jax.training.loss import projected_loss_sums
+from moda_jax.parallel.vocabulary import loss_exchange
 from moda_jax.training.skipped_updates import choose_update
 from moda_jax.training.state import TrainState
 
@@ -124,10 +123,10 @@ def _micro_batch_loss(model: ModelFunction, params: Any, batch: Any, z_loss: flo
     """The objective, summed over the targets, and the sums that it is made of."""
     hidden = model.hidden(params, batch.tokens, batch.segment_ids, batch.positions)  # [B, T, D]
     with jax.named_scope("loss"):
-        operands = hidden, model.output_table(params), batch.targets, batch.target_mask
-        if current_mesh() is None:
-            return projected_loss_sums(z_loss, *operands)
-        return vocabulary.projected_loss_sums(z_loss, model.vocab_size(params), *operands)
+        return projected_loss_sums(
+            z_loss, model.vocab_size(params), loss_exchange(),
+            hidden, model.output_table(params), batch.targets, batch.target_mask,
+        )  # fmt: skip
 
 
 def _sum_over_micro_batches(function: Callable[[Any], Any], batch: Any, count: int) -> Any:

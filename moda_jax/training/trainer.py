@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moda_jax.config import Config
 from moda_jax.data.packing import Batch, batch_layout
 from moda_jax.model.accounting import train_flops_per_token
+from moda_jax.model.function import parameter_kinds
 from moda_jax.parallel import peers
 from moda_jax.parallel.distribution import Distribution
+from moda_jax.parallel.parameters import pad_vocabulary, padded_vocabulary
 from moda_jax.quantities import duration, quantity
 from moda_jax.training import workdir as workdir_lib
 from moda_jax.training.checkpoint import (
@@ -41,6 +44,7 @@ from moda_jax.training.result import RunResult
 from moda_jax.training.sample import sample_text
 from moda_jax.training.signals import StopRequest
 from moda_jax.training.spikes import LossSpikes
+from moda_jax.training.state import unpadded
 from moda_jax.training.status_line import StatusLine
 from moda_jax.training.train_step import StepMetrics
 from moda_jax.training.watchdog import Watchdog
@@ -126,10 +130,12 @@ class TrainingRun:
         try:
             if self.step:
                 raise ValueError(f"workdir={str(self.workdir)!r}: has done {self.step} steps; name a new directory")
-            state = self._distribution.saved(self._state)
-            expected, came = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (state.params, params))
-            if expected != came:
+            state, model = self._state, self.config.model
+            expected = unpadded(state.params, model)
+            if jax.tree.map(jnp.shape, expected) != jax.tree.map(jnp.shape, params):
                 raise ValueError("params: names or shapes differ from those of the config's model")
+            pad = jax.jit(pad_vocabulary, static_argnums=(1, 2))
+            params = pad(params, parameter_kinds(model), padded_vocabulary(model.vocab_size))
             self._checkpoints.save(self.step, dataclasses.replace(state, params=params), self._record())
             if not self._checkpoints.wait():
                 raise CheckpointError(f"{self._checkpoint_directory}: step 0 could not be saved; the log says why")
@@ -145,9 +151,8 @@ class TrainingRun:
 
     def _set_up(self, changes: list[workdir_lib.Change]) -> None:
         """All that precedes the first step, in an order in which a refused run leaves nothing behind."""
-        self._distribution = Distribution(
-            self.config, batch_layout(self.config.train.batch_size, self.config.data.sequence_length)
-        )
+        layout = batch_layout(self.config.train.batch_size, self.config.data.sequence_length)
+        self._distribution = Distribution(self.config, layout, parameter_kinds(self.config.model))
         is_new = workdir_lib.read_config(self.workdir) is None
         if not is_new:
             self._lock_directory()
@@ -192,9 +197,10 @@ class TrainingRun:
             self._state = self._components.initialize()
             self._spikes = LossSpikes(self.config.train.loss_spike_deviations)
             return
-        wanted = self._distribution.abstract_saved(self._components.abstract_state)
-        saved, record = self._checkpoints.restore(found, wanted, is_checked=True)
-        self._state = self._distribution.restored(saved)
+        wanted = self._components.abstract_state
+        self._state, record = self._checkpoints.restore(
+            found, wanted, older=unpadded(wanted, self.config.model), is_checked=True
+        )
         for name, value in self._components.fingerprints().items():
             if record[name] != value and not (
                 name == "dataset_fingerprint" and self._components.accept_older_data(record[name])
@@ -309,8 +315,7 @@ class TrainingRun:
             if values.skipped_in_a_row > most:
                 self._watchdog.beat()
                 batch = dict(self._batches)[step]
-                state = self._distribution.saved(self._state)
-                raise fault_error(self.workdir, self.config, self._components.model, step, state, batch, values)
+                raise fault_error(self.workdir, self.config, self._components.model, step, self._state, batch, values)
         elif self._spikes.add(values.loss):
             _logger.warning("step %d: loss spike, %.4f (number %d)", step, values.loss, self._spikes.count)
 
@@ -335,7 +340,7 @@ class TrainingRun:
 
     def _save(self) -> None:
         self._metrics.sync()
-        self._checkpoints.save(self.step, self._distribution.saved(self._state), self._record())
+        self._checkpoints.save(self.step, self._state, self._record())
 
     def _record(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state."""

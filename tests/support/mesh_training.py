@@ -18,6 +18,7 @@ from support.quick_compile import QUICK
 
 from moda_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from moda_jax.data.packing import Batch, batch_layout
+from moda_jax.model.function import parameter_kinds
 from moda_jax.parallel.distribution import Distribution
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from moda_jax.training.state import initial_state, model_function
@@ -98,7 +99,7 @@ def packed_batch(config: Config, seed: int, boundaries: tuple[int, ...] | None =
 
 def build(config: Config, *, one_device: bool, devices=None, options=QUICK):
     """(jitted state maker, compiled train step, placement of batches)."""
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps, parameter_kinds(config.model))
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
     train_step = make_train_step(model_function(config.model), optimizer, schedule, config.train)
     initialize = functools.partial(initial_state, config.model, optimizer, config.train.seed)
@@ -106,7 +107,12 @@ def build(config: Config, *, one_device: bool, devices=None, options=QUICK):
         batch = packed_batch(config, 0)
         compiled = jax.jit(train_step).trace(jax.eval_shape(initialize), batch).lower().compile(options)
         return jax.jit(initialize), compiled, lambda batch: batch
-    distribution = Distribution(config, batch_layout(config.train.batch_size, config.data.sequence_length), devices)
+    distribution = Distribution(
+        config,
+        batch_layout(config.train.batch_size, config.data.sequence_length),
+        parameter_kinds(config.model),
+        devices,
+    )
     initializer = distribution.initializer(initialize)
     state = distribution.abstract_state(initializer)
     traced = distribution.jit_train_step(train_step, state).trace(state, distribution.abstract_batch())

@@ -14,6 +14,8 @@ from moda_jax.config import Config, TransformerConfig
 from moda_jax.data.tokenizer import load_tokenizer
 from moda_jax.inference.decode import inference_params
 from moda_jax.inference.load import LoadedRun
+from moda_jax.model.function import parameter_kinds
+from moda_jax.parallel.parameters import pad_vocabulary
 from moda_jax.training.checkpoint import Checkpoints
 from moda_jax.training.optimizer import make_optimizer
 from moda_jax.training.state import ModelFunction, initial_state, model_function, split_model
@@ -37,9 +39,9 @@ def tiny_run_config(**sections) -> Config:
 
 
 def save_run(workdir: Path, config: Config, *, steps: tuple[int, ...] = (10,), seed: int = 0) -> dict:
-    """Writes config.json and a checkpoint per step, all with the same parameters, which it returns."""
+    """Writes config.json and a checkpoint per step, all with the same parameters; returns them without padding."""
     write_config(workdir, config, [])
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps, parameter_kinds(config.model))
     initialize = functools.partial(initial_state, config.model, optimizer, seed)
     state = jax.jit(initialize, compiler_options=QUICK)()
     record = {
@@ -52,7 +54,7 @@ def save_run(workdir: Path, config: Config, *, steps: tuple[int, ...] = (10,), s
     for step in steps:
         checkpoints.save(step, dataclasses.replace(state, step=np.int32(step)), record | {"step": step})
     checkpoints.close()
-    return state.params
+    return pad_vocabulary(state.params, parameter_kinds(config.model), config.model.vocab_size)
 
 
 @functools.cache

@@ -78,10 +78,6 @@ class AttentionOverDepth(DepthMechanism):
     """
 
     stream_type: ClassVar[type[Stream]] = DepthStream
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "depth_query.kernel": ("width", "heads", "head_dim"),
-        "depth_kv.kernel": ("width", "pair", "kv_heads", "head_dim"),
-    }
     tensors: ClassVar[dict[str, tuple[str, int]]] = {
         f"{place}.{name}.kernel": (f"{place}.{name}_proj.weight", 1)
         for place in ("embedding_maps", "attention_maps", "ffn_maps")

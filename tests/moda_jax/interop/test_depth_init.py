@@ -9,7 +9,7 @@ from support.saved_run import random_model
 
 from moda_jax.config import TransformerConfig
 from moda_jax.interop.depth_init import add_depth
-from moda_jax.training.loss import loss_sums
+from moda_jax.numerics.cross_entropy import loss_sums
 from moda_jax.training.state import model_function
 
 BASE = TransformerConfig(

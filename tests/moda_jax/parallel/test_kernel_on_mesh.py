@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from moda_jax.config import OptimizerConfig, TrainConfig, TransformerConfig
 from moda_jax.data.packing import Batch
+from moda_jax.model.function import parameter_kinds
 from moda_jax.parallel.mesh import AXES, named_sharding, on_mesh
 from moda_jax.parallel.parameters import state_shardings
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -38,7 +39,7 @@ def test_the_train_step_lowers_for_cuda(sizes, monkeypatch):
     norm._best.cache_clear()
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)
     config = TrainConfig(batch_size=B, num_steps=10)
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 10)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 10, parameter_kinds(MODEL))
     schedule = learning_rate_schedule(OptimizerConfig(warmup_steps=1), 10)
     step = make_train_step(model_function(MODEL), optimizer, schedule, config)
     state = jax.eval_shape(functools.partial(initial_state, MODEL, optimizer, 0))

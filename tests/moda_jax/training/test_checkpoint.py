@@ -14,6 +14,7 @@ from support.documents import start_python
 
 from moda_jax.config import CheckpointConfig, OptimizerConfig
 from moda_jax.exit_codes import RunStoppedError
+from moda_jax.parameter import ParameterKind, ParameterKinds
 from moda_jax.training import checkpoint
 from moda_jax.training.checkpoint import (
     CheckpointError,
@@ -32,7 +33,11 @@ from moda_jax.training.state import TrainState
 # After an error of its own, Orbax leaves a task behind that finds its event loop closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-OPTIMIZER = make_optimizer(OptimizerConfig(), 10**5)
+KINDS = ParameterKinds((
+    ("embedding.table", ParameterKind(("vocabulary", "width"))),
+    ("head.kernel", ParameterKind(("width", "vocabulary"), decays=True)),
+))  # fmt: skip
+OPTIMIZER = make_optimizer(OptimizerConfig(), 10**5, KINDS)
 
 
 def new_state(seed=0, step=0):

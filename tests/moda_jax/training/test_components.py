@@ -8,6 +8,7 @@ import pytest
 from support.tiny_run import tiny_config, write_corpus
 
 from moda_jax.data.packing import batch_layout
+from moda_jax.model.function import parameter_kinds
 from moda_jax.parallel.distribution import Distribution
 from moda_jax.training.components import Components, resolve
 
@@ -27,7 +28,12 @@ def build(place):
         sections["model"] = {"num_layers": 1, "depth": "none"} | sections.get("model", {})
         config = resolve(tiny_config(place / source, place / "cache", **sections))
         return Components(
-            config, Distribution(config, batch_layout(config.train.batch_size, config.data.sequence_length))
+            config,
+            Distribution(
+                config,
+                batch_layout(config.train.batch_size, config.data.sequence_length),
+                parameter_kinds(config.model),
+            ),
         )
 
     return build_

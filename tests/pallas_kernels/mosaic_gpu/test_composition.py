@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moda_jax.config import OptimizerConfig, TrainConfig, TransformerConfig
 from moda_jax.data.packing import Batch
+from moda_jax.model.function import parameter_kinds
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from moda_jax.training.state import initial_state, model_function
 from moda_jax.training.train_step import make_train_step
@@ -121,7 +122,7 @@ MODEL = TransformerConfig(
 def test_train_step(model, present, absent):
     train = TrainConfig(num_steps=10, batch_size=2)
     schedule = learning_rate_schedule(OptimizerConfig(warmup_steps=2), train.num_steps)
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=2), train.num_steps)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=2), train.num_steps, parameter_kinds(model))
     state = jax.eval_shape(functools.partial(initial_state, model, optimizer, 0))
     rows = array(train.batch_size, 72, dtype=jnp.int32)
     batch = Batch(rows, rows, rows, rows, array(train.batch_size, 72, dtype=jnp.float32))
