@@ -38,6 +38,14 @@ class ParameterKind:
         return {0: self.axes, 1: ("layers", *self.axes)}.get(ndim - len(self.axes))
 
 
+class _BareInLinen:
+    """Tells `nnx.bridge` that in a Linen model the parameter is its array, as one without metadata is."""
+
+    @staticmethod
+    def from_nnx_metadata(metadata: dict[str, Any]) -> Array:
+        return metadata["value"]
+
+
 def parameter(value: Array, *axes: str | None, decays: bool = False, is_cast: bool = False) -> nnx.Param:
     """A parameter that says what it is; arguments as in `ParameterKind`.
 
@@ -51,7 +59,7 @@ def parameter(value: Array, *axes: str | None, decays: bool = False, is_cast: bo
     """
     if len(axes) != value.ndim:
         raise ValueError(f"axes={axes}: expected one for each dimension of a parameter of shape {value.shape}")
-    return nnx.Param(value, kind=ParameterKind(axes, decays, is_cast))
+    return nnx.Param(value, kind=ParameterKind(axes, decays, is_cast), linen_meta_type=_BareInLinen)
 
 
 def map_parameters(function: Callable[[ParameterKind, Array], Array], variables: PyTree) -> PyTree:

@@ -12,12 +12,14 @@ LAYERS = (
     ("pallas_kernels",),
     (
         "moda_jax.numerics", "moda_jax.config", "moda_jax.config_checks", "moda_jax.depth_config",
-        "moda_jax.exit_codes", "moda_jax.paths", "moda_jax.progress", "moda_jax.parameter", "moda_jax.quantities",
+        "moda_jax.task_config", "moda_jax.parameter", "moda_jax.exit_codes", "moda_jax.paths", "moda_jax.progress",
+        "moda_jax.quantities",
     ),
     ("moda_jax.parallel",),
     ("moda_jax.model", "moda_jax.data"),
     ("=moda_jax",),
     ("moda_jax.inference.decode", "moda_jax.inference.generation", "moda_jax.inference.sampling"),
+    ("moda_jax.tasks",),
     ("moda_jax.training",),
     ("moda_jax.inference", "moda_jax.interop"),
 )  # fmt: skip

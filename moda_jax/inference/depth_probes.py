@@ -30,8 +30,8 @@ from moda_jax.model.depth_probe import (
     probed_hidden,
     slot_writers,
 )
+from moda_jax.model.function import ModelFunction
 from moda_jax.numerics.cross_entropy import ALONE, projected_loss_sums
-from moda_jax.training.state import ModelFunction
 
 Array = jax.Array
 

@@ -14,10 +14,12 @@ import orbax.checkpoint as ocp
 from moda_jax.config import Config
 from moda_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from moda_jax.inference.decode import inference_params
-from moda_jax.model.function import ModelFunction, model_function, parameter_kinds, split_model
-from moda_jax.parallel.parameters import pad_vocabulary, padded_vocabulary
+from moda_jax.model.function import ModelFunction, model_function, split_model
+from moda_jax.tasks.language import LanguageModelling, language_params
+from moda_jax.tasks.language_data import TOKENIZER_FILE
+from moda_jax.tasks.registry import find_task
 from moda_jax.training.checkpoint import CheckpointError, check_step, find_good_step, saved_steps, warn_of_skipped
-from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, TOKENIZER_FILE, read_run_config
+from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, read_run_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,8 @@ def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | N
     """
     config = read_run_config(workdir)
     workdir = Path(workdir)
+    if not issubclass(find_task(config.train.task), LanguageModelling):
+        raise ValueError(f"--workdir={workdir}: its train.task is {config.train.task!r}, which has no text to read")
     if tokenizer is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_implementation=None))
@@ -85,8 +89,7 @@ def restore_params(directory: Path, config: Config, *, padded: bool = False) -> 
         CheckpointError: the parameters are not those of this config, or cannot be read.
     """
     expected = jax.eval_shape(functools.partial(_params, config), jax.random.key(0))
-    rows = padded_vocabulary(config.model.vocab_size)
-    with_padding = jax.eval_shape(lambda params: pad_vocabulary(params, parameter_kinds(config.model), rows), expected)
+    with_padding = jax.eval_shape(functools.partial(language_params, config.model), jax.random.key(0))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {"params": jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), with_padding if padded else expected

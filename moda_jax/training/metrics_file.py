@@ -5,22 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
 
+from moda_jax.tasks.task import Metric
 from moda_jax.training.workdir import METRICS_FILE, PLOT_FILE, TENSORBOARD_DIRECTORY
 
 _logger = logging.getLogger(__name__)
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss); infinity where that overflows."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -131,8 +123,8 @@ class NoMetrics:
         """Does nothing."""
 
 
-def plot_losses(workdir: Path) -> Path:
-    """Draws the training and validation loss of metrics.jsonl into loss.png and returns its path."""
+def plot_curves(workdir: Path, metric: Metric) -> Path:
+    """Draws a metric of training and validation, from metrics.jsonl, into loss.png and returns its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state; slow to import
     from matplotlib.figure import Figure
 
@@ -140,11 +132,12 @@ def plot_losses(workdir: Path) -> Path:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for key, label, marker in (("loss", "training", None), ("validation_loss", "validation", "o")):
+    for prefix, label, marker in (("", "training", None), ("validation_", "validation", "o")):
+        key = f"{prefix}{metric.name}"
         points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=f"{label} (last: {points[-1][1]:.3f})", marker=marker)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=workdir.name)
+    axes.set(xlabel="step", ylabel=metric.label, title=workdir.name)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -13,6 +13,7 @@ from moda_jax.config import OptimizerConfig, TransformerConfig
 from moda_jax.model.function import parameter_kinds
 from moda_jax.parallel import parameters
 from moda_jax.parallel.mesh import AXES
+from moda_jax.tasks.language import language_params
 from moda_jax.training.optimizer import make_optimizer
 from moda_jax.training.state import initial_state
 
@@ -29,7 +30,7 @@ KINDS = parameter_kinds(MODEL)
 def state():
     """With every kind of parameter that a model can have."""
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 10, KINDS)
-    return jax.eval_shape(functools.partial(initial_state, MODEL, optimizer, 0))
+    return jax.eval_shape(functools.partial(initial_state, functools.partial(language_params, MODEL), optimizer, 0))
 
 
 def test_every_leaf_of_the_state_has_a_sharding(state):

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from moda_jax.config import OptimizerConfig, TransformerConfig
-from moda_jax.model.function import parameter_kinds
+from moda_jax.model.function import parameter_kinds, split_model
 from moda_jax.parameter import ParameterKind, ParameterKinds
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from moda_jax.training.state import split_model
 
 TINY = {
     "vocab_size": 20, "num_layers": 3, "width": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_width": 16,

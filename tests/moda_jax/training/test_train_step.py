@@ -9,6 +9,7 @@ from moda_jax.config import OptimizerConfig, TrainConfig
 from moda_jax.data.packing import Batch
 from moda_jax.numerics.cross_entropy import loss_sums
 from moda_jax.parameter import ParameterKind, ParameterKinds
+from moda_jax.tasks.language import LanguageObjective
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from moda_jax.training.state import TrainState
 from moda_jax.training.train_step import make_eval_step, make_train_step
@@ -61,7 +62,9 @@ def build(optimizer_config=None, **train_fields):
     optimizer_config = optimizer_config or OptimizerConfig(warmup_steps=2, learning_rate=0.1)
     optimizer = make_optimizer(optimizer_config, config.num_steps, KINDS)
     schedule = learning_rate_schedule(optimizer_config, config.num_steps)
-    return new_state(optimizer), make_train_step(bigram, optimizer, schedule, config), make_eval_step(bigram, config)
+    objective = LanguageObjective(bigram)
+    step = make_train_step(objective, optimizer, schedule, config)
+    return new_state(optimizer), step, make_eval_step(objective, config)
 
 
 def objective(params, batch, z_loss):
