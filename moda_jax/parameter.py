@@ -1,7 +1,8 @@
 """Parameters say what they are, where they are born: their logical axes, whether they decay, and what they compute in.
 
-`parameter` makes a Flax parameter that carries its `ParameterKind`. Sharding, the gather of a layer, the optimizer and
-the casts read it there: `map_parameters` where modules' variables are at hand, `ParameterKinds` for arrays in dicts.
+`parameter` makes a Flax parameter that carries its `ParameterKind`. A model's `ParameterKinds` are read where it is
+made, so that its arrays may travel alone afterwards, in dicts or in somebody's variables: sharding, the gather of a
+layer, the optimizer and the casts ask them by name.
 """
 
 from __future__ import annotations
@@ -62,18 +63,9 @@ def parameter(value: Array, *axes: str | None, decays: bool = False, is_cast: bo
     return nnx.Param(value, kind=ParameterKind(axes, decays, is_cast), linen_meta_type=_BareInLinen)
 
 
-def map_parameters(function: Callable[[ParameterKind, Array], Array], variables: PyTree) -> PyTree:
-    """`function` of every parameter's kind and array, in a pytree of Flax variables such as `nnx.split` returns."""
-
-    def one(variable: nnx.Variable) -> nnx.Variable:
-        return variable.replace(function(_kind_of(variable), variable.get_value()))
-
-    return jax.tree.map(one, variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
 @dataclasses.dataclass(frozen=True)
 class ParameterKinds:
-    """The kinds of a model's parameters, by name: for arrays in nested dicts. Hashable.
+    """The kinds of a module's parameters, by name. Hashable.
 
     Attributes:
         entries: (dotted name, kind) pairs.
@@ -101,6 +93,8 @@ class ParameterKinds:
             ValueError: no such parameter.
         """
         names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+        if names[-1] in ("value", "raw_value"):  # of a Flax variable
+            names.pop()
         names = [name for name in names if isinstance(name, str)]
         for start in range(len(names)):
             kind = self._by_name.get(".".join(names[start:]))
@@ -137,13 +131,13 @@ class ParameterKinds:
 
 
 def cast_matrices(dtype: Any) -> Callable[[ParameterKind, Array], Array]:
-    """For `map_parameters` and `ParameterKinds.map`: matrices in the compute dtype, all else as it is."""
+    """For `ParameterKinds.map`: matrices in the compute dtype, all else as it is."""
     return lambda kind, array: array.astype(dtype) if kind.is_cast else array
 
 
-def _kind_of(variable: nnx.Variable, path: tuple = ()) -> ParameterKind:
+def _kind_of(variable: nnx.Variable, path: tuple) -> ParameterKind:
     kind = variable.get_metadata().get("kind")
     if not isinstance(kind, ParameterKind):
-        name = ".".join(map(str, path)) or f"of shape {variable.get_value().shape}"
+        name = ".".join(map(str, path))
         raise ValueError(f"parameter {name}: does not say what it is; make it with moda_jax.parameter.parameter")
     return kind

@@ -28,8 +28,8 @@ from moda_jax.model.depth.stream import Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.mesh import current_mesh
-from moda_jax.parallel.parameters import gather_layer
-from moda_jax.parameter import cast_matrices, map_parameters
+from moda_jax.parallel.parameters import LayerGather
+from moda_jax.parameter import cast_matrices
 
 Array = jax.Array
 PyTree = Any
@@ -169,7 +169,7 @@ class Stack(nnx.Module):
     def _differentiable_layers(self, layer, params, carry, stream, shared, dtype):
         """The first L-1 layers, by the loop that keeps one depth buffer."""
         # Matrices are cast before the loop, not in every layer: the loop reads half the bytes, and keeps no casts.
-        params = map_parameters(cast_matrices(dtype), params)
+        params = self.layers.kinds.map(cast_matrices(dtype), params)
         config = self.config
         return depth_scan(
             layer, params, carry, stream, *shared,
@@ -226,7 +226,8 @@ def _gathered(layer: Block) -> Block:
     if current_mesh() is None:
         return layer
     graph, params = nnx.split(layer)
-    return nnx.merge(graph, gather_layer(map_parameters(cast_matrices(compute_dtype(layer.config.dtype)), params)))
+    params = layer.kinds.map(cast_matrices(compute_dtype(layer.config.dtype)), params)
+    return nnx.merge(graph, LayerGather(layer.kinds)(params))
 
 
 def _stacked_blocks(config: TransformerConfig, keys: InitialKeys) -> Block:

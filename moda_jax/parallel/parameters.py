@@ -10,6 +10,7 @@ aligned sizes and mesh.tensor divides it. Padded rows get no gradient (their log
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moda_jax.parallel.mesh import FIELDS, RULES, current_mesh, partition_spec
-from moda_jax.parameter import ParameterKind, ParameterKinds, map_parameters
+from moda_jax.parameter import ParameterKind, ParameterKinds
 
 Array = jax.Array
 
@@ -76,18 +77,26 @@ def check_divisible(sizes: dict[str, int], params: Any, kinds: ParameterKinds) -
                     )
 
 
-def gather_layer(params: Any) -> Any:
-    """One layer's parameters, whole over fsdp; as they are where there is no mesh. The gradient comes back split."""
-    mesh = current_mesh()
-    if mesh is None or mesh.shape["fsdp"] == 1:
-        return params
+@dataclasses.dataclass(frozen=True)
+class LayerGather:
+    """One layer's parameters, whole over fsdp; as they are where there is no mesh. The gradient comes back split.
 
-    def gather(kind: ParameterKind, array: Array) -> Array:
-        split = partition_spec(*kind.stacked_axes(array.ndim))
-        whole = PartitionSpec(*(None if part == "fsdp" else part for part in split))
-        return array if split == whole else _gather(array, split, whole)
+    Attributes:
+        kinds: what they are.
+    """
 
-    return map_parameters(gather, params)
+    kinds: ParameterKinds
+
+    def __call__(self, params: Any) -> Any:
+        """The same pytree."""
+        mesh = current_mesh()
+        return params if mesh is None or mesh.shape["fsdp"] == 1 else self.kinds.map(_gathered, params)
+
+
+def _gathered(kind: ParameterKind, array: Array) -> Array:
+    split = partition_spec(*kind.stacked_axes(array.ndim))
+    whole = PartitionSpec(*(None if part == "fsdp" else part for part in split))
+    return array if split == whole else _gather(array, split, whole)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

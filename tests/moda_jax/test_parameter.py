@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moda_jax.parameter import ParameterKind, ParameterKinds, cast_matrices, map_parameters, parameter
+from moda_jax.parameter import ParameterKind, ParameterKinds, cast_matrices, parameter
 
 
 class Toy(nnx.Module):
@@ -58,8 +58,8 @@ def test_every_dimension_has_an_axis():
         parameter(jnp.ones((2, 3)), "width")
 
 
-def test_matrices_are_cast_with_their_modules_and_without():
-    cast = map_parameters(cast_matrices(jnp.bfloat16), nnx.state(Toy(), nnx.Param))
-    plain = KINDS.map(cast_matrices(jnp.bfloat16), nnx.to_pure_dict(nnx.state(Toy(), nnx.Param)))
-    assert nnx.to_pure_dict(cast)["kernel"].dtype == plain["kernel"].dtype == jnp.bfloat16
-    assert nnx.to_pure_dict(cast)["offset"].dtype == plain["offset"].dtype == jnp.float32
+def test_matrices_are_cast_in_dicts_and_in_variables_of_whoever_made_them():
+    params = nnx.to_pure_dict(nnx.state(Toy(), nnx.Param))
+    for tree in (params, nnx.state(Toy(), nnx.Param), nnx.State(jax.tree.map(nnx.Param, params))):
+        cast = KINDS.map(cast_matrices(jnp.bfloat16), tree)
+        assert (cast["kernel"].dtype, cast["offset"].dtype) == (jnp.bfloat16, jnp.float32)
