@@ -14,6 +14,7 @@ from support.documents import start_python
 
 from moda_jax.config import CheckpointConfig, OptimizerConfig
 from moda_jax.exit_codes import RunStoppedError
+from moda_jax.parallel.parameters import pad_vocabulary
 from moda_jax.parameter import ParameterKind, ParameterKinds
 from moda_jax.training import checkpoint
 from moda_jax.training.checkpoint import (
@@ -138,6 +139,18 @@ def test_tensors_that_differ_are_named(opened):
     less = TrainState(expected.step, {"head": expected.params["head"]}, expected.optimizer_state, expected.key)
     with pytest.raises(CheckpointError, match=r"params\.embedding\.table: not expected"):
         opened().restore(1, less)
+
+
+def test_what_an_older_checkpoint_lacks_is_zero(opened):
+    save(opened(), 1)
+    older = abstract(new_state())
+    wanted = jax.eval_shape(lambda state: pad_vocabulary(state, KINDS, 8), older)
+    state, _ = opened().restore(1, wanted, older=older)
+    assert_equal(state, pad_vocabulary(new_state(seed=1, step=1), KINDS, 8))
+    assert state.params["embedding"]["table"].shape == (8, 3)
+    assert state.optimizer_state[1].mu["head"]["kernel"].shape == (3, 8)
+    with pytest.raises(CheckpointError, match=r"params\.embedding\.table: float32\[5, 3\], expected float32\[8, 3\]"):
+        opened().restore(1, wanted)
 
 
 def files_of(directory):
