@@ -10,8 +10,8 @@ from support.selection import quick_of
 
 from moda_jax.config import TransformerConfig
 from moda_jax.interop.depth_init import add_depth
-from moda_jax.training.loss import loss_sums
-from moda_jax.training.state import model_function
+from moda_jax.model.function import model_function
+from moda_jax.numerics.cross_entropy import loss_sums
 
 BASE = TransformerConfig(
     vocab_size=61, num_layers=3, width=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=48, depth="none",

@@ -16,7 +16,7 @@ from support.saved_run import random_model
 
 from moda_jax.config import TransformerConfig
 from moda_jax.interop import export_model, load_model, load_olmo2
-from moda_jax.training.state import model_function
+from moda_jax.model.function import model_function
 
 STORED = pathlib.Path(__file__).parents[2] / "data" / "olmo2_tiny"
 NAMES = ("untied_gqa_sharded", "tied_head_dim", "tied_bfloat16_one_layer")

@@ -8,7 +8,7 @@ import pytest
 from support.quick_compile import QUICK
 
 from moda_jax.config import TransformerConfig
-from moda_jax.training.state import split_model
+from moda_jax.model.function import split_model
 
 BASE = {
     "vocab_size": 40, "num_layers": 3, "width": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "ffn_width": 48,

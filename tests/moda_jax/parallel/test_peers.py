@@ -16,9 +16,9 @@ import sys, time
 from pathlib import Path
 from absl import flags
 from moda_jax.parallel import peers
-from moda_jax.parallel.distributed import start_processes
+from moda_jax.parallel.launch import start_processes
 from moda_jax.training.console import print_result, run_command, user_errors
-from moda_jax.training.faults import RunStoppedError
+from moda_jax.exit_codes import RunStoppedError
 
 MODE = flags.DEFINE_string("mode", "", "")
 PLACE = flags.DEFINE_string("place", "", "")

@@ -12,7 +12,7 @@ from support.run_process import RunProcesses
 from support.tiny_run import tiny_values, write_corpus
 
 from moda_jax.training.checkpoint import newest_good_step
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 
 BUSY = """
 import hashlib, sys, time
