@@ -32,10 +32,11 @@ from moda_jax.inference.sampling import SamplingConfig, sample
 from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.depth.stream import DepthStream, Stream, is_traced
-from moda_jax.model.function import ModelFunction
-from moda_jax.model.precision import compute_dtype, dot_precision
-from moda_jax.model.stack import Step, cast_matrices
+from moda_jax.model.function import ModelFunction, parameter_kinds
+from moda_jax.model.stack import Step
 from moda_jax.model.transformer import Transformer
+from moda_jax.numerics.precision import compute_dtype, dot_precision
+from moda_jax.parameter import cast_matrices
 from pallas_kernels import depth_attention, dispatch
 from pallas_kernels.block import attention_forward, depth_facts
 
@@ -117,7 +118,7 @@ def inference_params(params: PyTree, config: TransformerConfig) -> PyTree:
         params: see `TrainState`.
         config: of the model.
     """
-    return cast_matrices(params, compute_dtype(config.dtype))
+    return parameter_kinds(config).map(cast_matrices(compute_dtype(config.dtype)), params)
 
 
 def decode_params(params: PyTree, *, unroll: bool | None = None) -> PyTree:

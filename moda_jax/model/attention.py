@@ -65,7 +65,7 @@ class Attention(nnx.Module):
         self.output = projection("output", "btnh,nhd->btd", num_heads, head_dim, width)
         norm = {"epsilon": norm_epsilon, "implementation": beside(implementation)}
         self.query_norm = HeadsNorm(num_heads, head_dim, **norm) if qk_norm else None
-        self.key_norm = HeadsNorm(num_kv_heads, head_dim, **norm) if qk_norm else None
+        self.key_norm = HeadsNorm(num_kv_heads, head_dim, axis="kv_heads", **norm) if qk_norm else None
 
     def project(
         self, x: Array, positions: Array, key_input: Array | None = None, value_input: Array | None = None

@@ -28,7 +28,8 @@ from moda_jax.model.depth.slot_reads import SlotAttention
 from moda_jax.model.depth.stream import DepthStream, Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import Projection, rotate
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
+from moda_jax.parameter import parameter
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
@@ -41,8 +42,8 @@ Array = jax.Array
 class Learned(nnx.Module):
     """Numbers that start as 0, float32 and not decayed."""
 
-    def __init__(self, *shape: int) -> None:
-        self.offset = nnx.Param(jnp.zeros(shape, jnp.float32))
+    def __init__(self, *shape: int, axes: tuple[str | None, ...]) -> None:
+        self.offset = parameter(jnp.zeros(shape, jnp.float32), *axes)
 
 
 class MixtureOfDepths(DepthMechanism):
@@ -59,16 +60,7 @@ class MixtureOfDepths(DepthMechanism):
     """
 
     stream_type: ClassVar[type[Stream]] = DepthStream
-    numbered: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]] = ("pre", "post", "post_sum")
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "ffn_kv.kernel": ("width", "pair", "kv_heads", "head_dim"),
-        "attention_kv.kernel": ("width", "pair", "kv_heads", "head_dim"),
-        "null_slot.offset": ("heads",),
-        "entry_bias.offset": (None, "heads"),
-        "softmax_gate.offset": ("heads",),
-        "slot_scores.offset": (None,),
-    }
     # [2 * K * H, D] in a file, keys before values.
     tensors: ClassVar[dict[str, tuple[str, int]]] = {
         "ffn_kv.kernel": ("ffn_kv_proj.weight", 1),
@@ -101,10 +93,11 @@ class MixtureOfDepths(DepthMechanism):
         self.writes_own_key_value = not (last or section.attn_kv or section.key != "own" or self.stride > 1)
         self.ffn_kv = projection("ffn_kv") if section.ffn_kv and not last else None
         self.attention_kv = projection("attention_kv") if section.attn_kv and not last else None
-        self.null_slot = Learned(num_heads) if section.null_slot else None
-        self.entry_bias = Learned(1 + int(section.ffn_kv), num_heads) if section.entry_bias else None
-        self.softmax_gate = Learned(num_heads) if section.softmax == "separate" else None
-        self.slot_scores = Learned(slots) if section.read == "top" else None
+        self.null_slot = Learned(num_heads, axes=("heads",)) if section.null_slot else None
+        kinds = 1 + int(section.ffn_kv)
+        self.entry_bias = Learned(kinds, num_heads, axes=(None, "heads")) if section.entry_bias else None
+        self.softmax_gate = Learned(num_heads, axes=("heads",)) if section.softmax == "separate" else None
+        self.slot_scores = Learned(slots, axes=(None,)) if section.read == "top" else None
 
     @classmethod
     def check(cls, config: TransformerConfig) -> None:
@@ -132,6 +125,11 @@ class MixtureOfDepths(DepthMechanism):
     @classmethod
     def slots(cls, config: TransformerConfig) -> int:
         return len(_writers(config)) * len(cls.entry_sites(config))
+
+    @classmethod
+    def is_numbered(cls, config: TransformerConfig) -> bool:
+        """Some layers write and others do not: only then the number matters."""
+        return config.moda.read == "stride"
 
     @classmethod
     def softmax_slots(cls, config: TransformerConfig) -> bool:

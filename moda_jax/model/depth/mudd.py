@@ -26,8 +26,9 @@ from moda_jax.model.depth.reads import HiddenStream, WeightedSums
 from moda_jax.model.depth.stream import Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import RMSNorm
-from moda_jax.model.precision import compute_dtype, contract
+from moda_jax.numerics.precision import compute_dtype, contract
 from moda_jax.parallel.mesh import constrain
+from moda_jax.parameter import parameter
 from pallas_kernels.norm import beside
 
 if TYPE_CHECKING:
@@ -44,15 +45,17 @@ class First(nnx.Module):
 
     def __init__(self, width: int, hidden: int, *, initializer_range: float, rngs: InitialKeys) -> None:
         init = nnx.initializers.normal(initializer_range)
-        self.kernel = nnx.Param(init(rngs.params(), (width, hidden), jnp.float32))
+        kernel = init(rngs.params(), (width, hidden), jnp.float32)
+        self.kernel = parameter(kernel, "width", None, decays=True, is_cast=True)
 
 
 class Second(nnx.Module):
     """W2 [hidden, C, ages] and b [C, ages], from the newest source backwards, padded."""
 
     def __init__(self, hidden: int, sums: int, ages: int) -> None:
-        self.kernel = nnx.Param(jnp.zeros((hidden, sums, ages), jnp.float32))
-        self.offset = nnx.Param(jnp.zeros((sums, ages), jnp.float32).at[:, 0].set(1.0))
+        kernel = jnp.zeros((hidden, sums, ages), jnp.float32)
+        self.kernel = parameter(kernel, None, None, None, decays=True, is_cast=True)
+        self.offset = parameter(jnp.zeros((sums, ages), jnp.float32).at[:, 0].set(1.0), None, None)
 
 
 class Weights(nnx.Module):
@@ -98,13 +101,6 @@ class MultiwayDynamicDense(DepthMechanism):
     stream_type: ClassVar[type[Stream]] = HiddenStream
     numbered: ClassVar[bool] = True
     has_context: ClassVar[bool] = True
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "first.kernel": ("width", None),
-        "second.kernel": (None, None, None),
-        "second.offset": (None, None),
-        "key_input_norm.scale": ("channels",),
-        "value_input_norm.scale": ("channels",),
-    }
 
     def __init__(self, config: TransformerConfig, *, last: bool, rngs: InitialKeys) -> None:
         layers = config.num_layers

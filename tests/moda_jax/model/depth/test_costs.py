@@ -3,10 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
+from flax import nnx
+
 from configs import family
 from moda_jax import param_count
 from moda_jax.config import Config
 from moda_jax.depth_config import MECHANISMS
+from moda_jax.model.block import Block
 from moda_jax.model.depth.registry import find_mechanism
 
 PAGE = Path(__file__).parents[4] / "docs" / "mechanisms.md"
@@ -33,3 +37,12 @@ def test_parameters_slots_bytes_and_flops_are_as_documented():
         carried = mechanism.streams(config) * config.width if name in ("hc", "mhc") else 0
         assert int(size.replace(",", "")) == 2 * (mechanism.slots(config) * elements + carried), name
         assert flops == f"{mechanism.read_flops(config) / 1e6:.3f}", name
+
+
+@pytest.mark.parametrize(
+    ("name", "numbered"),
+    [("none", False), ("moda", False), ("moda_window", False), ("moda_stride", True), ("hc", True)],
+)
+def test_the_layers_number_travels_only_where_a_mechanism_needs_it(name, numbered):
+    block = nnx.eval_shape(lambda: Block(model(name), last=False, rngs=nnx.Rngs(0)))
+    assert block.cut()[0].numbered is numbered
