@@ -51,7 +51,7 @@ def test_the_train_step_lowers_for_cuda(sizes, monkeypatch):
     state = jax.eval_shape(functools.partial(initial_state, functools.partial(language_params, MODEL), optimizer, 0))
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state, state_shardings(mesh, state),
+        state, state_shardings(mesh, state, parameter_kinds(MODEL)),
     )  # fmt: skip
     rows = named_sharding(mesh, "batch", "tokens")
     integers = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
