@@ -89,7 +89,7 @@ def _forward(implementation: str, call: Call, with_rest: bool = False) -> Part:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(implementation: str, call: Call) -> Part:
     """The whole softmax's part, differentiable once and in reverse mode."""
-    return _forward(implementation, call)
+    return _forward(implementation, call)._replace(rest=None)
 
 
 def _attention_fwd(implementation: str, call: Call) -> tuple[Part, tuple[Call, Part]]:

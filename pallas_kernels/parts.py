@@ -64,6 +64,15 @@ def merge(part: Part, other: Part) -> Part:
     return Part(jnp.where(empty[..., None], out, merged), jnp.where(empty, part.lse, top + jnp.log(total)))
 
 
+def merge_axis(part: Part, axis: int) -> Part:
+    """Of many parts that stand along an axis of out and lse, the part over the keys of all, in float32."""
+    top = jnp.maximum(jnp.max(part.lse, axis=axis, keepdims=True), LOWEST)
+    weights = jnp.exp(part.lse - top)
+    total = jnp.sum(weights, axis=axis)
+    out = jnp.sum(weights[..., None] * part.wide, axis=axis) / jnp.maximum(total, 1e-30)[..., None]
+    return Part(out, jnp.squeeze(top, axis) + jnp.log(total))
+
+
 def delta(dout: Array, part: Part, dlse: Array | None = None) -> Array:
     """[B, T, N] float32: rowsum(dout * out) - dlse, what the softmax's gradient subtracts from dP.
 

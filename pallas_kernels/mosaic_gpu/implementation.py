@@ -20,6 +20,7 @@ from pallas_kernels.mosaic_gpu.depth.backward import depth_backward
 from pallas_kernels.mosaic_gpu.depth.forward import depth_forward
 from pallas_kernels.mosaic_gpu.sequence.backward import sequence_backward
 from pallas_kernels.mosaic_gpu.sequence.forward import sequence_forward
+from pallas_kernels.mosaic_gpu.sequence.split import split_forward, splits
 from pallas_kernels.operands import Call, Gradients, Upstream
 from pallas_kernels.parts import Part
 
@@ -61,7 +62,10 @@ def forward(call: Call, *, with_rest: bool = False, interpret: bool | None = Non
     if call.key is None:
         return Part.of_nothing(call.query, with_rest=with_rest) if depth is None else depth
     other = None if depth is None else jax.tree.map(_pad_head, depth._replace(lse=None))._replace(lse=depth.lse)
-    part = sequence_forward(_for_kernels(call), other, with_rest=with_rest, interpret=interpret)
+    if splits(call):
+        part = split_forward(_for_kernels(call), with_rest=with_rest, interpret=interpret)
+    else:
+        part = sequence_forward(_for_kernels(call), other, with_rest=with_rest, interpret=interpret)
     head_dim = call.query.shape[-1]
     rest = None if part.rest is None else part.rest[..., :head_dim]
     return Part(part.out[..., :head_dim], part.lse, rest)

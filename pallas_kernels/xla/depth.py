@@ -89,6 +89,8 @@ def _token_group(array: Array, depth_key: Array) -> Array:
 
 def _chunks_seen(chunks: Blocks, depth: DepthKV) -> tuple[Array | int, Array | int]:
     """(first, last): the chunks [first, last) hold all slots that are seen."""
+    if chunks.count == 1:
+        return 0, 1
     first = 0 if depth.start is None else depth.start // chunks.size
     return first, chunks.count if depth.length is None else (depth.length + chunks.size - 1) // chunks.size
 

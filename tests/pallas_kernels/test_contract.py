@@ -141,8 +141,7 @@ WINDOWS = ((5, 16, True), (17, 18, False), (9, 4, True))  # start, length, wheth
     ("implementation", "window"),
     [("reference", WINDOWS[0])]
     + [("xla", window) for window in WINDOWS]
-    + [pytest.param("mosaic_gpu", WINDOWS[0], marks=INTERPRETED_MARKS)]
-    + [pytest.param("mosaic_gpu", window, marks=(*INTERPRETED_MARKS, pytest.mark.slow)) for window in WINDOWS[1:]],
+    + [pytest.param("mosaic_gpu", window, marks=(*INTERPRETED_MARKS, pytest.mark.slow)) for window in WINDOWS],
 )
 def test_a_window_of_slots_is_the_slots_that_it_holds(implementation, window):
     """`depth_start`: slots before it are as those from `depth_length` on, whatever they hold."""

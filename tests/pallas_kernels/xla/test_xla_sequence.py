@@ -6,10 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels import block
 from pallas_kernels.operands import Call, Mask, Upstream
-from pallas_kernels.xla import sequence
+from pallas_kernels.xla import blocks, sequence
 from pallas_kernels.xla.blocks import sequence_blocks
 
 
@@ -45,3 +46,29 @@ def test_as_many_key_blocks_as_the_latest_query_needs():
     assert int(sequence._key_blocks_seen(early, queries, keys, 0)) == 1
     unknown = dataclasses.replace(masks, key_positions=jnp.zeros((2, 512), jnp.int32))
     assert sequence._key_blocks_seen(unknown, queries, keys, 0) == 8
+
+
+@pytest.mark.parametrize("masked", ["positions and length", "segments", "nothing"])
+def test_few_queries_take_all_keys_at_once(monkeypatch, masked):
+    """As on a GPU; hidden keys and values are NaN."""
+    B, T, U, K, G, H = 2, 2, 37, 2, 3, 8
+    draw = np.random.default_rng(0)
+    query, key, value = (draw.standard_normal(s).astype(np.float32) for s in ((B, T, K * G, H), *2 * [(B, U, K, H)]))
+    mask = Mask()
+    if masked == "positions and length":
+        length = np.array([20, 0], np.int32)
+        mask = Mask(True, query_positions=np.array([[17, 18], [30, 3]], np.int32), key_length=length)
+        for array in (key, value):
+            array[np.arange(U) >= length[:, None]] = np.nan
+    if masked == "segments":
+        ids = np.sort(draw.integers(0, 3, (B, U)), axis=1).astype(np.int32)
+        mask = Mask(False, query_segment_ids=np.array([[1, 7], [0, 2]], np.int32), key_segment_ids=ids)
+    call = Call(query, key, value, mask, scale=0.3)
+    expected = block.forward(call, implementation="reference")
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setitem(blocks.FEW_QUERIES, platform, 6)
+    assert "while" not in str(jax.make_jaxpr(lambda call: block.forward(call, implementation="xla"))(call))
+    part = block.forward(call, implementation="xla")
+    np.testing.assert_allclose(part.out, expected.out, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(part.lse, expected.lse, rtol=1e-6, atol=1e-6)
+    assert np.isneginf(np.asarray(part.lse)).any() == (masked != "nothing")
