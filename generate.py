@@ -8,10 +8,11 @@ from absl import flags
 
 from moda_jax.data.cache import cache_directory
 from moda_jax.inference.generation import OrderedText, generate
-from moda_jax.inference.load import load_run, read_run_config
+from moda_jax.inference.load import load_run
 from moda_jax.inference.sampling import SamplingConfig
 from moda_jax.training import runtime
 from moda_jax.training.console import result_stream, run_command, user_errors
+from moda_jax.training.workdir import read_run_config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")

@@ -15,12 +15,12 @@ from ml_collections import config_flags
 
 from moda_jax.data.cache import cache_directory
 from moda_jax.exit_codes import ExitCode
-from moda_jax.inference.load import read_run_config
-from moda_jax.parallel.distributed import start_processes
+from moda_jax.parallel.launch import start_processes
 from moda_jax.training import runtime
 from moda_jax.training.console import config_from_flag, print_result, run_command, user_errors
 from moda_jax.training.signals import stops_before_training
 from moda_jax.training.trainer import TrainingRun
+from moda_jax.training.workdir import read_run_config
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its argument after a colon: configs/moda_700m.py:row4."

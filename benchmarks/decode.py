@@ -34,7 +34,7 @@ from configs import moda_700m
 from moda_jax.config import Config, TransformerConfig
 from moda_jax.inference import decode
 from moda_jax.inference.sampling import GREEDY, row_keys
-from moda_jax.training.state import ModelFunction, model_function, split_model
+from moda_jax.model.function import ModelFunction, model_function, split_model
 from pallas_kernels import dispatch
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
 import time
@@ -36,11 +35,8 @@ from moda_jax.parallel.attention import (
     gather_tokens,
     scatter_tokens,
 )
-from moda_jax.parallel.distribution import Distribution
 from moda_jax.parallel.mesh import AXES, make_mesh, named_sharding, on_mesh
-from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from moda_jax.training.state import initial_state, model_function
-from moda_jax.training.train_step import make_train_step
+from moda_jax.training.program import Program
 from pallas_kernels.operands import Call, Upstream
 from pallas_kernels.parts import delta
 
@@ -55,14 +51,9 @@ def time_step(
 
     Profile with XLA_FLAGS=--xla_gpu_enable_command_buffer= (empty), see `benchmarks.profile`.
     """
-    distribution = Distribution(config, devices)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    train_step = make_train_step(model_function(config.model), optimizer, schedule, config.train)
-    initialize = distribution.initializer(functools.partial(initial_state, config.model, optimizer, 0))
-    state = initialize()
-    step = distribution.jit_train_step(train_step, state)
-    batch = distribution.place(synthetic_batch(config))
+    program = Program(config, devices=devices)
+    state, step = program.initialize(), program.train_step
+    batch = program.distribution.place(synthetic_batch(config))
     began = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - began

@@ -22,7 +22,6 @@ import argparse
 import collections
 import dataclasses
 import datetime
-import functools
 import importlib.util
 import json
 import math
@@ -65,19 +64,10 @@ def load_config(text: str) -> Any:
 
 def compile_step(config: Any, devices: list) -> tuple[Any, float]:
     """The compiled train step on these devices, and the seconds that it took."""
-    from moda_jax.parallel.distribution import Distribution
-    from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
-    from moda_jax.training.state import initial_state, model_function
-    from moda_jax.training.train_step import make_train_step
+    from moda_jax.training.program import Program
 
     began = time.monotonic()
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    train_step = make_train_step(model_function(config.model), optimizer, schedule, config.train)
-    distribution = Distribution(config, devices)
-    initialize = functools.partial(initial_state, config.model, optimizer, config.train.seed)
-    state = distribution.abstract_state(distribution.initializer(initialize))
-    traced = distribution.jit_train_step(train_step, state).trace(state, distribution.abstract_batch())
+    traced = Program(config, devices=devices).trace_train_step()
     # The program and its memory do not depend on how well LLVM optimises the loops of a CPU that never runs them.
     options = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": "True"}
     return traced.lower().compile(options), time.monotonic() - began

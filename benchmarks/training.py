@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import statistics
@@ -65,10 +64,8 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     from configs.moda_700m import get_config
     from moda_jax.config import Config
     from moda_jax.model.accounting import param_count, train_flops_per_token
-    from moda_jax.training.metrics import peak_flops
-    from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
-    from moda_jax.training.state import initial_state, model_function
-    from moda_jax.training.train_step import make_train_step
+    from moda_jax.training.peak_flops import peak_flops
+    from moda_jax.training.program import Program
 
     values = get_config(case.row).to_dict()
     values["model"] |= {"remat": case.remat, "dtype": "bfloat16"} | json.loads(arguments.model)
@@ -77,14 +74,12 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.data:
         values["data"] |= {"source": arguments.data, "tokenizer": arguments.tokenizer}
     config = Config.from_dict(values)
-    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    step = make_train_step(model_function(config.model), optimizer, schedule, config.train)
-    state = jax.jit(functools.partial(initial_state, config.model, optimizer, 0))()
+    program = Program(config, devices=jax.devices()[:1])
+    state = program.initialize()
     batches = _batches(config, bool(arguments.data))
     batch = next(batches)
     began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    compiled = program.train_step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - began
     for _ in range(3):
         state, metrics = compiled(state, next(batches))

@@ -30,9 +30,9 @@ from experiments import results as results_lib
 from experiments.plan import Arm, Plan
 from experiments.worker import ORDER_FILE, RESULT_FILE
 from moda_jax.exit_codes import ExitCode
-from moda_jax.training.console import duration, quantity
+from moda_jax.quantities import duration, quantity
 from moda_jax.training.lock import LOCK_FILE, WorkdirLock
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 
 _logger = logging.getLogger(__name__)
 

@@ -35,12 +35,13 @@ from moda_jax.inference import depth_probes
 from moda_jax.inference.decode import inference_params
 from moda_jax.inference.load import LoadedRun, restore_params
 from moda_jax.model.accounting import param_count
+from moda_jax.model.function import model_function
+from moda_jax.tasks.language import LanguageObjective
 from moda_jax.training import runtime
 from moda_jax.training.checkpoint import newest_good_step
 from moda_jax.training.console import user_errors
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.signals import stops_before_training
-from moda_jax.training.state import model_function
 from moda_jax.training.train_step import make_eval_step
 from moda_jax.training.trainer import TrainingRun
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY
@@ -98,7 +99,7 @@ def main() -> int:
 def _load(directory: Path, config: Config) -> LoadedRun:
     """The run with float32 parameters, as training evaluates them: the compiled evaluation is training's."""
     step, _ = newest_good_step(directory / CHECKPOINT_DIRECTORY)
-    params = restore_params(directory / CHECKPOINT_DIRECTORY / str(step), config)
+    params = restore_params(directory / CHECKPOINT_DIRECTORY / str(step), config, padded=True)
     return LoadedRun(directory, config, model_function(config.model), params, load_tokenizer(config.data), step)
 
 
@@ -113,7 +114,7 @@ def evaluate(run: LoadedRun, sets: dict[str, str]) -> dict[str, Any]:
         name -> {"loss": nats per target, "targets": their number}.
     """
     config = run.config
-    eval_step = jax.jit(make_eval_step(run.model, config.train))
+    eval_step = jax.jit(make_eval_step(LanguageObjective(run.model), config.train))
     results, total, targets = {}, 0.0, 0.0
     for name, directory in sets.items():
         dataset = open_tokens(Path(directory), run.tokenizer)

@@ -20,6 +20,7 @@ from moda_jax.config_checks import require as _require
 from moda_jax.config_checks import require_not_negative as _require_not_negative
 from moda_jax.config_checks import require_positive as _require_positive
 from moda_jax.depth_config import MECHANISMS, DepthSections
+from moda_jax.task_config import TASKS
 
 NORMS = ("pre", "post")
 REMATS = ("full", "attention", "ffn", "none")
@@ -309,6 +310,7 @@ class TrainConfig:
     """The training loop.
 
     Attributes:
+        task: what is learned: a name of `moda_jax.task_config.TASKS`, or "package.module:Class".
         num_steps: optimizer steps of the whole run.
         batch_size: sequences per optimizer step, over all devices and micro-batches.
         accumulation_steps: micro-batches per step; divides `batch_size`.
@@ -328,6 +330,7 @@ class TrainConfig:
             False lets XLA choose among all of them.
     """
 
+    task: str = "language"
     num_steps: int = 10000
     batch_size: int = 32
     accumulation_steps: int = 1
@@ -351,6 +354,10 @@ class TrainConfig:
         _require_not_negative(
             "train", self, "seed", "z_loss", "sample_tokens", "max_skipped_in_a_row", "loss_spike_deviations",
             "watchdog_seconds",
+        )  # fmt: skip
+        _require(
+            self.task in TASKS or _CLASS_PATH.fullmatch(self.task) is not None, "train.task", self.task,
+            f'one of {tuple(TASKS)}, or "package.module:Class"',
         )  # fmt: skip
         check_text(self.sample_prompt, "train.sample_prompt")
         _require(

@@ -29,3 +29,7 @@ class ExitCode(enum.IntEnum):
     PEER_LOST = 69
     STOPPED = 75
     INTERRUPTED = 130
+
+
+class RunStoppedError(RuntimeError):
+    """A run that cannot go on, through no mistake in its config; the message is for the person who started it."""

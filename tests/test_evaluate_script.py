@@ -10,6 +10,7 @@ import pytest
 from support.local_tasks import write_tasks
 from support.quick_compile import QUICK_XLA_FLAGS
 from support.saved_run import save_run, tiny_run_config
+from support.selection import quick_of_named
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,21 +52,23 @@ def test_everything_at_once(workdir, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
-    [
-        (
-            ["--workdir=RUN"],
-            "nothing to do; give --data=NAME=PATH, --tasks=NAME,..., --attention-maps or --depth-probes",
-        ),
-        (
-            ["--workdir=RUN", "--data=wiki=none.txt"],
-            "--data=wiki=none.txt: no such file or directory; expected NAME=PATH of a text file",
-        ),
-        (
-            ["--workdir=none", "--attention-maps"],
-            "--workdir=none: no such directory; name the directory of a run, as train.py's --workdir did",
-        ),
-    ],
-    ids=["nothing", "no file", "no run"],
+    quick_of_named(
+        {
+            "nothing": (
+                ["--workdir=RUN"],
+                "nothing to do; give --data=NAME=PATH, --tasks=NAME,..., --attention-maps or --depth-probes",
+            ),
+            "no file": (
+                ["--workdir=RUN", "--data=wiki=none.txt"],
+                "--data=wiki=none.txt: no such file or directory; expected NAME=PATH of a text file",
+            ),
+            "no run": (
+                ["--workdir=none", "--attention-maps"],
+                "--workdir=none: no such directory; name the directory of a run, as train.py's --workdir did",
+            ),
+        },
+        quick=("no file",),
+    ),
 )
 def test_a_wrong_command_ends_in_one_line(workdir, arguments, line):
     done = evaluate(*(argument.replace("RUN", str(workdir)) for argument in arguments))

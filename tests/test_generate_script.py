@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 from support.quick_compile import QUICK_XLA_FLAGS
 from support.saved_run import save_run, tiny_run_config
+from support.selection import quick_of_named
 
 ROOT = Path(__file__).parents[1]
+SAMPLED = (
+    "--prompt=import os", "--prompt=def", "--max-tokens=9", "--temperature=1", "--top-k=50", "--top-p=0.9", "--seed=3",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,31 +30,40 @@ def generate(*arguments):
     )  # fmt: skip
 
 
-def test_prompts_are_continued_and_the_seed_decides(workdir):
-    command = (f"--workdir={workdir}", "--prompt=import os", "--prompt=def", "--max-tokens=9", "--temperature=1")
-    done = generate(*command, "--top-k=50", "--top-p=0.9", "--seed=3")
+def test_prompts_are_continued(workdir):
+    done = generate(f"--workdir={workdir}", *SAMPLED)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.split("\n---\n")
     assert first.startswith("import os") and second.startswith("def") and done.stdout.endswith("\n")
-    assert generate(*command, "--top-k=50", "--top-p=0.9", "--seed=3").stdout == done.stdout
+
+
+@pytest.mark.slow
+def test_the_seed_decides(workdir):
+    texts = [generate(f"--workdir={workdir}", *SAMPLED, f"--seed={seed}").stdout for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
-    [
-        (["--prompt=a"], "error: --workdir: missing; name the directory of a run, as in --workdir=runs/quickstart"),
-        (
-            ["--workdir=RUN", f"--prompt={'x' * 70}"],
-            "error: prompt='" + "x" * 37 + "...': has 70 tokens, but the model's context is 64 "
-            "(model.max_sequence_length), prompt and continuation together; shorten it",
-        ),
-        (
-            ["--workdir=RUN", "--prompt=a", "--seed=18446744073709551616"],
-            "error: flag --seed=18446744073709551616: 18446744073709551616 is not an integer in the range "
-            "[-9223372036854775808, 9223372036854775807]",
-        ),
-    ],
-    ids=["no workdir", "long prompt", "long seed"],
+    quick_of_named(
+        {
+            "no workdir": (
+                ["--prompt=a"],
+                "error: --workdir: missing; name the directory of a run, as in --workdir=runs/quickstart",
+            ),
+            "long prompt": (
+                ["--workdir=RUN", f"--prompt={'x' * 70}"],
+                "error: prompt='" + "x" * 37 + "...': has 70 tokens, but the model's context is 64 "
+                "(model.max_sequence_length), prompt and continuation together; shorten it",
+            ),
+            "long seed": (
+                ["--workdir=RUN", "--prompt=a", "--seed=18446744073709551616"],
+                "error: flag --seed=18446744073709551616: 18446744073709551616 is not an integer in the range "
+                "[-9223372036854775808, 9223372036854775807]",
+            ),
+        },
+        quick=("long prompt",),
+    ),
 )
 def test_a_wrong_command_ends_in_one_line(workdir, arguments, line):
     done = generate(*(argument.replace("RUN", str(workdir)) for argument in arguments))

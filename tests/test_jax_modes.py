@@ -10,8 +10,7 @@ from flax import nnx
 from support.tiny_run import tiny_config, write_corpus
 
 from moda_jax import DepthStream, MoDAAttention, depth_scan
-from moda_jax.parallel.distribution import Distribution
-from moda_jax.training.components import Components, resolve
+from moda_jax.training.program import Program, resolve
 from moda_jax.training.trainer import TrainingRun
 from pallas_kernels import depth_attention, moda_attention
 from pallas_kernels.mosaic_gpu import warpgroup
@@ -112,7 +111,11 @@ def _gradient(block, loops):
     return jax.grad(loss, argnums=(0, 1))
 
 
-@each_mode
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(MODES[name], marks=pytest.mark.slow if name == "tracer_leaks" else ()) for name in MODES],
+    ids=MODES, indirect=True,
+)  # fmt: skip
 def test_the_layer_in_a_remat_scan_and_in_our_loop(mode):
     block, *arguments = _stack()
     gradient = _gradient(block, [_scanned, depth_scan])
@@ -133,8 +136,7 @@ def test_the_layer_in_a_remat_scan_outside_of_jit(mode):
 def test_a_training_step_is_traced(mode, tmp_path):
     """Which a run does before it begins, with its evaluation's."""
     config = tiny_config(write_corpus(tmp_path / "corpus", files=6), tmp_path / "cache")
-    components = Components(resolve(config), Distribution(config))
-    state, metrics = components.traced_train_step.out_info
+    state, metrics = Program(resolve(config)).trace_train_step().out_info
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, metrics.loss))} == {np.dtype("float32")}
 
 

@@ -8,7 +8,7 @@ from configs import moda_700m
 from moda_jax import param_count
 from moda_jax.config import Config
 from moda_jax.exit_codes import ExitCode
-from moda_jax.parallel.distributed import find_launch
+from moda_jax.parallel.launch import find_launch
 from moda_jax.parallel.mesh import check_config, mesh_sizes
 from moda_jax.training.console import check_config_arguments
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from moda_jax.config import Config, DataConfig
-from moda_jax.data import train_tokenizer
 from moda_jax.data.cache import cache_directory
+from moda_jax.data.tokenizer.__main__ import main as train_tokenizer
 from moda_jax.inference.load import load_run
 from moda_jax.interop.exchange import export_model
 from moda_jax.training import checkpoint, compare, replay
@@ -56,6 +56,6 @@ def test_in_commands(capsys):
     assert compare.main(["compare", "gs://bucket/a"]) == 2
     assert "error: RUN='gs:/bucket/a': is remote" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
-        train_tokenizer.main(["train", "--vocab-size=300", "--output=s3://bucket/tokenizer.json"])
+        train_tokenizer(["train", "--vocab-size=300", "--output=s3://bucket/tokenizer.json"])
     assert ended.value.code == 2
     assert "--output='s3://bucket/tokenizer.json': is remote" in capsys.readouterr().err

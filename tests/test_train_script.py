@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.selection import quick_of_named
 from support.tiny_run import write_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -38,60 +39,79 @@ def refused(*arguments):
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
-    [
-        ((), "error: --config: missing; name a config file, as in --config=configs/quickstart.py"),
-        (
-            (QUICKSTART, "--config.model.num_layer=3"),
-            "error: --config.model.num_layer: unknown config key; did you mean --config.model.num_layers?",
-        ),
-        (
-            (QUICKSTART, "--config.model.num_layers=3.5"),
-            "error: flag --config.model.num_layers=3.5: invalid literal for int() with base 10: '3.5'",
-        ),
-        (
-            (QUICKSTART, "--config.model.num_heads=5", "--config.model.num_kv_heads=2"),
-            "error: model.num_heads=5: expected a multiple of model.num_kv_heads=2",
-        ),
-        (
-            ("--config=configs/moda_700m.py:row9",),
-            "error: configs/moda_700m.py:row9: unknown argument; known: row1, row2, row3, row4, row5",
-        ),
-    ],
-    ids=["no config", "unknown key", "wrong type", "heads", "unknown argument"],
+    quick_of_named(
+        {
+            "no config": ((), "error: --config: missing; name a config file, as in --config=configs/quickstart.py"),
+            "unknown key": (
+                (QUICKSTART, "--config.model.num_layer=3"),
+                "error: --config.model.num_layer: unknown config key; did you mean --config.model.num_layers?",
+            ),
+            "wrong type": (
+                (QUICKSTART, "--config.model.num_layers=3.5"),
+                "error: flag --config.model.num_layers=3.5: invalid literal for int() with base 10: '3.5'",
+            ),
+            "heads": (
+                (QUICKSTART, "--config.model.num_heads=5", "--config.model.num_kv_heads=2"),
+                "error: model.num_heads=5: expected a multiple of model.num_kv_heads=2",
+            ),
+            "unknown argument": (
+                ("--config=configs/moda_700m.py:row9",),
+                "error: configs/moda_700m.py:row9: unknown argument; known: row1, row2, row3, row4, row5",
+            ),
+        },
+        quick=("heads",),
+    ),
 )
 def test_a_wrong_command_ends_in_one_line(arguments, line):
     assert refused(*arguments) == line
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback():
     done = train(QUICKSTART, "--config.model.num_heads=5", "--debug")
     assert done.returncode == 2
     assert "Traceback" in done.stderr and "config.py" in done.stderr
 
 
-def test_train_resume_and_refuse(tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(its command, its directory, what the command did)."""
+    place = tmp_path_factory.mktemp("run")
     command = (
-        QUICKSTART, *TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.cache_dir={tmp_path / 'cache'}",
-        f"--config.data.source={write_corpus(tmp_path / 'corpus')}",
+        QUICKSTART, *TINY, f"--workdir={place / 'run'}", f"--config.data.cache_dir={place / 'cache'}",
+        f"--config.data.source={write_corpus(place / 'corpus')}",
     )  # fmt: skip
-    done = train(*command)
+    return command, place / "run", train(*command)
+
+
+def test_it_trains_and_then_there_is_nothing_to_do(run):
+    command, directory, done = run
     assert done.returncode == 0, done.stderr
-    assert f"{tmp_path / 'run'}: finished, step 4 of 4\nvalidation loss " in done.stdout
+    assert f"{directory}: finished, step 4 of 4\nvalidation loss " in done.stdout
     assert "nats per byte" in done.stdout and "sample:\nimport os" in done.stdout
     for expected in ("device ", "parameters", "steps of 128 tokens", "compiled the train step", "step 2/4 | loss "):
         assert expected in done.stderr, expected
+    assert "\r" not in done.stderr
     again = train(*command)
     assert again.returncode == 0, again.stderr
     assert "this run is finished, step 4 of 4; nothing to do" in again.stdout
+
+
+@pytest.mark.slow
+def test_another_config_is_refused_and_more_steps_go_on(run):
+    command, directory, _ = run
     line = refused(*command, "--config.model.ffn_width=32")
     assert "holds a run with a different config" in line
-    assert "\r" not in done.stderr
-    own = f"--workdir={tmp_path / 'run'}"  # the run's own config, with more steps
-    longer = train("--config.train.num_steps=6", own)
-    assert longer.returncode == 0, longer.stderr
-    assert f"{tmp_path / 'run'}: finished, step 6 of 6\n" in longer.stdout
-    assert "planned anew from step 4 on, as in a run of 6 steps" in longer.stderr
+    own = f"--workdir={directory}"  # the run's own config, with more steps
     line = refused(own, "--config.train.num_step=6")
     assert line == "error: --config.train.num_step: unknown config key; did you mean --config.train.num_steps?"
+    longer = train("--config.train.num_steps=6", own)
+    assert longer.returncode == 0, longer.stderr
+    assert f"{directory}: finished, step 6 of 6\n" in longer.stdout
+    assert "planned anew from step 4 on, as in a run of 6 steps" in longer.stderr
+
+
+@pytest.mark.slow
+def test_a_remote_directory_is_refused():
     line = refused(QUICKSTART, "--workdir=gs://bucket/run")
     assert line.startswith("error: --workdir='gs://bucket/run': is remote, and only local paths are read and written;")

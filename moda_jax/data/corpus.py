@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from moda_jax.config import DataConfig
-from moda_jax.data.faults import DamageError, SkippedDocuments, is_lfs_pointer
+from moda_jax.data.damage import DamageError, SkippedDocuments, is_lfs_pointer
 from moda_jax.data.listing import (
     PYTHON_STDLIB,
     SUFFIXES,

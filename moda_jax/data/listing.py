@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from moda_jax.config import DataConfig
-from moda_jax.data.faults import is_lfs_pointer
+from moda_jax.data.damage import is_lfs_pointer
 from moda_jax.paths import expand_home
 
 _logger = logging.getLogger(__name__)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moda_jax.parallel.batches import ArrayLayout
+
 
 class Batch(NamedTuple):
     """Rows of packed documents: B rows of T tokens.
@@ -30,6 +32,12 @@ class Batch(NamedTuple):
     segment_ids: np.ndarray
     positions: np.ndarray
     target_mask: np.ndarray
+
+
+def batch_layout(batch_size: int, sequence_length: int) -> Batch:
+    """The `ArrayLayout` of every array of a global batch."""
+    integers = ArrayLayout((batch_size, sequence_length), "int32", ("batch", "tokens"))
+    return Batch(integers, integers, integers, integers, ArrayLayout(integers.shape, "float32", integers.axes))
 
 
 def count_rows(num_tokens: int, sequence_length: int) -> int:

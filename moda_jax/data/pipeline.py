@@ -16,7 +16,7 @@ import numpy as np
 
 from moda_jax.config import DataConfig
 from moda_jax.data.cache import cache_directory, cache_key
-from moda_jax.data.faults import SkippedDocuments
+from moda_jax.data.damage import SkippedDocuments
 from moda_jax.data.packing import Batch, pack_rows, pad_rows
 from moda_jax.data.sources import find_split
 from moda_jax.data.token_store import TOKENS_VERSION, TokenDataset, open_tokens, prepare_tokens

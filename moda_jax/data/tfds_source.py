@@ -19,7 +19,7 @@ from tensorflow_datasets.core.utils import tqdm_utils
 
 from moda_jax.config import DataConfig
 from moda_jax.data import corpus
-from moda_jax.data.faults import DamageError, SkippedDocuments, read_skipped
+from moda_jax.data.damage import DamageError, SkippedDocuments, read_skipped
 from moda_jax.paths import expand_home
 from moda_jax.progress import progress_bar
 

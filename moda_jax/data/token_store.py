@@ -23,7 +23,8 @@ import numpy as np
 
 from moda_jax.config import DataConfig
 from moda_jax.data.cache import prepare_once
-from moda_jax.data.faults import DamageError, FileGuard, SkippedDocuments, log_skipped, read_skipped
+from moda_jax.data.damage import DamageError, SkippedDocuments, log_skipped, read_skipped
+from moda_jax.data.file_guard import FileGuard
 from moda_jax.data.packing import count_rows
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.data.tokenizer_file import Losses

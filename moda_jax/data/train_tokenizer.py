@@ -1,22 +1,19 @@
 """Trains a byte-level BPE on the train split of a text source and writes a Hugging Face tokenizer.json.
 
-    python -m moda_jax.data.tokenizer train --vocab-size=8192 --output=tokenizer.json [--source=python_stdlib]
-
 Byte-level: every byte is in the vocabulary, so any text can be encoded and nothing is unknown. The token
 "<|endoftext|>" ends documents.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import tokenizers
 
-from moda_jax.config import DataConfig, check_local
+from moda_jax.config import DataConfig
 from moda_jax.data.sources import find_split
 from moda_jax.data.token_store import DocumentSource
 from moda_jax.data.tokenizer import END_OF_TEXT_NAMES, HuggingFaceTokenizer
@@ -69,28 +66,6 @@ def train_bpe(config: DataConfig, vocab_size: int, output: str | Path) -> Huggin
     finally:
         unfinished.unlink(missing_ok=True)
     return HuggingFaceTokenizer(output)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    defaults = DataConfig()
-    parser = argparse.ArgumentParser(prog="python -m moda_jax.data.tokenizer", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a byte-level BPE and write its tokenizer.json")
-    train.add_argument("--vocab-size", type=int, required=True, help="tokens, end-of-text included")
-    train.add_argument("--output", required=True, help="the tokenizer.json to write")
-    train.add_argument("--source", default=defaults.source, help="as data.source (default: %(default)s)")
-    train.add_argument("--feature", default=defaults.feature, help="as data.feature (default: %(default)s)")
-    train.add_argument("--cache-dir", default=defaults.cache_dir, help="as data.cache_dir (default: the user's)")
-    flags = parser.parse_args(arguments)
-    try:
-        check_local("--output", flags.output)
-        config = DataConfig(source=flags.source, feature=flags.feature, cache_dir=flags.cache_dir)
-        tokenizer = train_bpe(config, flags.vocab_size, flags.output)
-    except ValueError as error:
-        parser.error(str(error))  # exits with status 2
-    print(f"{flags.output}: {tokenizer.vocab_size} tokens; use it with --config.data.tokenizer={flags.output}")
-    return 0
 
 
 def _texts(documents: DocumentSource, name: str) -> Iterator[str]:

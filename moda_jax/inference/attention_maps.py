@@ -24,8 +24,8 @@ from moda_jax.inference.decode import model_config
 from moda_jax.model.attention import default_positions
 from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.function import ModelFunction
-from moda_jax.model.precision import dot_precision
 from moda_jax.model.stack import Step
+from moda_jax.numerics.precision import dot_precision
 
 Array = jax.Array
 

@@ -30,10 +30,11 @@ from moda_jax.config import TransformerConfig
 from moda_jax.inference.sampling import SamplingConfig, sample
 from moda_jax.model.depth.operations import SoftmaxAttention, filled_slots
 from moda_jax.model.depth.stream import Stream
-from moda_jax.model.function import ModelFunction
-from moda_jax.model.precision import compute_dtype
-from moda_jax.model.stack import Step, cast_matrices
+from moda_jax.model.function import ModelFunction, parameter_kinds
+from moda_jax.model.stack import Step
 from moda_jax.model.transformer import Transformer
+from moda_jax.numerics.precision import compute_dtype
+from moda_jax.parameter import cast_matrices
 from pallas_kernels import block
 from pallas_kernels.operands import Call, DepthKV, Mask
 from pallas_kernels.parts import Part, merge
@@ -106,7 +107,7 @@ def inference_params(params: PyTree, config: TransformerConfig) -> PyTree:
         params: see `TrainState`.
         config: of the model.
     """
-    return cast_matrices(params, compute_dtype(config.dtype))
+    return parameter_kinds(config).map(cast_matrices(compute_dtype(config.dtype)), params)
 
 
 def decode_params(params: PyTree, *, unroll: bool | None = None) -> PyTree:

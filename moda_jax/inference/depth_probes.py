@@ -30,8 +30,8 @@ from moda_jax.model.depth_probe import (
     probed_hidden,
     slot_writers,
 )
-from moda_jax.training.loss import projected_loss_sums
-from moda_jax.training.state import ModelFunction
+from moda_jax.model.function import ModelFunction
+from moda_jax.numerics.cross_entropy import ALONE, projected_loss_sums
 
 Array = jax.Array
 
@@ -131,7 +131,9 @@ def _probe(model: ModelFunction, params: Any, batch: Batch, choice: SlotChoice) 
     """(sum of the losses in nats, number of targets, masses [L, S])."""
     module = model.module(params)
     hidden, mass = probed_hidden(module, batch.tokens, batch.segment_ids, batch.positions, choice)
-    _, sums = projected_loss_sums(0.0, hidden, module.output_table(), batch.targets, batch.target_mask)
+    _, sums = projected_loss_sums(
+        0.0, module.config.vocab_size, ALONE, hidden, module.output_table(), batch.targets, batch.target_mask
+    )
     return sums.loss, sums.num_targets, mass
 
 

@@ -11,12 +11,15 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from moda_jax.config import Config, check_local
+from moda_jax.config import Config
 from moda_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from moda_jax.inference.decode import inference_params
 from moda_jax.model.function import ModelFunction, model_function, split_model
+from moda_jax.tasks.language import LanguageModelling, language_params
+from moda_jax.tasks.language_data import TOKENIZER_FILE
+from moda_jax.tasks.registry import find_task
 from moda_jax.training.checkpoint import CheckpointError, check_step, find_good_step, saved_steps, warn_of_skipped
-from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, TOKENIZER_FILE, read_config
+from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE, read_run_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,8 @@ def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | N
     """
     config = read_run_config(workdir)
     workdir = Path(workdir)
+    if not issubclass(find_task(config.train.task), LanguageModelling):
+        raise ValueError(f"--workdir={workdir}: its train.task is {config.train.task!r}, which has no text to read")
     if tokenizer is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_implementation=None))
@@ -72,46 +77,31 @@ def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | N
     return LoadedRun(workdir, config, model, inference_params(params, config.model), loaded, step)
 
 
-def read_run_config(workdir: str | Path) -> Config:
-    """The config of a run's directory.
-
-    Raises:
-        ValueError: there is no such directory, or it holds no run.
-    """
-    check_local("--workdir", str(workdir))
-    workdir = Path(workdir)
-    if not workdir.is_dir():
-        kind = "is not a directory" if workdir.exists() else "no such directory"
-        raise ValueError(f"--workdir={workdir}: {kind}; name the directory of a run, as train.py's --workdir did")
-    config = read_config(workdir)
-    if config is None:
-        raise ValueError(f"--workdir={workdir}: holds no {CONFIG_FILE}, so it is no run's directory; train one first")
-    return config
-
-
-def restore_params(directory: Path, config: Config) -> Any:
+def restore_params(directory: Path, config: Config, *, padded: bool = False) -> Any:
     """The parameters of one checkpoint, float32, on the default device.
 
     Args:
         directory: of the step; its files were compared with their checksums.
         config: the run's.
+        padded: with the vocabulary padded, as training has them.
 
     Raises:
         CheckpointError: the parameters are not those of this config, or cannot be read.
     """
     expected = jax.eval_shape(functools.partial(_params, config), jax.random.key(0))
+    with_padding = jax.eval_shape(functools.partial(language_params, config.model), jax.random.key(0))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    expected = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), expected)
-    wanted = {"params": expected}
+    wanted = {"params": jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), with_padding if padded else expected
+    )}  # fmt: skip
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     path = directory.absolute() / "state"
     try:
         saved = checkpointer.metadata(path).item_metadata.tree["params"]
-        same = _shapes(saved) == _shapes(expected)
-        if same:
-            arguments = ocp.args.PyTreeRestore(
-                item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-            )
+        if _shapes(saved) in (_shapes(expected), _shapes(with_padding)):
+            how = ocp.checkpoint_utils.construct_restore_args(wanted)
+            how = jax.tree.map(lambda leaf: dataclasses.replace(leaf, strict=False), how)  # pads with zeros, or cuts
+            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
             return checkpointer.restore(path, args=arguments)["params"]
     except Exception as error:  # for damaged files Orbax raises anything, bare Exceptions included
         reason = f"{type(error).__name__}: {error}"

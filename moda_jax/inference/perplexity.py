@@ -26,7 +26,7 @@ from moda_jax.data.tokenizer_file import Losses
 from moda_jax.inference.load import LoadedRun
 from moda_jax.inference.scoring import Window, score_windows
 from moda_jax.paths import expand_home
-from moda_jax.training.metrics import perplexity
+from moda_jax.tasks.language import perplexity
 
 _logger = logging.getLogger(__name__)
 

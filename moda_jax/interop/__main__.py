@@ -28,8 +28,9 @@ from moda_jax.config import Config, TransformerConfig
 from moda_jax.inference.load import load_run, restore_params
 from moda_jax.interop.depth_init import OPEN_FIELDS, add_depth
 from moda_jax.interop.exchange import TOKENIZER_FILE, export_model, is_olmo2, load_model
+from moda_jax.quantities import quantity
 from moda_jax.training import runtime
-from moda_jax.training.console import config_from_flag, print_result, quantity, run_command, user_errors
+from moda_jax.training.console import config_from_flag, print_result, run_command, user_errors
 from moda_jax.training.trainer import TrainingRun
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE
 

@@ -25,7 +25,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from moda_jax.config import TransformerConfig
-from moda_jax.data.faults import is_lfs_pointer
+from moda_jax.data.damage import is_lfs_pointer
 from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.transformer import Transformer
 

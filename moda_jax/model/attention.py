@@ -65,7 +65,7 @@ class Attention(nnx.Module):
         self.output = projection("output", "btnh,nhd->btd", num_heads, head_dim, width)
         norm = {"epsilon": norm_epsilon, "implementation": beside(implementation)}
         self.query_norm = HeadsNorm(num_heads, head_dim, **norm) if qk_norm else None
-        self.key_norm = HeadsNorm(num_kv_heads, head_dim, **norm) if qk_norm else None
+        self.key_norm = HeadsNorm(num_kv_heads, head_dim, axis="kv_heads", **norm) if qk_norm else None
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """x [B, T, D] to query [B, T, N, H], key and value [B, T, K, H]; normalised, rotated to `positions` [B, T]."""

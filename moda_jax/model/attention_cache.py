@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
 
 Array = jax.Array
 

@@ -22,8 +22,9 @@ from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.depth.stream import Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import RMSNorm, SwiGLU
-from moda_jax.model.precision import compute_dtype
-from moda_jax.parallel.parameters import gather_layer
+from moda_jax.numerics.precision import compute_dtype
+from moda_jax.parallel.parameters import LayerGather
+from moda_jax.parameter import ParameterKinds
 from pallas_kernels.norm import beside
 
 Array = jax.Array
@@ -58,6 +59,7 @@ class Block(nnx.Module):
         )  # fmt: skip
         self.ffn_norm = layer_norm(config)
         self.depth: DepthMechanism = find_mechanism(config.depth).build(config, last=last, rngs=keys.at("depth"))
+        self.kinds = ParameterKinds.of(nnx.state(self, nnx.Param))
 
     def __call__(
         self,
@@ -74,7 +76,7 @@ class Block(nnx.Module):
     def cut(self) -> tuple[Layer, nnx.State]:
         """The layer as the loop takes it, and its parameters."""
         graph, params = nnx.split(self)
-        return _layer(graph, self.config, type(self.depth), self.depth.writes_own_key_value), params
+        return _layer(graph, self.kinds, self.config, type(self.depth), self.depth.writes_own_key_value), params
 
     # The parts: dicts of values to dicts of values, see `_layer`.
 
@@ -187,8 +189,9 @@ class _Method:
 
 @functools.lru_cache(maxsize=64)  # the same layer for the same model: JAX then knows that it has traced it
 def _layer(
-    graph: nnx.GraphDef, config: TransformerConfig, mechanism: type[DepthMechanism], writes_own_key_value: bool
-) -> Layer:
+    graph: nnx.GraphDef, kinds: ParameterKinds, config: TransformerConfig, mechanism: type[DepthMechanism],
+    writes_own_key_value: bool,
+) -> Layer:  # fmt: skip
     """The block cut where its mechanism reads, and at the softmax."""
     operations = mechanism.operations(config)
     numbered = ("layer",) if mechanism.numbered else ()
@@ -223,7 +226,7 @@ def _layer(
     else:
         parts.append(part("finish", takes, ("output",)))
     reread = ((heads[1], 0, 0), (heads[2], 1, 0)) if writes_own_key_value else ()
-    return Layer(tuple(parts), tuple(cuts), reread, prepare=gather_layer)
+    return Layer(tuple(parts), tuple(cuts), reread, prepare=LayerGather(kinds))
 
 
 def layer_norm(config: TransformerConfig) -> RMSNorm:

@@ -18,9 +18,9 @@ import numpy as np
 
 from moda_jax.config import TransformerConfig
 from moda_jax.model.attention import default_positions
-from moda_jax.model.precision import dot_precision
 from moda_jax.model.stack import Step
 from moda_jax.model.transformer import Transformer
+from moda_jax.numerics.precision import dot_precision
 from moda_jax.parallel.attention import attention_forward
 from pallas_kernels.operands import DepthKV
 

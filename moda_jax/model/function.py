@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,19 +12,23 @@ from flax import nnx
 
 from moda_jax.config import TransformerConfig
 from moda_jax.model.transformer import Transformer
+from moda_jax.parameter import ParameterKinds
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFunction:
-    """`Transformer` without its parameters: a pure function, safe to close over in a jitted one.
+    """A model without its parameters: a pure function, safe to close over in a jitted one. All but `module` is of a
+    `Transformer`.
 
     Attributes:
         graph: the module's structure.
+        kinds: what its parameters are.
     """
 
     graph: nnx.GraphDef
+    kinds: ParameterKinds
 
     def __call__(
         self, params: Any, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None
@@ -45,16 +51,15 @@ class ModelFunction:
         return self.module(params).config.vocab_size
 
     def module(self, params: Any) -> nnx.Module:
-        """The `Transformer` itself, holding `params`."""
+        """The model itself, holding `params`."""
         return nnx.merge(self.graph, params)
 
 
-def split_model(config: TransformerConfig, key: Array) -> tuple[ModelFunction, Any]:
-    """A freshly initialised model, as function and parameters.
+def split_module(module: nnx.Module) -> tuple[ModelFunction, Any]:
+    """A model as function and parameters.
 
     Args:
-        config: the model's section.
-        key: a typed PRNG key, the source of the parameters.
+        module: whose parameters say what they are, see `moda_jax.parameter`.
 
     Returns:
         The function and the parameters, nested dicts of float32 arrays.
@@ -62,21 +67,42 @@ def split_model(config: TransformerConfig, key: Array) -> tuple[ModelFunction, A
     Raises:
         NotImplementedError: the model holds variables that are not parameters; a train step would not carry them on.
     """
-    graph, params, rest = nnx.split(Transformer(config, rngs=nnx.Rngs(params=key)), nnx.Param, ...)
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
     others = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(rest)]
     if others:
         raise NotImplementedError(f"the train step carries parameters only; the model also holds {', '.join(others)}")
-    return ModelFunction(graph), nnx.to_pure_dict(params)
+    return ModelFunction(graph, ParameterKinds.of(params)), nnx.to_pure_dict(params)
 
 
-def model_function(config: TransformerConfig) -> ModelFunction:
-    """The model's function alone; no parameter is allocated."""
+def module_function(build: Callable[[], nnx.Module]) -> ModelFunction:
+    """The function alone of the model that `build` makes; no parameter is allocated."""
     holder: list[ModelFunction] = []
 
-    def build() -> Any:
-        model, params = split_model(config, jax.random.key(0))
+    def split() -> Any:
+        model, params = split_module(build())
         holder.append(model)
         return params
 
-    jax.eval_shape(build)
+    jax.eval_shape(split)
     return holder[0]
+
+
+def split_model(config: TransformerConfig, key: Array) -> tuple[ModelFunction, Any]:
+    """A freshly initialised `Transformer`, as function and parameters; see `split_module`.
+
+    Args:
+        config: the model's section.
+        key: a typed PRNG key, the source of the parameters.
+    """
+    return split_module(Transformer(config, rngs=nnx.Rngs(params=key)))
+
+
+def model_function(config: TransformerConfig) -> ModelFunction:
+    """The function of a `Transformer` alone; no parameter is allocated."""
+    return module_function(lambda: Transformer(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+
+
+@functools.cache
+def parameter_kinds(config: TransformerConfig) -> ParameterKinds:
+    """What the model's parameters are."""
+    return model_function(config).kinds

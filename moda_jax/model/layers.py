@@ -16,15 +16,21 @@ import numpy as np
 from flax import nnx
 
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.precision import contract
+from moda_jax.numerics.precision import contract
+from moda_jax.numerics.row_sums import sum_rows
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.manual import varying_like
 from moda_jax.parallel.mesh import constrain, current_mesh
 from moda_jax.parallel.norm import rms_norm_backward
-from moda_jax.row_sums import sum_rows
+from moda_jax.parameter import parameter
 from pallas_kernels import norm
 
 Array = jax.Array
+
+# Einsum letters of a kernel, and the logical axes that they stand for.
+LETTERS = {
+    "d": "width", "n": "heads", "k": "kv_heads", "h": "head_dim", "f": "ffn", "v": "vocabulary", "c": "pair",
+}  # fmt: skip
 
 
 class Projection(nnx.Module):
@@ -36,6 +42,7 @@ class Projection(nnx.Module):
         initializer_range: standard deviation of the kernel at the start (normal distribution).
         dtype: compute dtype; the kernel itself is float32.
         out_dtype: dtype of the result; None: the compute dtype.
+        axes: logical axes of the kernel; None: those that its letters stand for, see `LETTERS`.
         rngs: source of the kernel.
     """
 
@@ -47,13 +54,16 @@ class Projection(nnx.Module):
         initializer_range: float,
         dtype: jnp.dtype,
         out_dtype: jnp.dtype | None = None,
+        axes: tuple[str | None, ...] | None = None,
         rngs: nnx.Rngs | InitialKeys,
     ) -> None:
+        if axes is None:
+            axes = tuple(LETTERS[letter] for letter in spec.split(",")[1].partition("->")[0])
         self.spec = spec
         self.dtype = dtype
         self.out_dtype = out_dtype
         init = nnx.initializers.normal(initializer_range)
-        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.kernel = parameter(init(rngs.params(), shape, jnp.float32), *axes, decays=True, is_cast=True)
 
     def __call__(self, x: Array) -> Array:
         """The product, in the compute dtype."""
@@ -67,12 +77,15 @@ class RMSNorm(nnx.Module):
         features: size of that axis.
         epsilon: added to the mean square.
         implementation: of the backward, see `pallas_kernels.norm`.
+        axis: logical axis of the scale.
     """
 
-    def __init__(self, features: int, *, epsilon: float, implementation: str | None = None) -> None:
+    def __init__(
+        self, features: int, *, epsilon: float, implementation: str | None = None, axis: str = "channels"
+    ) -> None:
         self.epsilon = epsilon
         self.implementation = implementation
-        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.scale = parameter(jnp.ones((features,), jnp.float32), axis)
 
     def __call__(self, x: Array) -> Array:
         """x of any shape [..., features]."""
@@ -81,10 +94,12 @@ class RMSNorm(nnx.Module):
 
 class HeadsNorm(RMSNorm):
     """OLMo 2's QK-norm and what follows it: one RMSNorm over a projection's full width, all heads together, then the
-    rotary embedding head by head, if there is one."""
+    rotary embedding head by head, if there is one. Its axis ("heads" or "kv_heads") is split head by head."""
 
-    def __init__(self, heads: int, head_dim: int, *, epsilon: float, implementation: str | None = None) -> None:
-        super().__init__(heads * head_dim, epsilon=epsilon, implementation=implementation)
+    def __init__(
+        self, heads: int, head_dim: int, *, epsilon: float, implementation: str | None = None, axis: str = "heads"
+    ) -> None:
+        super().__init__(heads * head_dim, epsilon=epsilon, implementation=implementation, axis=axis)
 
     def __call__(self, x: Array, positions: Array, theta: float | None) -> Array:
         """x and the result [B, T, heads, H]; positions, theta: as in `rotate`; theta None: no rotation."""
@@ -135,7 +150,8 @@ class Embedding(nnx.Module):
     ) -> None:
         self.dtype = dtype
         init = nnx.initializers.normal(initializer_range)
-        self.table = nnx.Param(init(rngs.params(), (vocab_size, width), jnp.float32))
+        table = init(rngs.params(), (vocab_size, width), jnp.float32)
+        self.table = parameter(table, "vocabulary", "width", is_cast=True)
 
     def __call__(self, tokens: Array) -> Array:
         """tokens [B, T] int32 to [B, T, D] in the compute dtype."""
@@ -150,7 +166,7 @@ class Embedding(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def take_rows(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
-    """`table[tokens]` in `dtype`; the table's gradient is summed in a fixed order, see `moda_jax.row_sums`.
+    """`table[tokens]` in `dtype`; the table's gradient is summed in a fixed order, see `moda_jax.numerics.row_sums`.
 
     Args:
         table: [V, D] float32.

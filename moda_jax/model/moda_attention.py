@@ -16,7 +16,7 @@ from moda_jax.model.depth.moda import MixtureOfDepths
 from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.depth.stream import DepthStream
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
 from pallas_kernels import moda_attention
 
 Array = jax.Array

@@ -26,9 +26,10 @@ from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.depth.stream import Stream
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.mesh import current_mesh
-from moda_jax.parallel.parameters import gather_layer
+from moda_jax.parallel.parameters import LayerGather
+from moda_jax.parameter import cast_matrices
 
 Array = jax.Array
 PyTree = Any
@@ -168,22 +169,12 @@ class Stack(nnx.Module):
     def _differentiable_layers(self, layer, params, carry, stream, shared, dtype):
         """The first L-1 layers, by the loop that keeps one depth buffer."""
         # Matrices are cast before the loop, not in every layer: the loop reads half the bytes, and keeps no casts.
-        params = cast_matrices(params, dtype)
+        params = self.layers.kinds.map(cast_matrices(dtype), params)
         config = self.config
         return depth_scan(
             layer, params, carry, stream, *shared,
             remat=config.remat, unroll=config.layer_loop == "unroll", gradient_dtype=config.depth_gradient_dtype,
         )  # fmt: skip
-
-
-def cast_matrices(params: PyTree, dtype: jnp.dtype) -> PyTree:
-    """Parameters with the matrices ("kernel", "table") in the compute dtype; all others stay float32."""
-
-    def cast(path: tuple, leaf: Array) -> Array:
-        names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-        return leaf.astype(dtype) if {"kernel", "table"} & set(names[-2:]) else leaf
-
-    return jax.tree.map_with_path(cast, params)
 
 
 def _walked(layer, params, carry, stream, number, shared, step, held) -> tuple[PyTree, Stream, PyTree]:
@@ -235,7 +226,8 @@ def _gathered(layer: Block) -> Block:
     if current_mesh() is None:
         return layer
     graph, params = nnx.split(layer)
-    return nnx.merge(graph, gather_layer(cast_matrices(params, compute_dtype(layer.config.dtype))))
+    params = layer.kinds.map(cast_matrices(compute_dtype(layer.config.dtype)), params)
+    return nnx.merge(graph, LayerGather(layer.kinds)(params))
 
 
 def _stacked_blocks(config: TransformerConfig, keys: InitialKeys) -> Block:

@@ -12,8 +12,8 @@ from flax import nnx
 from moda_jax.config import TransformerConfig
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import Embedding, Projection
-from moda_jax.model.precision import compute_dtype
 from moda_jax.model.stack import Stack
+from moda_jax.numerics.precision import compute_dtype
 
 Array = jax.Array
 
@@ -57,13 +57,15 @@ class Transformer(Stack):
         return super().__call__(self.embedding(tokens), segment_ids, positions)
 
     def output_table(self) -> Array:
-        """[V, D] float32, the rows that `logits` multiplies `hidden` with: the embedding, or an untied head's."""
+        """[V, D] float32, the rows that `logits` multiplies `hidden` with: the embedding, or an untied head's. A
+        training state's have padding behind them."""
         return self.embedding.table[...] if self.head is None else self.head.kernel[...].T
 
     def logits(self, hidden: Array) -> Array:
-        """hidden [B, T, D] to [B, T, V] float32."""
+        """hidden [B, T, D] to [B, T, V] float32; what a padded vocabulary has beyond V is cut off."""
         with jax.named_scope("logits"):
-            return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+            logits = self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+            return logits[..., : self.config.vocab_size] if logits.shape[-1] > self.config.vocab_size else logits
 
     def _check_inputs(self, tokens, segment_ids, positions) -> None:
         for name, array in (("tokens", tokens), ("segment_ids", segment_ids), ("positions", positions)):

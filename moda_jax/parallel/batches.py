@@ -6,25 +6,40 @@ its own block; where they span processes, those processes read the same block an
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moda_jax.data.packing import Batch
 from moda_jax.parallel.attention import balanced_order
 from moda_jax.parallel.mesh import named_sharding
 
 
-class RowBlock(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ArrayLayout:
+    """An array of a global batch, before it is there.
+
+    Attributes:
+        shape: of all processes' rows together, the rows first.
+        dtype: NumPy's name of it.
+        axes: logical axes of the dimensions, see `moda_jax.parallel.mesh.RULES`; "batch" first.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+
+
+class RowShare(NamedTuple):
     """A process's share of every global batch: block `index` of `count` equal ones."""
 
     index: int
     count: int
 
 
-def row_block(mesh: Mesh, process_index: int | None = None) -> RowBlock:
+def row_share(mesh: Mesh, process_index: int | None = None) -> RowShare:
     """The block of rows that this process's devices need.
 
     Args:
@@ -44,38 +59,43 @@ def row_block(mesh: Mesh, process_index: int | None = None) -> RowBlock:
             f"mesh of data={data} x fsdp={fsdp}: the devices of process {process_index} hold the parts {wanted} of the "
             "batch, expected one block; put the devices of a process next to each other"
         )
-    return RowBlock(wanted[0] // size, data * fsdp // size)
+    return RowShare(wanted[0] // size, data * fsdp // size)
 
 
 class BatchPlacement:
-    """Puts batches on the devices, the tokens in balanced order.
+    """Puts batches on the devices, what lies along "tokens" in balanced order.
 
     Args:
         mesh: the mesh.
-        batch_size: rows of a global batch.
-        sequence_length: T.
+        layout: of a global batch, a pytree of `ArrayLayout`.
     """
 
-    def __init__(self, mesh: Mesh, batch_size: int, sequence_length: int):
-        self.block = row_block(mesh)
-        self._shape = (batch_size, sequence_length)
-        self._sharding = named_sharding(mesh, "batch", "tokens")
-        self._order = balanced_order(sequence_length, mesh.shape["context"])
-        self._first = self.block.index * (batch_size // self.block.count)
+    def __init__(self, mesh: Mesh, layout: Any):
+        self.share = row_share(mesh)
+        self._mesh, self._layout = mesh, layout
 
-    def abstract(self) -> Batch:
+    def abstract(self) -> Any:
         """Shapes, dtypes and shardings of a global batch."""
-        integers = jax.ShapeDtypeStruct(self._shape, np.int32, sharding=self._sharding)
-        mask = jax.ShapeDtypeStruct(self._shape, np.float32, sharding=self._sharding)
-        return Batch(integers, integers, integers, integers, mask)
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=named_sharding(self._mesh, *a.axes)), self._layout
+        )
 
-    def __call__(self, batch: Batch) -> Batch:
-        """This process's block of rows [B / count, T], in the order of the sequence, to global arrays [B, T]."""
-        return Batch(*(self._place(array) for array in batch))
+    def __call__(self, batch: Any) -> Any:
+        """This process's block of rows, in the order of the sequence, to global arrays."""
+        return jax.tree.map(self._place, self._layout, batch)
 
-    def _place(self, rows: np.ndarray) -> jax.Array:
+    def _place(self, layout: ArrayLayout, rows: np.ndarray) -> jax.Array:
+        first = self.share.index * (layout.shape[0] // self.share.count)
+        context = self._mesh.shape["context"]
+
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(self._shape[0])
-            return rows[start - self._first : stop - self._first, self._order[index[1]]]
+            start, stop, _ = index[0].indices(layout.shape[0])
+            taken = rows[start - first : stop - first]
+            for axis in range(1, rows.ndim):
+                if layout.axes[axis] == "tokens":
+                    taken = np.take(taken, balanced_order(layout.shape[axis], context)[index[axis]], axis)
+                else:
+                    taken = taken[(slice(None),) * axis + (index[axis],)]
+            return taken
 
-        return jax.make_array_from_callback(self._shape, self._sharding, part)
+        return jax.make_array_from_callback(layout.shape, named_sharding(self._mesh, *layout.axes), part)

@@ -11,15 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moda_jax.config import Config
-from moda_jax.data.packing import Batch
 from moda_jax.parallel import parameters
-from moda_jax.parallel.batches import BatchPlacement, RowBlock
+from moda_jax.parallel.batches import BatchPlacement, RowShare
 from moda_jax.parallel.mesh import check_config, make_mesh, mesh_sizes, on_mesh
+from moda_jax.parameter import ParameterKinds
 
 
 class Distribution:
@@ -27,6 +26,8 @@ class Distribution:
 
     Args:
         config: the run. Sizes are checked here, the parameters' when `initializer` is called.
+        layout: of a global batch, a pytree of `ArrayLayout`.
+        kinds: what the model's parameters are.
         devices: None: all devices of all processes.
 
     Raises:
@@ -36,24 +37,20 @@ class Distribution:
         mesh: None on one device.
         rows: the block of every batch that this process reads.
         is_first: this process writes logs, metrics and the config.
-        vocabulary_rows: rows that the embedding is stored with.
     """
 
-    def __init__(self, config: Config, devices: Sequence[jax.Device] | None = None):
+    def __init__(self, config: Config, layout: Any, kinds: ParameterKinds, devices: Sequence[jax.Device] | None = None):
         devices = jax.devices() if devices is None else devices
-        self._config = config
+        self._layout, self._kinds = layout, kinds
         self.sizes = mesh_sizes(config.mesh, len(devices))
         check_config(config, self.sizes)
         self.mesh = make_mesh(config.mesh, devices)
         self.is_first = jax.process_index() == 0
-        self.vocabulary_rows = config.model.vocab_size
-        self._relayouts: dict[int, Callable] = {}
         self._batches = None
-        self.rows = RowBlock(0, 1)
+        self.rows = RowShare(0, 1)
         if self.mesh is not None:
-            self.vocabulary_rows = parameters.padded_vocabulary(config.model.vocab_size, self.sizes["tensor"])
-            self._batches = BatchPlacement(self.mesh, config.train.batch_size, config.data.sequence_length)
-            self.rows = self._batches.block
+            self._batches = BatchPlacement(self.mesh, layout)
+            self.rows = self._batches.share
 
     def initializer(self, initialize: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
         """`initialize(*arguments)`, which makes the training state, jitted so that every device makes its own part.
@@ -66,28 +63,25 @@ class Distribution:
         if self.mesh is None:
             return functools.partial(jax.jit(initialize), *arguments)
 
-        def padded(*arguments: Any) -> Any:
-            return parameters.pad_vocabulary(initialize(*arguments), self.vocabulary_rows)
-
-        abstract = jax.eval_shape(padded, *arguments)
-        parameters.check_divisible(self.sizes, abstract.params)
-        shardings = parameters.state_shardings(self.mesh, abstract)
-        return functools.partial(jax.jit(padded, out_shardings=shardings), *arguments)
+        abstract = jax.eval_shape(initialize, *arguments)
+        parameters.check_divisible(self.sizes, abstract.params, self._kinds)
+        shardings = parameters.state_shardings(self.mesh, abstract, self._kinds)
+        return functools.partial(jax.jit(initialize, out_shardings=shardings), *arguments)
 
     def abstract_state(self, initialize: Callable[[], Any]) -> Any:
         """Shapes, dtypes and shardings of the state that `initializer` makes."""
         state = jax.eval_shape(initialize)
-        return state if self.mesh is None else _abstract(state, parameters.state_shardings(self.mesh, state))
+        return (
+            state if self.mesh is None else _abstract(state, parameters.state_shardings(self.mesh, state, self._kinds))
+        )
 
-    def abstract_batch(self) -> Batch:
+    def abstract_batch(self) -> Any:
         """Shapes, dtypes and shardings of what `place` returns."""
         if self._batches is not None:
             return self._batches.abstract()
-        shape = (self._config.train.batch_size, self._config.data.sequence_length)
-        integers = jax.ShapeDtypeStruct(shape, np.int32)
-        return Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct(shape, np.float32))
+        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), self._layout)
 
-    def place(self, batch: Batch) -> Batch:
+    def place(self, batch: Any) -> Any:
         """A batch as the pipeline makes it, on the devices."""
         return batch if self._batches is None else self._batches(batch)
 
@@ -105,52 +99,10 @@ class Distribution:
             return jax.jit(eval_step)
         return jax.jit(on_mesh(self.mesh, eval_step), out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
-    def saved(self, state: Any) -> Any:
-        """The state as a checkpoint holds it: the vocabulary without padding."""
-        if not self._is_padded:
-            return state
-        return self._relayout(state, self._config.model.vocab_size, parameters.saved_shardings)
-
-    def abstract_saved(self, state: Any) -> Any:
-        """Shapes, dtypes and shardings of `saved(state)`, from those of `state`: what a restore asks for."""
-        if not self._is_padded:
-            return state
-        saved = jax.eval_shape(lambda state: parameters.pad_vocabulary(state, self._config.model.vocab_size), state)
-        return _abstract(saved, parameters.saved_shardings(self.mesh, saved))
-
-    def restored(self, saved: Any) -> Any:
-        """The state from what a checkpoint held."""
-        if not self._is_padded:
-            return saved
-        return self._relayout(saved, self.vocabulary_rows, parameters.state_shardings)
-
     def agree(self, name: str) -> None:
         """Waits until all processes have come here."""
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(name)
-
-    @property
-    def _is_padded(self) -> bool:
-        return self.vocabulary_rows != self._config.model.vocab_size
-
-    def _relayout(self, state: Any, rows: int, shardings: Callable) -> Any:
-        """The state with another number of vocabulary rows; no other array is copied."""
-        flat, structure = jax.tree.flatten_with_path(state)
-        changed = [i for i, (path, leaf) in enumerate(flat) if parameters.has_vocabulary(path, leaf)]
-        if rows not in self._relayouts:
-            paths = [flat[i][0] for i in changed]
-            resized = jax.eval_shape(lambda state: parameters.pad_vocabulary(state, rows), state)
-            wanted = jax.tree.leaves(shardings(self.mesh, resized))
-
-            def resize(leaves: list[jax.Array]) -> list[jax.Array]:
-                pairs = zip(paths, leaves, strict=True)
-                return [parameters.resize_vocabulary(path, leaf, rows) for path, leaf in pairs]
-
-            self._relayouts[rows] = jax.jit(resize, out_shardings=[wanted[i] for i in changed])
-        leaves = [leaf for _, leaf in flat]
-        for i, leaf in zip(changed, self._relayouts[rows]([leaves[i] for i in changed]), strict=True):
-            leaves[i] = leaf
-        return jax.tree.unflatten(structure, leaves)
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:

@@ -31,9 +31,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moda_jax.config import CheckpointConfig, check_local
+from moda_jax.exit_codes import RunStoppedError
 from moda_jax.training import event_loops
 from moda_jax.training.checksums import MANIFEST_FILE, find_damage, flush, total_bytes, write_manifest
-from moda_jax.training.faults import RunStoppedError
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY
 
 _logger = logging.getLogger(__name__)
@@ -200,13 +200,16 @@ class Checkpoints:
         self._settle()
         return self._last_is_saved
 
-    def restore(self, step: int, abstract_state: Any, *, is_checked: bool = False) -> tuple[Any, dict[str, Any]]:
+    def restore(
+        self, step: int, abstract_state: Any, *, older: Any = None, is_checked: bool = False
+    ) -> tuple[Any, dict[str, Any]]:
         """The state and the record of a saved step.
 
         Args:
             step: one of `saved_steps`.
             abstract_state: the pytree that is expected, of jax.ShapeDtypeStructs; a leaf's sharding says where the
                 array goes, None the default device.
+            older: the same pytree with smaller shapes that older checkpoints may have; what such a one lacks is zero.
             is_checked: the checksums were compared just now, as `newest_good_step` does.
 
         Raises:
@@ -223,15 +226,18 @@ class Checkpoints:
         try:
             record = self._restore_item(place, _META, ocp.args.JsonRestore())
             saved = self._checkpointer.metadata(place).item_metadata[_STATE]
-            differences = _differences(_tensors(getattr(saved, "tree", saved)), _tensors(abstract_state))
-            if record.get("format") == FORMAT and not differences:
-                state = self._restore_item(place, _STATE, ocp.args.StandardRestore(abstract_state))
+            tensors = _tensors(getattr(saved, "tree", saved))
+            differences = _differences(tensors, _tensors(abstract_state))
+            is_older = bool(differences) and older is not None and not _differences(tensors, _tensors(older))
+            if record.get("format") == FORMAT and (is_older or not differences):
+                arguments = ocp.args.StandardRestore(abstract_state, strict=not is_older)  # else Orbax pads with zeros
+                state = self._restore_item(place, _STATE, arguments)
         except Exception as error:  # Orbax raises anything, bare Exceptions included
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{place}: cannot be restored ({reason})") from error
         if record.get("format") != FORMAT:
             raise CheckpointError(f"{place}: has format {record.get('format')}, this version reads {FORMAT}")
-        if differences:
+        if differences and not is_older:
             raise CheckpointError(f"{place}: does not hold what this config needs:" + "".join(differences))
         return state, record
 

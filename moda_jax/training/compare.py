@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moda_jax.config import check_local
-from moda_jax.training.metrics import read_metrics
-from moda_jax.training.workdir import METRICS_FILE
+from moda_jax.config import Config, check_local
+from moda_jax.tasks.registry import make_task
+from moda_jax.tasks.task import Metric, Task
+from moda_jax.training.metrics_file import read_metrics
+from moda_jax.training.workdir import METRICS_FILE, read_config
 
 
 def compare_runs(workdirs: Sequence[Path], output: Path) -> str:
@@ -36,8 +38,11 @@ def compare_runs(workdirs: Sequence[Path], output: Path) -> str:
             kind = f"holds no {METRICS_FILE} with a line" if workdir.is_dir() else "no such directory"
             raise ValueError(f"{workdir}: {kind}; expected the directory of a run, as train.py's --workdir")
         runs[name] = entries
-    _plot_comparison(runs, output)
-    columns = ("step", "tokens", "loss", "validation_loss", "validation_perplexity", "tokens_per_second")
+    task = _task_of(workdirs)
+    first, *_ = task.metrics
+    _plot_comparison(runs, first, output)
+    validation = (f"validation_{metric.name}" for metric in task.metrics)
+    columns = ("step", task.items, first.name, *validation, f"{task.items}_per_second")
     rows = [("run", *columns)]
     for name, entries in runs.items():
         last = {key: _last(entries, key) for key in columns}
@@ -82,7 +87,13 @@ def _short_names(workdirs: Sequence[Path]) -> list[str]:
     return names
 
 
-def _plot_comparison(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def _task_of(workdirs: Sequence[Path]) -> Task:
+    """What the runs learn, by the first one's config.json; without any the default."""
+    configs = (read_config(workdir) for workdir in workdirs)
+    return make_task(next((config for config in configs if config is not None), Config()))
+
+
+def _plot_comparison(runs: dict[str, list[dict[str, Any]]], metric: Metric, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -91,12 +102,13 @@ def _plot_comparison(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes = figure.subplots()
     for i, (name, entries) in enumerate(runs.items()):
         color = f"C{i % 10}"
-        for key, style in (("loss", {"alpha": 0.35, "linewidth": 1}), ("validation_loss", {"marker": "o"})):
+        for prefix, style in (("", {"alpha": 0.35, "linewidth": 1}), ("validation_", {"marker": "o"})):
+            key = f"{prefix}{metric.name}"
             points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
             if points:
-                label = f"{name}: {'training' if key == 'loss' else 'validation'} {points[-1][1]:.3f}"
+                label = f"{name}: {'validation' if prefix else 'training'} {points[-1][1]:.3f}"
                 axes.plot(*zip(*points, strict=True), color=color, label=label, **style)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="training (thin) and validation loss")
+    axes.set(xlabel="step", ylabel=metric.label, title=f"training (thin) and validation {metric.name}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

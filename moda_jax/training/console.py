@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: log lines, one live progress line, and errors in one line."""
+"""What a command is to the person at the terminal: flags, log lines, results, and errors in one line."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import dataclasses
 import difflib
 import faulthandler
 import functools
-import itertools
 import logging
-import math
 import os
 import sys
 import time
@@ -23,14 +21,14 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
+from moda_jax import command_help, config_files
 from moda_jax.config import Config, check_local
-from moda_jax.exit_codes import ExitCode
+from moda_jax.exit_codes import ExitCode, RunStoppedError
 from moda_jax.parallel import peers
 from moda_jax.parallel.roll_call import PeersMissingError
-from moda_jax.training.faults import RunStoppedError
 from moda_jax.training.run_config import with_run_config
+from moda_jax.training.status_line import StatusLine
 
-_REDRAW_SECONDS = 0.1
 _LOGGERS = ("moda_jax", "pallas_kernels")
 _PLACES = ("workdir", "output", "checkpoint", "tokenizer", "task-dir", "data")  # flags; data: NAME=PATH
 _results: TextIO | None = None  # stdout, once it is kept for results
@@ -38,81 +36,14 @@ _results: TextIO | None = None  # stdout, once it is kept for results
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error, and every library's log lines")
 
 
-class ProgressLine:
-    """One line on a terminal that is overwritten in place; where the stream is no terminal, a log line now and then.
-
-    Args:
-        logger: where the plain lines go.
-        stream: None for stderr.
-    """
-
-    _shown: ProgressLine | None = None  # the one that stands on the terminal: log lines must step around it
-
-    def __init__(self, logger: logging.Logger, stream: TextIO | None = None):
-        self._logger = logger
-        self._stream = sys.stderr if stream is None else stream
-        self._live = self._stream.isatty()
-        self._text = ""
-        self._drawn = -math.inf
-
-    def show(self, text: str, *, milestone: bool) -> None:
-        """Shows the text; where there is no terminal, only a milestone is worth a line."""
-        if not self._live:
-            if milestone:
-                self._logger.info("%s", text)
-            return
-        self._text, ProgressLine._shown = text, self
-        if time.monotonic() - self._drawn >= _REDRAW_SECONDS:
-            self._draw()
-
-    def close(self) -> None:
-        """Takes the line away."""
-        if ProgressLine._shown is self:
-            self.hide()
-            ProgressLine._shown = None
-
-    def hide(self) -> None:
-        """Clears the line until the next `show`."""
-        self._stream.write("\r\x1b[K")
-        self._stream.flush()
-        self._drawn = -math.inf
-
-    def _draw(self) -> None:
-        columns = os.get_terminal_size(self._stream.fileno()).columns or 80  # some terminals say 0
-        self._stream.write(f"\r\x1b[K{self._text[: columns - 1]}")
-        self._stream.flush()
-        self._drawn = time.monotonic()
-
-    @classmethod
-    def hide_shown(cls) -> None:
-        """Clears the line that stands on the terminal, if there is one."""
-        if cls._shown is not None:
-            cls._shown.hide()
-
-
-class _ProgressSafeHandler(logging.Handler):
-    """Writes log lines to stderr without tearing a progress line, ours or tqdm's, apart."""
+class _LineSafeHandler(logging.Handler):
+    """Writes log lines to stderr without tearing a status line, or tqdm's bar, apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
         # A pipe that was closed, a terminal that is gone, a log file on a full disk: a run goes on without its log.
         with contextlib.suppress(OSError):
-            ProgressLine.hide_shown()
+            StatusLine.hide_shown()
             tqdm.write(self.format(record), file=sys.stderr)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: "1:02:03", "2:03"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def quantity(number: float) -> str:
-    """A count that a person reads at a glance: "950", "12.3k", "4.56M", "1.20B"."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f}k" if unit == "k" else f"{number / size:.2f}{unit}"
-    return f"{number:.0f}"
 
 
 def run_command(main: Callable[[], ExitCode | None]) -> None:
@@ -229,23 +160,16 @@ def config_from_flag(flag: flags.FlagHolder) -> tuple[Config, str]:
 
 
 def check_config_arguments(arguments: Sequence[str], flag: str = "config") -> None:
-    """Checks that the config file is there and that every `--config.section.key` names a field of `Config`.
+    """Checks that every `--config.section.key` names a field of `Config`.
 
     Args:
         arguments: the command line.
         flag: the name of the config flag.
 
     Raises:
-        ValueError: no such file, or an unknown section or key; the message names the nearest known ones.
+        ValueError: an unknown section or key; the message names the nearest known ones.
     """
-    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
-        name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name == flag:
-            path = Path((value if equals else following).partition(":")[0])
-            if not path.is_file():
-                raise ValueError(f"--{flag}={path}: no such file")
-    sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-    known = [f"{name}.{key.name}" for name, section in sections.items() for key in dataclasses.fields(section)]
+    sections, known = config_fields(Config)
     for argument in arguments:
         name = argument.split("=", 1)[0].lstrip("-").removeprefix("no")
         if not argument.startswith("-") or not name.startswith(f"{flag}."):
@@ -256,17 +180,47 @@ def check_config_arguments(arguments: Sequence[str], flag: str = "config") -> No
         if path in sections:
             raise ValueError(f"--{flag}.{path}: is a section; set one of its keys, as in --{flag}.{path}.KEY=VALUE")
         near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-        section = path.split(".")[0]
-        others = [key for key in known if key.startswith(f"{section}.")] or list(sections)
+        section = next((name for name in _prefixes(path) if name in sections), None)
+        others = [name for name in (*sections, *known) if name.rpartition(".")[0] == (section or "")]
         hint = f"did you mean --{flag}.{near[0]}?" if near else f"known: {', '.join(others)}"
         raise ValueError(f"--{flag}.{path}: unknown config key; {hint}")
+
+
+def config_fields(section: type, prefix: str = "") -> tuple[list[str], list[str]]:
+    """The sections below a section and all that can be set in them: (["model", ...], ["model.width", ...]).
+
+    Args:
+        section: a config dataclass.
+        prefix: stands before every name.
+    """
+    sections, keys = [], [f"{prefix}{alias}" for alias in getattr(section, "ALIASES", ())]
+    for field in dataclasses.fields(section):
+        name = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(field.default_factory):
+            deeper_sections, deeper_keys = config_fields(field.default_factory, f"{name}.")
+            sections += [name, *deeper_sections]
+            keys += deeper_keys
+        else:
+            keys.append(name)
+    return sections, keys
+
+
+def _prefixes(path: str) -> list[str]:
+    """What a dotted name lies in, the longest first: "a.b.c" -> ["a.b", "a"]."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
 
 
 def _parse_flags(arguments: Sequence[str]) -> Sequence[str]:
     """absl's parser, with one line for what it and ml_collections raise."""
     try:
+        text = command_help.asked_for(arguments[1:], sys.modules["__main__"].__doc__ or "")
+        if text is not None:
+            print(text)
+            sys.exit(int(ExitCode.FINISHED))
         if "config" in flags.FLAGS:
-            arguments = with_run_config(arguments)
+            config_files.make_importable()
+            arguments = config_files.with_found_config(with_run_config(arguments))
         check_config_arguments(arguments[1:])
         rest = flags.FLAGS(arguments)
         _check_places()
@@ -291,7 +245,7 @@ def _check_places() -> None:
 
 
 def _set_up_logging() -> None:
-    handler = _ProgressSafeHandler()
+    handler = _LineSafeHandler()
     handler.setFormatter(_Formatter())
     for name in _LOGGERS:
         logger = logging.getLogger(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,10 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from moda_jax.config import OptimizerConfig
-
-# A parameter's last name says what it is. A new kind of parameter must be entered here: silently decaying it, or not,
-# would be a decision that nobody took.
-_DECAYED = {"kernel": True, "scale": False, "table": False, "vector": False, "offset": False, "gate": False}
+from moda_jax.parameter import ParameterKinds
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -41,43 +39,20 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     return schedule
 
 
-def weight_decay_mask(params: Any) -> Any:
-    """True for the parameters that decay: matrices; not norm scales, embedding tables, vectors, offsets and gates.
-
-    An untied output head is a matrix ("head.kernel") and decays; a tied one is the embedding and does not.
-
-    Args:
-        params: nested dicts of arrays, named as the model names them.
-
-    Returns:
-        The same tree of bools.
-
-    Raises:
-        ValueError: a parameter of a kind that has no rule.
-    """
-
-    def decays(path: tuple, _: Any) -> bool:
-        kind = path[-1].key
-        if kind not in _DECAYED:
-            name = ".".join(str(key.key) for key in path)
-            raise ValueError(f"parameter {name}: no weight decay rule for {kind!r}; known: {', '.join(_DECAYED)}")
-        return _DECAYED[kind]
-
-    return jax.tree.map_with_path(decays, params)
-
-
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, num_steps: int, kinds: ParameterKinds) -> optax.GradientTransformation:
     """Clip by global norm, Adam, decoupled weight decay, learning rate; moments in the parameters' dtype (float32).
 
     Args:
         config: the optimizer's section.
         num_steps: updates of the whole run, for the schedule.
+        kinds: what the parameters are: weight decay acts on those that say so.
     """
+    decayed = functools.partial(kinds.map, lambda kind, _: kind.decays)
     return _in_default_modes(
         optax.chain(
             optax.clip_by_global_norm(config.gradient_clip_norm),
             optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
-            optax.add_decayed_weights(config.weight_decay, mask=weight_decay_mask),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
         )
     )

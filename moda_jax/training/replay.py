@@ -2,7 +2,7 @@
 
 What is kept:
 
-    <workdir>/faults/<step>/batch.npz       the batch, one array per field of `Batch`
+    <workdir>/faults/<step>/batch.npz       the batch, one array per field of the task's layout
     <workdir>/faults/<step>/fault.json      step, loss, gradient norm, the tensors that are not finite
     <workdir>/faults/<step>/checkpoints/    the state that met the batch
 
@@ -14,7 +14,6 @@ The command:
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import logging
 import shutil
@@ -27,13 +26,13 @@ import jax
 import numpy as np
 
 from moda_jax.config import CheckpointConfig, Config, check_local
-from moda_jax.data.packing import Batch
-from moda_jax.model.function import ModelFunction, model_function
+from moda_jax.exit_codes import RunStoppedError
+from moda_jax.tasks.registry import make_task
+from moda_jax.tasks.task import Task
 from moda_jax.training.checkpoint import Checkpoints, saved_steps
 from moda_jax.training.diagnosis import NonFiniteTensor, non_finite_tensors
-from moda_jax.training.faults import RunStoppedError
-from moda_jax.training.optimizer import make_optimizer
-from moda_jax.training.state import TrainState, initial_state
+from moda_jax.training.program import state_maker
+from moda_jax.training.state import TrainState
 from moda_jax.training.train_step import StepMetrics
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, FAULT_DIRECTORY
 
@@ -43,7 +42,7 @@ _BATCH_FILE = "batch.npz"
 _REPORT_FILE = "fault.json"
 
 
-def dump_fault(workdir: Path, config: Config, step: int, state: TrainState, batch: Batch, values: dict) -> Path:
+def dump_fault(workdir: Path, config: Config, step: int, state: TrainState, batch: Any, values: dict) -> Path:
     """Writes batch, state and report of a step; returns its directory. A former dump of the same step is replaced.
 
     Args:
@@ -74,15 +73,16 @@ def dump_fault(workdir: Path, config: Config, step: int, state: TrainState, batc
 
 
 def fault_error(
-    workdir: Path, config: Config, model: ModelFunction, step: int, state: TrainState, batch: Batch, values: StepMetrics
+    workdir: Path, task: Task, step: int, state: TrainState, batch: Any, values: StepMetrics
 ) -> RunStoppedError:
     """Names what is not finite in a step that ends the run, keeps the step for a replay, and makes the error of it.
 
     Args:
-        workdir, config, step, state, batch: see `dump_fault`; the state as checkpoints hold it.
-        model: see `model_function`.
+        workdir, step, state, batch: see `dump_fault`.
+        task: of the run.
         values: the step's metrics as Python numbers.
     """
+    config = task.config
     message = (
         f"{workdir}: step {step}: {values.skipped_in_a_row} steps in a row had a loss or gradient that is not "
         f"finite (train.max_skipped_in_a_row={config.train.max_skipped_in_a_row}); "
@@ -92,7 +92,7 @@ def fault_error(
             f"{message}the first such tensor is looked for in runs of one process only: the same command in one "
             "process goes on from the newest checkpoint, and stops here with its name"
         )
-    found = next(non_finite_tensors(model, state.params, batch, config.train), None)
+    found = next(non_finite_tensors(task, state.params, batch), None)
     message += f"the first such tensor is: {found or 'none, when the step is done again layer by layer'}. "
     numbers = {"loss": str(values.loss), "grad_norm": str(values.grad_norm), "first_non_finite_tensor": str(found)}
     try:
@@ -117,25 +117,24 @@ def replay(directory: Path) -> list[NonFiniteTensor]:
     check_local("directory", str(directory))
     try:
         report = json.loads((directory / _REPORT_FILE).read_text(encoding="utf-8"))
+        task = make_task(Config.from_dict(report["config"]))
         with np.load(directory / _BATCH_FILE) as arrays:
-            batch = Batch(**arrays)
-    except (OSError, ValueError, TypeError) as error:
+            batch = type(task.layout)(**arrays)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{str(directory)!r}: holds no dump of a step ({error}); expected WORKDIR/faults/STEP"
         ) from error
-    config = Config.from_dict(report["config"])
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    initialize = functools.partial(initial_state, config.model, optimizer, config.train.seed)
     place = directory / CHECKPOINT_DIRECTORY
     steps = saved_steps(place)
     if not steps:
         raise ValueError(f"{place}: holds no state, so the step cannot be done again")
-    checkpoints = Checkpoints(place, config.checkpoint)
+    checkpoints = Checkpoints(place, task.config.checkpoint)
     try:
-        state, _ = checkpoints.restore(steps[0], jax.eval_shape(initialize))
+        wanted = jax.eval_shape(state_maker(task.config, task), task.config.train.seed)
+        state, _ = checkpoints.restore(steps[0], wanted, older=task.older_shapes(wanted))
     finally:
         checkpoints.close()
-    return list(non_finite_tensors(model_function(config.model), state.params, batch, config.train))
+    return list(non_finite_tensors(task, state.params, batch))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

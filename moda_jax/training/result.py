@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moda_jax.exit_codes import ExitCode
-from moda_jax.training.metrics import perplexity
 
 
 class RunResult(NamedTuple):
@@ -17,8 +16,8 @@ class RunResult(NamedTuple):
         step: steps done.
         num_steps: steps of the whole run.
         resumed_finished: there was nothing to do.
-        validation_loss: the last one, in nats per token; None if there was no evaluation.
-        unit: what a token is: "byte" or "token".
+        validation_loss: the last one; None if there was no evaluation.
+        validation: the last evaluation in words, "loss 1.2345 nats per token, perplexity 3.437".
         sample: the text sample, or None.
         stopped_by: the signal or notice that ended the run early, or None.
     """
@@ -28,7 +27,7 @@ class RunResult(NamedTuple):
     num_steps: int
     resumed_finished: bool
     validation_loss: float | None
-    unit: str
+    validation: str
     sample: str | None
     stopped_by: str | None = None
 
@@ -48,8 +47,7 @@ class RunResult(NamedTuple):
         else:
             text = f"{self.workdir}: finished, step {self.step} of {self.num_steps}"
         if self.validation_loss is not None:
-            value = perplexity(self.validation_loss)
-            text += f"\nvalidation loss {self.validation_loss:.4f} nats per {self.unit}, perplexity {value:.3f}"
+            text += f"\nvalidation {self.validation}"
         if self.sample is not None:
             text += f"\nsample:\n{self.sample}"
         return text

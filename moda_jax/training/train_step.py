@@ -10,13 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from moda_jax.config import TrainConfig
-from moda_jax.loss_blocks import LossSums
-from moda_jax.model.depth_probe import SlotChoice, depth_mass, filled_slots, probed_hidden
-from moda_jax.model.function import ModelFunction
-from moda_jax.parallel import vocabulary
-from moda_jax.parallel.mesh import current_mesh
-from moda_jax.training.faults import choose_update
-from moda_jax.training.loss import projected_loss_sums
+from moda_jax.tasks.task import Objective
+from moda_jax.training.skipped_updates import choose_update
 from moda_jax.training.state import TrainState
 
 Array = jax.Array
@@ -26,7 +21,7 @@ class StepMetrics(NamedTuple):
     """What a step reports, float32 scalars (but for the counts) that stay on the device until somebody reads them.
 
     Attributes:
-        loss: mean cross-entropy over the step's targets, in nats, without z-loss.
+        loss: mean over the step's targets, of language modelling in nats and without z-loss.
         grad_norm: global norm of the gradient before clipping.
         learning_rate: that the update was done with.
         num_targets: targets that counted, over all micro-batches.
@@ -42,30 +37,30 @@ class StepMetrics(NamedTuple):
 
 
 def make_train_step(
-    model: ModelFunction, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: TrainConfig
+    objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: TrainConfig
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
     """The function (state, batch) -> (state, metrics); jit it with the state donated.
 
-    The objective is the mean over all targets of the step (over all micro-batches and devices) of
-    -log p(target) + z_loss * log(Z)^2. A batch without targets gives loss 0 and gradient 0. A step whose loss or
-    gradient is not finite updates nothing but the counts, see `faults`.
+    What is minimised is the mean over all targets of the step (over all micro-batches and devices). A batch without
+    targets gives loss 0 and gradient 0. A step whose loss or gradient is not finite updates nothing but the counts, see
+    `skipped_updates`.
 
     Args:
-        model: see `state.model_function`.
+        objective: the task's.
         optimizer, schedule: see `optimizer`.
         config: the training section, for `accumulation_steps`, `z_loss` and `max_skipped_in_a_row`.
     """
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
-        num_targets = jnp.sum(batch.target_mask)
+        num_targets = objective.weight(batch)
         divisor = jnp.maximum(num_targets, 1.0)
 
-        def objective(params: Any, micro_batch: Any) -> tuple[Array, Array]:
-            total, sums = _micro_batch_loss(model, params, micro_batch, config.z_loss)
+        def mean(params: Any, micro_batch: Any) -> tuple[Array, Array]:
+            total, sums = objective.loss(params, micro_batch, config.z_loss)
             return total / divisor, sums.loss / divisor
 
         def gradient(micro_batch: Any) -> tuple[Array, Any]:
-            (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params, micro_batch)
+            (_, loss), grads = jax.value_and_grad(mean, has_aux=True)(state.params, micro_batch)
             return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
         loss, grads = _sum_over_micro_batches(gradient, batch, config.accumulation_steps)
@@ -86,48 +81,20 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model: ModelFunction, config: TrainConfig) -> Callable[[Any, Any], LossSums]:
-    """The function (params, batch) -> LossSums, in micro-batches of the training's size; jit it.
+def make_eval_step(objective: Objective, config: TrainConfig) -> Callable[[Any, Any], Any]:
+    """The function (params, batch) -> the objective's sums, in micro-batches of the training's size; jit it.
 
     Args:
-        model: see `state.model_function`.
+        objective: the task's.
         config: the training section, for `accumulation_steps`.
     """
 
-    def eval_step(params: Any, batch: Any) -> LossSums:
+    def eval_step(params: Any, batch: Any) -> Any:
         return _sum_over_micro_batches(
-            lambda micro_batch: _micro_batch_loss(model, params, micro_batch, 0.0)[1], batch, config.accumulation_steps
+            lambda micro_batch: objective.loss(params, micro_batch, 0.0)[1], batch, config.accumulation_steps
         )
 
     return eval_step
-
-
-def make_depth_mass(model: ModelFunction, config: TrainConfig) -> Callable[[Any, Any], Array]:
-    """The function (params, batch) -> the attention's mass on the depth slots, float32, over one micro-batch; jit it.
-
-    Args:
-        model: of a `Transformer` with a depth stream.
-        config: the training section, for the size of a micro-batch.
-    """
-
-    def mass(params: Any, batch: Any) -> Array:
-        rows = batch.tokens.shape[0] // config.accumulation_steps
-        tokens, segment_ids, positions = (x[:rows] for x in (batch.tokens, batch.segment_ids, batch.positions))
-        module = model.module(params)
-        choice = SlotChoice.of(filled_slots(module.config))
-        return depth_mass(probed_hidden(module, tokens, segment_ids, positions, choice)[1])
-
-    return mass
-
-
-def _micro_batch_loss(model: ModelFunction, params: Any, batch: Any, z_loss: float) -> tuple[Array, LossSums]:
-    """The objective, summed over the targets, and the sums that it is made of."""
-    hidden = model.hidden(params, batch.tokens, batch.segment_ids, batch.positions)  # [B, T, D]
-    with jax.named_scope("loss"):
-        operands = hidden, model.output_table(params), batch.targets, batch.target_mask
-        if current_mesh() is None:
-            return projected_loss_sums(z_loss, *operands)
-        return vocabulary.projected_loss_sums(z_loss, model.vocab_size(params), *operands)
 
 
 def _sum_over_micro_batches(function: Callable[[Any], Any], batch: Any, count: int) -> Any:

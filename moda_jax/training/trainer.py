@@ -18,10 +18,10 @@ from typing import Any
 import jax
 
 from moda_jax.config import Config
-from moda_jax.data.packing import Batch
-from moda_jax.model.accounting import train_flops_per_token
 from moda_jax.parallel import peers
-from moda_jax.parallel.distribution import Distribution
+from moda_jax.quantities import duration, quantity
+from moda_jax.tasks.registry import make_task
+from moda_jax.tasks.task import Batches
 from moda_jax.training import workdir as workdir_lib
 from moda_jax.training.checkpoint import (
     CheckpointError,
@@ -31,15 +31,15 @@ from moda_jax.training.checkpoint import (
     saved_steps,
     warn_of_skipped,
 )
-from moda_jax.training.components import Components, resolve
-from moda_jax.training.console import ProgressLine, duration, quantity
 from moda_jax.training.lock import WorkdirLock
-from moda_jax.training.metrics import MetricsWriter, NoMetrics, peak_flops, perplexity, plot_losses, read_metrics
+from moda_jax.training.metrics_file import MetricsWriter, NoMetrics, plot_curves, read_metrics
+from moda_jax.training.peak_flops import peak_flops
+from moda_jax.training.program import Program, resolve
 from moda_jax.training.replay import fault_error
 from moda_jax.training.result import RunResult
-from moda_jax.training.sample import sample_text
 from moda_jax.training.signals import StopRequest
 from moda_jax.training.spikes import LossSpikes
+from moda_jax.training.status_line import StatusLine
 from moda_jax.training.train_step import StepMetrics
 from moda_jax.training.watchdog import Watchdog
 
@@ -69,6 +69,7 @@ class TrainingRun:
         self._began = time.monotonic()
         self.workdir = Path(workdir)
         self.config = resolve(config)
+        self._task = make_task(self.config)
         changes = workdir_lib.check_config(self.workdir, self.config)
         self._checkpoint_directory = self.workdir / workdir_lib.CHECKPOINT_DIRECTORY
         self._lock: WorkdirLock | None = None
@@ -100,9 +101,9 @@ class TrainingRun:
             at_the_end.callback(self._checkpoints.close)
             metrics = MetricsWriter(self.workdir, self.step) if first else NoMetrics()
             self._metrics = at_the_end.enter_context(contextlib.closing(metrics))
-            batches = at_the_end.enter_context(contextlib.closing(self._components.train_batches(self._position)))
+            batches = at_the_end.enter_context(contextlib.closing(self._data.train_batches(self._position)))
             self._watchdog = at_the_end.enter_context(contextlib.closing(Watchdog(self.config.train.watchdog_seconds)))
-            progress = ProgressLine(_logger, None if first else io.StringIO())
+            progress = StatusLine(_logger, None if first else io.StringIO())
             self._progress = at_the_end.enter_context(contextlib.closing(progress))
             self._stop = at_the_end.enter_context(StopRequest())
             self._compile()
@@ -124,11 +125,8 @@ class TrainingRun:
         try:
             if self.step:
                 raise ValueError(f"workdir={str(self.workdir)!r}: has done {self.step} steps; name a new directory")
-            state = self._distribution.saved(self._state)
-            expected, came = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (state.params, params))
-            if expected != came:
-                raise ValueError("params: names or shapes differ from those of the config's model")
-            self._checkpoints.save(self.step, dataclasses.replace(state, params=params), self._record())
+            state = dataclasses.replace(self._state, params=self._task.adapted(params))
+            self._checkpoints.save(self.step, state, self._record())
             if not self._checkpoints.wait():
                 raise CheckpointError(f"{self._checkpoint_directory}: step 0 could not be saved; the log says why")
         finally:
@@ -143,12 +141,13 @@ class TrainingRun:
 
     def _set_up(self, changes: list[workdir_lib.Change]) -> None:
         """All that precedes the first step, in an order in which a refused run leaves nothing behind."""
-        self._distribution = Distribution(self.config)
+        self._program = Program(self.config, self._task)
+        self._distribution = self._program.distribution
         is_new = workdir_lib.read_config(self.workdir) is None
         if not is_new:
             self._lock_directory()
-        carried_tokenizer = self.workdir / workdir_lib.TOKENIZER_FILE
-        self._components = Components(self.config, self._distribution, carried_tokenizer)
+        self._data = self._task.open_data(self._distribution.rows, self.workdir)
+        self._traced = self._program.trace_train_step()
         if is_new:
             self._lock_directory()
             changes = workdir_lib.check_config(self.workdir, self.config)  # another may have been quicker
@@ -164,7 +163,7 @@ class TrainingRun:
         group = peers.current()
         if group is not None:
             group.write_to(self.workdir / workdir_lib.PROCESS_DIRECTORY)
-        for name, text in (("directory", self.workdir), *self._components.description()):
+        for name, text in (("directory", self.workdir), *self._description()):
             _logger.info("%-9s %s", name, text)
 
     def _lock_directory(self) -> None:
@@ -179,29 +178,46 @@ class TrainingRun:
     def _write_config(self, changes: list[workdir_lib.Change]) -> None:
         if self._distribution.is_first:
             workdir_lib.write_config(self.workdir, self.config, changes, self.step)
-            if self.config.data.tokenizer != "bytes":
-                workdir_lib.carry_tokenizer(self.workdir, self._components.tokenizer.path)
+            for name, file in self._data.carried_files().items():
+                workdir_lib.carry(self.workdir, name, file)
+
+    def _description(self) -> list[tuple[str, str]]:
+        """For people: a line of text on each of device, model, data and plan."""
+        devices, task = jax.devices(), self._task
+        items, train = self._items_per_step, self.config.train
+        axes = " x ".join(f"{axis} {size}" for axis, size in self._distribution.sizes.items() if size > 1)
+        mesh = f", mesh {axes}" if axes else ""
+        epochs = train.num_steps * items / self._data.num_items
+        return [
+            ("device", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){mesh}"),
+            *task.description(),
+            ("data", self._data.description()),
+            ("plan", f"{train.num_steps} steps of {items} {task.items} ({train.batch_size} x {task.items_per_row} in "
+                     f"{train.accumulation_steps} parts), {epochs:.2f} epochs"),
+        ]  # fmt: skip
+
+    @property
+    def _items_per_step(self) -> int:
+        return self.config.train.batch_size * self._task.items_per_row
 
     def _restore_or_initialize(self, found: int | None, skipped: list[SkippedStep]) -> None:
         self._position = 0
         if found is None:
-            self._state = self._components.initialize()
+            self._state = self._program.initialize()
             self._spikes = LossSpikes(self.config.train.loss_spike_deviations)
             return
-        wanted = self._distribution.abstract_saved(self._components.abstract_state)
-        saved, record = self._checkpoints.restore(found, wanted, is_checked=True)
-        self._state = self._distribution.restored(saved)
-        for name, value in self._components.fingerprints().items():
-            if record[name] != value and not (
-                name == "dataset_fingerprint" and self._components.accept_older_data(record[name])
-            ):
+        wanted = self._program.abstract_state
+        older = self._task.older_shapes(wanted)
+        self._state, record = self._checkpoints.restore(found, wanted, older=older, is_checked=True)
+        for name, value in self._data.fingerprints().items():
+            if record[name] != value and not self._data.accept_older(name, record[name]):
                 data = self.config.data
                 raise CheckpointError(
                     f"{self._checkpoint_directory / str(self.step)}: was trained on other data: its {name} is "
                     f"{record[name]!r}, that of data.source={data.source!r} under data.tokenizer={data.tokenizer!r} "
                     f"is {value!r}"
                 )
-        known, validation = record.get("validation_fingerprint"), self._components.validation_fingerprint
+        known, validation = record.get("validation_fingerprint"), self._data.validation_fingerprint
         if None not in (known, validation) and known != validation:
             _logger.warning(
                 "the validation split is not that of step %d: validation losses from here on cannot be compared with "
@@ -221,16 +237,16 @@ class TrainingRun:
     def _compile(self) -> None:
         self._progress.show("compiling the train step", milestone=False)
         began = time.monotonic()
-        self._train_step = self._components.traced_train_step.lower().compile()
+        self._train_step = self._traced.lower().compile()
         _logger.info("compiled the train step in %s", duration(time.monotonic() - began))
 
-    def _loop(self, batches: Any, last: int) -> None:
+    def _loop(self, batches: Batches, last: int) -> None:
         """Steps from `self.step` to `last`. The host reads a step's metrics after it has handed the next one over."""
         config, first = self.config, self.step + 1
         self._mark()
         self._timed_from = first  # seconds per step are counted from the end of this step on
         group = peers.current()
-        self._batches: deque[tuple[int, Batch]] = deque(maxlen=2)  # the host learns of a fault one step late
+        self._batches: deque[tuple[int, Any]] = deque(maxlen=2)  # the host learns of a fault one step late
         pending: StepMetrics | None = None
         for step in range(first, last + 1):
             self._watchdog.beat()
@@ -260,18 +276,17 @@ class TrainingRun:
 
     def _report(self, step: int, metrics: StepMetrics, *, evaluate: bool = False) -> None:
         """Waits for a step's metrics; a line for the terminal, and one for the files if the step is a logged one."""
-        config = self.config
+        config, task = self.config, self._task
         values = jax.tree.map(lambda x: x.item(), metrics)
         self._check_numbers(step, values)
-        tokens_per_step = config.train.batch_size * config.data.sequence_length
-        speed = (step - self._marked_step) * tokens_per_step / (time.monotonic() - self._marked_time)
+        speed = (step - self._marked_step) * self._items_per_step / (time.monotonic() - self._marked_time)
         left = ""
         if step > self._timed_from:  # the first step is slow: programs are loaded, libraries and the network start
             seconds_per_step = (time.monotonic() - self._timed_since) / (step - self._timed_from)  # with evaluations
             left = f" | {duration((config.train.num_steps - step) * seconds_per_step)} left"
         logged = _due(step, config.train.log_interval_steps, config.train.num_steps)
         self._progress.show(
-            f"step {step}/{config.train.num_steps} | loss {values.loss:.4f} | {quantity(speed)} tokens/s{left}",
+            f"step {step}/{config.train.num_steps} | loss {values.loss:.4f} | {quantity(speed)} {task.items}/s{left}",
             milestone=logged,
         )
         if not (logged or evaluate):
@@ -279,14 +294,13 @@ class TrainingRun:
         entry = {
             "step": step,
             "num_steps": config.train.num_steps,
-            "tokens": step * tokens_per_step,
-            "loss": _finite(values.loss),
-            "perplexity": _finite(perplexity(values.loss)),
+            task.items: step * self._items_per_step,
+            **{name: _finite(value) for name, value in task.values({"loss": values.loss}).items()},
             "grad_norm": _finite(values.grad_norm),
             "learning_rate": values.learning_rate,
             "skipped_updates": values.skipped,
             "loss_spikes": self._spikes.count,
-            "tokens_per_second": speed,
+            f"{task.items}_per_second": speed,
             "mfu": self._flops_utilisation(speed),
         }
         if evaluate:
@@ -305,33 +319,34 @@ class TrainingRun:
             if values.skipped_in_a_row > most:
                 self._watchdog.beat()
                 batch = dict(self._batches)[step]
-                state = self._distribution.saved(self._state)
-                raise fault_error(self.workdir, self.config, self._components.model, step, state, batch, values)
+                raise fault_error(self.workdir, self._task, step, self._state, batch, values)
         elif self._spikes.add(values.loss):
             _logger.warning("step %d: loss spike, %.4f (number %d)", step, values.loss, self._spikes.count)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Token-weighted mean loss over the validation split, or over `eval.num_batches` batches spread over it."""
-        config = self.config
+        """The task's metrics over the validation split, or over `eval.num_batches` batches spread over it."""
+        config, program = self.config, self._program
         self._progress.show(f"step {step}/{config.train.num_steps} | evaluating", milestone=False)
-        batches = self._components.validation_batches()
-        place = self._distribution.place
-        loss_sum, num_targets = 0.0, 0.0
-        values = {}
-        if self._components.depth_mass is not None:
+        batches = self._data.validation_batches()
+        measured = {}
+        if program.measures:
             batch = next(batches)
             batches = itertools.chain([batch], batches)
-            values["depth_mass"] = float(self._components.depth_mass(self._state.params, batch))
-        for sums in _one_late(self._components.eval_step(self._state.params, place(batch)) for batch in batches):
+            measured = {name: float(measure(self._state.params, batch)) for name, measure in program.measures.items()}
+        totals: dict[str, float] = {}
+        place = self._distribution.place
+        for sums in _one_late(program.eval_step(self._state.params, place(batch)) for batch in batches):
             self._watchdog.beat()
-            loss_sum, num_targets = loss_sum + float(sums.loss), num_targets + float(sums.num_targets)
-        loss = loss_sum / max(num_targets, 1.0)
-        _logger.info("step %d: validation loss %.4f nats per %s", step, loss, self._unit)
-        return {"validation_loss": loss, "validation_perplexity": perplexity(loss), **values}
+            totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums._asdict().items()}
+        count = max(totals.get("num_targets", 0.0), 1.0)
+        values = self._task.values({name: total / count for name, total in totals.items()} or {"loss": 0.0})
+        first = self._task.metrics[0]
+        _logger.info("step %d: validation %s", step, first.text(values[first.name]))
+        return {f"validation_{name}": value for name, value in values.items()} | measured
 
     def _save(self) -> None:
         self._metrics.sync()
-        self._checkpoints.save(self.step, self._distribution.saved(self._state), self._record())
+        self._checkpoints.save(self.step, self._state, self._record())
 
     def _record(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state."""
@@ -341,9 +356,9 @@ class TrainingRun:
             "config": self.config.to_dict(),
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_VERSIONS},
             "loss_spikes": self._spikes.save(),
-            "validation_fingerprint": self._components.validation_fingerprint,
+            "validation_fingerprint": self._data.validation_fingerprint,
         }
-        return record | self._components.fingerprints()
+        return record | self._data.fingerprints()
 
     def _await_last_save(self) -> None:
         """Returns when the last step is on disk; tries again as often as the config allows."""
@@ -361,31 +376,27 @@ class TrainingRun:
         """Speed counts from here."""
         self._marked_step, self._marked_time = step, time.monotonic()
 
-    def _flops_utilisation(self, tokens_per_second: float) -> float | None:
+    def _flops_utilisation(self, items_per_second: float) -> float | None:
         device = jax.devices()[0]
         peak = peak_flops(device.device_kind, self.config.model.dtype)
         if peak is None:
             return None
-        flops = train_flops_per_token(self.config.model, self.config.data.sequence_length)
-        return tokens_per_second * flops / (peak * jax.device_count())
+        return items_per_second * self._task.train_flops_per_item / (peak * jax.device_count())
 
     # The end.
 
     def _finish(self) -> str | None:
-        """Draws the loss curves and samples a text, while the last checkpoint is being written."""
+        """Draws the loss curves and makes a sample, while the last checkpoint is being written."""
         first = self._distribution.is_first
-        train = self.config.train
         try:
             if first:
-                _logger.info("loss curves in %s", plot_losses(self.workdir))
+                _logger.info("loss curves in %s", plot_curves(self.workdir, self._task.metrics[0]))
         except OSError as error:  # of a full disk; the checkpoint matters more
             _logger.error("the loss curves could not be drawn (%s)", error)
-        if not train.sample_prompt:
+        key = jax.random.fold_in(self._state.key, self.step)
+        text = self._task.sample(self._state.params, self._data, key)
+        if text is None:
             return None
-        text = sample_text(
-            self._components.model, self._state.params, self._components.tokenizer, train.sample_prompt,
-            num_tokens=train.sample_tokens, key=jax.random.fold_in(self._state.key, self.step),
-        )  # fmt: skip
         try:
             if first:
                 (self.workdir / workdir_lib.SAMPLE_FILE).write_text(text, encoding="utf-8")
@@ -396,16 +407,15 @@ class TrainingRun:
     def _result(
         self, *, resumed_finished: bool = False, sample: str | None = None, stopped_by: str | None = None
     ) -> RunResult:
-        losses = [entry["validation_loss"] for entry in read_metrics(self.workdir) if "validation_loss" in entry]
+        first, prefix = self._task.metrics[0].name, "validation_"
+        entries = [entry for entry in read_metrics(self.workdir) if f"{prefix}{first}" in entry]
+        last = entries[-1] if entries else {}
+        values = {name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)}
         return RunResult(
             workdir=self.workdir, step=self.step, num_steps=self.config.train.num_steps,
-            resumed_finished=resumed_finished, validation_loss=losses[-1] if losses else None, unit=self._unit,
-            sample=sample, stopped_by=stopped_by,
+            resumed_finished=resumed_finished, validation_loss=values.get(first),
+            validation=self._task.describe(values), sample=sample, stopped_by=stopped_by,
         )  # fmt: skip
-
-    @property
-    def _unit(self) -> str:
-        return "byte" if self.config.data.tokenizer == "bytes" else "token"
 
 
 def _finite(value: float) -> float | None:

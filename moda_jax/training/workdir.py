@@ -3,7 +3,7 @@
 What lies in it:
 
     config.json      the resolved config
-    tokenizer.json   the run's tokenizer, unless it is "bytes", so that the run can be moved
+    tokenizer.json   the task's copies of files, so that the run can be moved: the tokenizer, unless it is "bytes"
     changes.jsonl    a line per field that a resumed run changed: step, field, old, new
     metrics.jsonl    a line per logged step
     tensorboard/     the same values as TensorBoard events
@@ -31,7 +31,6 @@ _logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 CHANGES_FILE = "changes.jsonl"
-TOKENIZER_FILE = "tokenizer.json"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 CHECKPOINT_DIRECTORY = "checkpoints"
@@ -110,6 +109,23 @@ def read_config(workdir: Path) -> Config | None:
         raise ValueError(f"{path}: not a config of this version of moda_jax ({error})") from error
 
 
+def read_run_config(workdir: str | Path) -> Config:
+    """The config of a run's directory.
+
+    Raises:
+        ValueError: there is no such directory, or it holds no run.
+    """
+    check_local("--workdir", str(workdir))
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        kind = "is not a directory" if workdir.exists() else "no such directory"
+        raise ValueError(f"--workdir={workdir}: {kind}; name the directory of a run, as train.py's --workdir did")
+    config = read_config(workdir)
+    if config is None:
+        raise ValueError(f"--workdir={workdir}: holds no {CONFIG_FILE}, so it is no run's directory; train one first")
+    return config
+
+
 def check_config(workdir: Path, config: Config) -> list[Change]:
     """Checks that the directory is empty of config or holds this one, up to the fields that may change.
 
@@ -146,21 +162,21 @@ def check_config(workdir: Path, config: Config) -> list[Change]:
     return changes
 
 
-def carry_tokenizer(workdir: Path, tokenizer_file: Path) -> None:
-    """Copies the run's tokenizer.json into its directory, all or nothing, unless there is one.
+def carry(workdir: Path, name: str, file: Path) -> None:
+    """Copies a file that the run needs into its directory, all or nothing, unless it is there.
 
     Raises:
         ValueError: the directory cannot be written.
     """
-    path = workdir / TOKENIZER_FILE
+    path = workdir / name
     if path.exists():
         return
-    temporary = path.with_suffix(".json.new")
+    temporary = path.with_name(f"{name}.new")
     try:
-        temporary.write_bytes(tokenizer_file.read_bytes())
+        temporary.write_bytes(file.read_bytes())
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(f"workdir={str(workdir)!r}: the tokenizer cannot be copied there ({error})") from error
+        raise ValueError(f"workdir={str(workdir)!r}: {name} cannot be copied there ({error})") from error
 
 
 def write_config(workdir: Path, config: Config, changes: list[Change], step: int = 0) -> None:

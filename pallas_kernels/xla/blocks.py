@@ -22,6 +22,7 @@ SLOT_CHUNK = 8
 # As many queries of a KV head take all keys at once, by products and sums that XLA fuses: on an H100 a decode step of
 # the 700M model took 3.6 ms that way, with matrix products 4.4. On a CPU matrix products are faster.
 FEW_QUERIES = {"cpu": 0, "gpu": 16}
+FEWEST_TOKENS = 8  # of a block of the depth part: with less, no part of it would be left to some of 8 devices
 
 # A masked logit, and the running maximum before the first one: the lowest number, so that no real logit lies below it,
 # and finite, so that no difference of two is NaN. Whether a query saw anything is never read off it, but off the sum of
@@ -70,6 +71,54 @@ class Blocks(NamedTuple):
         return self.elements(index) >= index * self.size
 
 
+class TokenBlocks(Blocks):
+    """Blocks of the T axis where tokens do not meet: block i is every `count`-th token, from token i on.
+
+    A block then has tokens of every stretch of T, and where T is split over devices XLA leaves each device its own: a
+    block is cut out of the second axis of [B, size, count, ...], and the first is the one that is split. Where no count
+    near the fewest divides T, blocks are stretches that overlap.
+    """
+
+    @classmethod
+    def of(cls, length: int, largest: int) -> TokenBlocks:
+        """The fewest blocks of at most `largest`, up to twice as many if they then are of equal size."""
+        fewest = Blocks.of(length, largest)
+        counts = range(fewest.count, min(2 * fewest.count, length) + 1)
+        count = next((count for count in counts if length % count == 0), None)
+        return cls(*fewest) if count is None else cls(length, length // count, count)
+
+    @property
+    def strided(self) -> bool:
+        """False for stretches, and for one block of all."""
+        return self.count > 1 and not self.ragged
+
+    def view(self, array: Array) -> Array:
+        """[B, T, ...] as [B, size, count, ...]; as it is if not strided."""
+        return array.reshape(array.shape[0], self.size, self.count, *array.shape[2:]) if self.strided else array
+
+    def flat(self, view: Array) -> Array:
+        """A view as [B, T, ...] again."""
+        return view.reshape(view.shape[0], self.length, *view.shape[3:]) if self.strided else view
+
+    def cut(self, view: Array, index: Array | int, first: Array | int = 0, slots: int | None = None) -> Array:
+        """A block [B, size, S, ...] of a view, in one step with a part of S: `slots` from `first` on; None: all."""
+        axes = 3 if self.strided else 2
+        slots = view.shape[axes] if slots is None else slots
+        sizes = (view.shape[0], self.size, *(1,) * (axes - 2), slots, *view.shape[axes + 1 :])
+        block = lax.dynamic_slice(view, self._corner(view, index, first), sizes)
+        return block[:, :, 0] if self.strided else block
+
+    def put(self, view: Array, block: Array, index: Array | int, first: Array | int = 0) -> Array:
+        """A view with what `cut` gives replaced; in place where the view is carried through a loop."""
+        block = block[:, :, None] if self.strided else block
+        return lax.dynamic_update_slice(view, block, self._corner(view, index, first))
+
+    def _corner(self, view: Array, index: Array | int, first: Array | int) -> list[Array]:
+        """Where a block begins; of one dtype, also where JAX computes in 64 bits."""
+        starts = (0, 0, index, first) if self.strided else (0, self.start(index), first)
+        return [jnp.asarray(start, jnp.int32) for start in (*starts, *(0,) * (view.ndim - len(starts)))]
+
+
 def sequence_blocks(query: Array, key: Array) -> tuple[Blocks, Blocks]:
     """Blocks of the T axis of query [B, K, G, T, H] and of the U axis of key [B, K, U, H]."""
     platform = _platform()
@@ -83,12 +132,12 @@ def few_queries(query: Array) -> bool:
     return query.shape[2] * query.shape[3] <= FEW_QUERIES[_platform()]
 
 
-def depth_blocks(depth_key: Array) -> tuple[Blocks, Blocks]:
+def depth_blocks(depth_key: Array) -> tuple[TokenBlocks, Blocks]:
     """Blocks of the T axis and of the S axis of depth_key [B, T, S, K, H]."""
     batch, tokens, slots, kv_heads, head_dim = depth_key.shape
     chunks = Blocks.of(slots, slots if tokens == 1 else SLOT_CHUNK)  # of one token, all at once
     largest = DEPTH[_platform()] // (batch * chunks.size * kv_heads * head_dim)
-    return Blocks.of(tokens, max(largest, 1)), chunks
+    return TokenBlocks.of(tokens, max(largest, FEWEST_TOKENS)), chunks
 
 
 def _platform() -> str:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from pallas_kernels.operands import DepthKV, Upstream
 from pallas_kernels.parts import Part
-from pallas_kernels.xla.blocks import MASKED, Blocks, depth_blocks, dot, loop, loop_between
+from pallas_kernels.xla.blocks import MASKED, Blocks, TokenBlocks, depth_blocks, dot, loop, loop_between
 
 
 def forward(query: Array, depth: DepthKV, scale: float) -> Part:
     """The depth part, in float32."""
-    grouped = _token_group(query, depth.key)  # [B, T, K, G, H] float32
     tokens, chunks = depth_blocks(depth.key)
+    grouped = tokens.view(_token_group(query, depth.key))  # the view of [B, T, K, G, H] float32
+    keys, values = tokens.view(depth.key), tokens.view(depth.value)
 
     def token_block(i: Array | int, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        block = tokens.slice(grouped, i, 1)
+        block = tokens.cut(grouped, i)
 
         def chunk(j: Array | int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, acc = state
             fresh = _fresh_slots(chunks, depth, j)
-            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (depth.key, depth.value))
+            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (keys, values))
             logits = _slot_logits(block, key, fresh, scale)
             new_top = jnp.maximum(top, jnp.max(logits, axis=2))
             weights = jnp.exp(logits - new_top[:, :, None])
@@ -38,10 +39,10 @@ def forward(query: Array, depth: DepthKV, scale: float) -> Part:
         empty = total == 0
         out = acc / jnp.where(empty, 1.0, total)[..., None]  # acc is 0 where no chunk was visited
         lse = jnp.where(empty, 0.0, top) + jnp.log(total)  # -inf where empty
-        return tokens.update(results[0], out, i, 1), tokens.update(results[1], lse, i, 1)
+        return tokens.put(results[0], out, i), tokens.put(results[1], lse, i)
 
     out, lse = loop(tokens.count, token_block, (jnp.zeros_like(grouped), jnp.zeros_like(grouped[..., 0])))
-    return Part(out.reshape(query.shape), lse.reshape(query.shape[:-1]))
+    return Part(tokens.flat(out).reshape(query.shape), tokens.flat(lse).reshape(query.shape[:-1]))
 
 
 def backward(
@@ -49,19 +50,19 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """(dquery float32, and the two buffers with the gradients of key and value added)."""
     dout, lse, delta = upstream
-    grouped, dgrouped = _token_group(query, depth.key), _token_group(dout, depth.key)  # [B, T, K, G, H] float32
-    lse, delta = (array.reshape(grouped.shape[:-1]) for array in (lse, delta))  # [B, T, K, G]
     tokens, chunks = depth_blocks(depth.key)
+    grouped, dgrouped, lse, delta = (tokens.view(_token_group(array, depth.key)) for array in (query, dout, lse, delta))
+    keys, values, *buffers = map(tokens.view, (depth.key, depth.value, *buffers))
 
     def token_block(i: Array | int, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        block, dout_block, lse_block, delta_block = (tokens.slice(x, i, 1) for x in (grouped, dgrouped, lse, delta))
+        block, dout_block, lse_block, delta_block = (tokens.cut(x, i) for x in (grouped, dgrouped, lse, delta))
         if tokens.ragged:  # tokens that the block before has done: no probability, no gradient
             lse_block = jnp.where(tokens.fresh(i)[:, None, None], lse_block, -MASKED)
 
         def chunk(j: Array | int, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dquery, key_gradient, value_gradient = sums
             fresh = _fresh_slots(chunks, depth, j)
-            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (depth.key, depth.value))
+            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (keys, values))
             weights = jnp.exp(_slot_logits(block, key, fresh, scale) - lse_block[:, :, None])  # [B, T, chunk, K, G]
             dlogits = weights * (_slot_logits(dout_block, value) - delta_block[:, :, None]) * scale
             return (
@@ -73,18 +74,18 @@ def backward(
         dquery, *buffers = gradients
         sums = jnp.zeros_like(block), *buffers
         added, *buffers = loop_between(*_chunks_seen(chunks, depth), chunk, sums)
-        return tokens.update(dquery, tokens.slice(dquery, i, 1) + added, i, 1), *buffers
+        return tokens.put(dquery, tokens.cut(dquery, i) + added, i), *buffers
 
     gradients = jnp.zeros_like(grouped), *buffers
     dquery, key_gradient, value_gradient = loop(tokens.count, token_block, gradients)
-    return dquery.reshape(query.shape), key_gradient, value_gradient
+    return tokens.flat(dquery).reshape(query.shape), tokens.flat(key_gradient), tokens.flat(value_gradient)
 
 
 def _token_group(array: Array, depth_key: Array) -> Array:
-    """[B, T, N, H] -> [B, T, K, G, H] float32."""
-    batch, tokens, heads, head_dim = array.shape
+    """[B, T, N, ...] -> [B, T, K, G, ...] float32."""
+    batch, tokens, heads, *rest = array.shape
     kv_heads = depth_key.shape[3]
-    return array.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
+    return array.reshape(batch, tokens, kv_heads, heads // kv_heads, *rest).astype(jnp.float32)
 
 
 def _chunks_seen(chunks: Blocks, depth: DepthKV) -> tuple[Array | int, Array | int]:
@@ -102,22 +103,12 @@ def _fresh_slots(chunks: Blocks, depth: DepthKV, index: Array | int) -> Array | 
     return None if fresh is True else fresh[:, None, None]
 
 
-def _slots(array: Array, tokens: Blocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None) -> Array:
+def _slots(
+    view: Array, tokens: TokenBlocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None
+) -> Array:
     """[B, token block, chunk, K, H] float32, zero where not fresh: a slot that is not seen may hold NaN."""
-    part = _window(array, tokens, i, chunks, j).astype(jnp.float32)
+    part = tokens.cut(view, i, chunks.start(j), chunks.size).astype(jnp.float32)
     return part if fresh is None else jnp.where(fresh, part, 0.0)
-
-
-def _window(array: Array, tokens: Blocks, i: Array | int, chunks: Blocks, j: Array | int) -> Array:
-    """[B, token block, chunk, K, H], cut out in one step."""
-    batch, _, _, kv_heads, head_dim = array.shape
-    sizes = (batch, tokens.size, chunks.size, kv_heads, head_dim)
-    return lax.dynamic_slice(array, _corner(tokens, i, chunks, j), sizes)
-
-
-def _corner(tokens: Blocks, i: Array | int, chunks: Blocks, j: Array | int) -> list[Array]:
-    """Where a window begins; of one dtype, also where JAX computes in 64 bits."""
-    return [jnp.asarray(index, jnp.int32) for index in (0, tokens.start(i), chunks.start(j), 0, 0)]
 
 
 # The three products of the depth part, tiny for each token. These forms were the fastest of several on a CPU: multiply
@@ -142,10 +133,10 @@ def _over_group(weights: Array, grouped: Array) -> Array:
 
 
 def _add_slots(
-    buffer: Array, part: Array, tokens: Blocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None
+    view: Array, part: Array, tokens: TokenBlocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None
 ) -> Array:
-    """`buffer` with `part` added to one chunk of its slots, in place; the others keep their bits."""
-    old = _window(buffer, tokens, i, chunks, j)
-    new = (old.astype(jnp.float32) + part).astype(buffer.dtype)
+    """A buffer's view with `part` added to one chunk of its slots, in place; the others keep their bits."""
+    old = tokens.cut(view, i, chunks.start(j), chunks.size)
+    new = (old.astype(jnp.float32) + part).astype(view.dtype)
     new = new if fresh is None else jnp.where(fresh, new, old)
-    return lax.dynamic_update_slice(buffer, new, _corner(tokens, i, chunks, j))
+    return tokens.put(view, new, i, chunks.start(j))

@@ -10,6 +10,7 @@ from benchmarks import decode as benchmark
 from moda_jax.model.accounting import param_count
 
 
+@pytest.mark.slow
 def test_a_result_holds_every_form_and_the_floor(tmp_path, monkeypatch, capsys):
     toy = benchmark.sizes()["toy"]
     models = {name: dataclasses.replace(config, num_layers=2) for name, config in toy.models.items()}

@@ -20,6 +20,7 @@ def test_meshes_are_parsed():
             parse_mesh(text)
 
 
+@pytest.mark.slow
 def test_quickstart_on_32_virtual_devices(tmp_path):
     subprocess.run(
         [

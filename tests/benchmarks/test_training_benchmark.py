@@ -29,6 +29,7 @@ def test_the_table_compares_with_row1_of_the_same_batch_and_remat():
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.slow
 def test_a_case_runs_in_its_own_process_and_one_that_fails_is_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "sys.argv",

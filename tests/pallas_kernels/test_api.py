@@ -42,7 +42,8 @@ def _assert_equal_bits(actual: dict[str, jax.Array], expected: dict[str, jax.Arr
 
 
 @pytest.mark.parametrize(
-    ("implementation", "dtype"), [("reference", "float32"), ("xla", "float32"), ("xla", "bfloat16")]
+    ("implementation", "dtype"),
+    [("reference", "float32"), pytest.param("xla", "float32", marks=pytest.mark.slow), ("xla", "bfloat16")],
 )
 def test_without_a_filled_slot_it_is_plain_attention_bit_for_bit(implementation, dtype):
     arrays = _arrays(dtype)

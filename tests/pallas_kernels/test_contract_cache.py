@@ -52,15 +52,17 @@ CASES = (
     Case(65, 129, 1, 2, 1, 3, 64, "bfloat16"),
     Case(1, 129, 72, 2, 2, 8, 128, "bfloat16", causal=False),
 )
+QUICK_CASES = {CASES[i] for i in (0, 1, 3, 5)}
 INTERPRETED_MARKS = (pytest.mark.timeout(180, method="thread"),)  # see test_contract.py
 
 
 def _runs() -> list:
-    runs = [(name, case, ()) for name in ("reference", "xla") for case in CASES]
+    slow = {case: () if case in QUICK_CASES else (pytest.mark.slow,) for case in CASES}
+    runs = [(name, case, slow[case]) for name in ("reference", "xla") for case in CASES]
     if jax.default_backend() == "gpu":
         runs += [("mosaic_gpu", case, (pytest.mark.gpu,)) for case in CASES if case.dtype != "float32"]
     else:
-        runs += [("mosaic_gpu", case, INTERPRETED_MARKS) for case in CASES[4:6]]
+        runs += [("mosaic_gpu", case, INTERPRETED_MARKS + slow[case]) for case in CASES[4:6]]
     return [pytest.param(name, case, id=f"{name}-{case}", marks=marks) for name, case, marks in runs]
 
 

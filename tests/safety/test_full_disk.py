@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from support.tiny_run import tiny_config, write_corpus
 
+from moda_jax.exit_codes import RunStoppedError
 from moda_jax.training.checkpoint import newest_good_step
-from moda_jax.training.faults import RunStoppedError
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.trainer import TrainingRun
 
 # A write that reports to a loop that is gone fails the test.

@@ -12,10 +12,10 @@ from support.run_process import RunProcesses
 from support.tiny_run import tiny_values, write_corpus
 
 from moda_jax.config import CheckpointConfig, Config
+from moda_jax.tasks.registry import make_task
 from moda_jax.training.checkpoint import Checkpoints, newest_good_step, saved_steps
-from moda_jax.training.metrics import read_metrics
-from moda_jax.training.optimizer import make_optimizer
-from moda_jax.training.state import initial_state
+from moda_jax.training.metrics_file import read_metrics
+from moda_jax.training.program import state_maker
 
 FIRST_STEP = "first step done"
 
@@ -23,8 +23,7 @@ FIRST_STEP = "first step done"
 def final_state(workdir, values):
     """The state after the last step, whose checkpoint is the newest, and good."""
     config = Config.from_dict(values)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    abstract = jax.eval_shape(lambda: initial_state(config.model, optimizer, config.train.seed))
+    abstract = jax.eval_shape(state_maker(config, make_task(config)), config.train.seed)
     checkpoints = Checkpoints(workdir / "checkpoints", CheckpointConfig())
     try:
         step, skipped = newest_good_step(workdir / "checkpoints")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from support.tiny_run import tiny_config, write_corpus
 
+from moda_jax.exit_codes import RunStoppedError
 from moda_jax.training.checkpoint import newest_good_step
-from moda_jax.training.faults import RunStoppedError
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.replay import main
 from moda_jax.training.trainer import TrainingRun
 
@@ -54,17 +54,14 @@ class Poisoned:
 
 
 def poison(run, monkeypatch, steps):
-    batches = run._components.train_batches
-    monkeypatch.setattr(
-        run._components, "train_batches", lambda position: Poisoned(batches(position), run.step + 1, steps)
-    )
+    batches = run._data.train_batches
+    monkeypatch.setattr(run._data, "train_batches", lambda position: Poisoned(batches(position), run.step + 1, steps))
 
 
 def test_later_losses_are_those_of_a_run_without_that_update(place, monkeypatch, caplog):
     run = new_run(place, "poisoned")
-    components = run._components
-    state, batches = components.initialize(), components.train_batches(position=0)
-    compiled = components.traced_train_step.lower().compile()
+    state, batches = run._program.initialize(), run._data.train_batches(0)
+    compiled = run._program.trace_train_step().lower().compile()
     expected = {}
     for step in range(1, STEPS + 1):  # the run that never saw these batches
         batch = next(batches)

@@ -6,7 +6,6 @@ Per mesh: `<name>.npz` (20 losses, the first step's gradients) and `<name>.hlo`,
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import sys
@@ -18,10 +17,7 @@ from support.quick_compile import QUICK
 
 from moda_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from moda_jax.data.packing import Batch
-from moda_jax.parallel.distribution import Distribution
-from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from moda_jax.training.state import initial_state, model_function
-from moda_jax.training.train_step import make_train_step
+from moda_jax.training.program import Program
 
 STEPS = 20
 MESHES = {
@@ -98,19 +94,8 @@ def packed_batch(config: Config, seed: int, boundaries: tuple[int, ...] | None =
 
 def build(config: Config, *, one_device: bool, devices=None, options=QUICK):
     """(jitted state maker, compiled train step, placement of batches)."""
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    train_step = make_train_step(model_function(config.model), optimizer, schedule, config.train)
-    initialize = functools.partial(initial_state, config.model, optimizer, config.train.seed)
-    if one_device:
-        batch = packed_batch(config, 0)
-        compiled = jax.jit(train_step).trace(jax.eval_shape(initialize), batch).lower().compile(options)
-        return jax.jit(initialize), compiled, lambda batch: batch
-    distribution = Distribution(config, devices)
-    initializer = distribution.initializer(initialize)
-    state = distribution.abstract_state(initializer)
-    traced = distribution.jit_train_step(train_step, state).trace(state, distribution.abstract_batch())
-    return initializer, traced.lower().compile(options), distribution.place
+    program = Program(config, devices=jax.devices()[:1] if one_device else devices)
+    return program.initialize, program.trace_train_step().lower().compile(options), program.distribution.place
 
 
 def train(config: Config, name: str, directory: Path, *, steps: int, boundaries=None) -> None:

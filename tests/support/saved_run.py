@@ -14,9 +14,11 @@ from moda_jax.config import Config, TransformerConfig
 from moda_jax.data.tokenizer import load_tokenizer
 from moda_jax.inference.decode import inference_params
 from moda_jax.inference.load import LoadedRun
+from moda_jax.model.function import ModelFunction, model_function, parameter_kinds, split_model
+from moda_jax.parallel.parameters import pad_vocabulary
+from moda_jax.tasks.registry import make_task
 from moda_jax.training.checkpoint import Checkpoints
-from moda_jax.training.optimizer import make_optimizer
-from moda_jax.training.state import ModelFunction, initial_state, model_function, split_model
+from moda_jax.training.program import state_maker
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, write_config
 
 
@@ -37,10 +39,9 @@ def tiny_run_config(**sections) -> Config:
 
 
 def save_run(workdir: Path, config: Config, *, steps: tuple[int, ...] = (10,), seed: int = 0) -> dict:
-    """Writes config.json and a checkpoint per step, all with the same parameters, which it returns."""
+    """Writes config.json and a checkpoint per step, all with the same parameters; returns them without padding."""
     write_config(workdir, config, [])
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    initialize = functools.partial(initial_state, config.model, optimizer, seed)
+    initialize = functools.partial(state_maker(config, make_task(config)), seed)
     state = jax.jit(initialize, compiler_options=QUICK)()
     record = {
         "data_position": 0,
@@ -52,7 +53,7 @@ def save_run(workdir: Path, config: Config, *, steps: tuple[int, ...] = (10,), s
     for step in steps:
         checkpoints.save(step, dataclasses.replace(state, step=np.int32(step)), record | {"step": step})
     checkpoints.close()
-    return state.params
+    return pad_vocabulary(state.params, parameter_kinds(config.model), config.model.vocab_size)
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import pytest
 
@@ -18,3 +19,11 @@ def quick_of(cases: Iterable[str], quick: Collection[str]) -> list:
     if unknown:
         raise ValueError(f"quick={sorted(unknown)}: expected names among {cases}")
     return [pytest.param(case, marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
+def quick_of_named(cases: Mapping[str, tuple[Any, ...]], quick: Collection[str]) -> list:
+    """The same for cases of several arguments, by name."""
+    return [
+        pytest.param(*cases[parameter.values[0]], id=parameter.values[0], marks=parameter.marks)
+        for parameter in quick_of(cases, quick)
+    ]

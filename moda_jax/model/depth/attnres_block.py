@@ -28,6 +28,7 @@ from moda_jax.model.initial_keys import InitialKeys
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
+from moda_jax.parameter import parameter
 
 Array = jax.Array
 
@@ -38,8 +39,8 @@ class Direction(nnx.Module):
     """A read's parameters, float32: w (`vector`, 0 at the start: the average) and the norm's g (`scale`, 1)."""
 
     def __init__(self, width: int) -> None:
-        self.vector = nnx.Param(jnp.zeros((width,), jnp.float32))
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.vector = parameter(jnp.zeros((width,), jnp.float32), "channels")
+        self.scale = parameter(jnp.ones((width,), jnp.float32), "channels")
 
     def __call__(self) -> Array:
         """w * g, [D]."""
@@ -56,9 +57,6 @@ class BlockAttentionResiduals(DepthMechanism):
 
     stream_type: ClassVar[type[Stream]] = HiddenStream
     numbered: ClassVar[bool] = True
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        f"{site}_read.{name}": ("channels",) for site in (ATTENTION, FFN, OUTPUT) for name in ("vector", "scale")
-    }
 
     def __init__(self, config: TransformerConfig, *, last: bool) -> None:
         self.block_size = self.sublayers_a_source(config)

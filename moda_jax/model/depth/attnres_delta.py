@@ -29,6 +29,7 @@ from moda_jax.model.initial_keys import InitialKeys
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
+from moda_jax.parameter import parameter
 
 Array = jax.Array
 
@@ -39,7 +40,7 @@ class DeltaRead(Direction):
     def __init__(self, config: TransformerConfig, rngs: InitialKeys) -> None:
         super().__init__(config.width)
         init = nnx.initializers.normal(config.initializer_range)
-        self.vector = nnx.Param(init(rngs.params(), (config.width,), jnp.float32))
+        self.vector = parameter(init(rngs.params(), (config.width,), jnp.float32), "channels")
         self.null = NullSource(config.width) if config.attnres_delta.null_source else None
 
 
@@ -47,7 +48,7 @@ class NullSource(nnx.Module):
     """[D] float32, the same for every token."""
 
     def __init__(self, width: int) -> None:
-        self.vector = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.vector = parameter(jnp.zeros((width,), jnp.float32), "channels")
 
 
 class DeltaAttentionResiduals(DepthMechanism):
@@ -61,9 +62,6 @@ class DeltaAttentionResiduals(DepthMechanism):
 
     stream_type: ClassVar[type[Stream]] = HiddenStream
     numbered: ClassVar[bool] = True
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"null.vector": ("channels",)} | {
-        f"{site}_read.{name}": ("channels",) for site in (ATTENTION, FFN) for name in ("vector", "scale")
-    }
 
     def __init__(self, config: TransformerConfig, *, last: bool, rngs: InitialKeys) -> None:
         self.last = last

@@ -26,6 +26,7 @@ from moda_jax.model.initial_keys import InitialKeys
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
+from moda_jax.parameter import parameter
 
 Array = jax.Array
 
@@ -34,7 +35,7 @@ class Weights(nnx.Module):
     """A row of A, float32, from X_i (1 at the start) backwards in steps of the dilation, padded."""
 
     def __init__(self, size: int) -> None:
-        self.vector = nnx.Param(jnp.zeros((size,), jnp.float32).at[0].set(1.0))
+        self.vector = parameter(jnp.zeros((size,), jnp.float32).at[0].set(1.0), None)
 
     def __call__(self, number: Array | int, dilation: int, slots: int) -> Array:
         """Behind layer `number`, the weights of X_0, X_1, ...: [S]."""
@@ -55,9 +56,6 @@ class DenseFormer(DepthMechanism):
     stream_type: ClassVar[type[Stream]] = HiddenStream
     numbered: ClassVar[bool] = True
     has_context: ClassVar[bool] = True
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = dict.fromkeys(
-        ("attention_weights.vector", "output_weights.vector"), (None,)
-    )
 
     def __init__(self, config: TransformerConfig, *, last: bool) -> None:
         section, layers = config.denseformer, config.num_layers

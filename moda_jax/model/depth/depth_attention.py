@@ -28,7 +28,7 @@ from moda_jax.model.depth.reads import DepthAttention
 from moda_jax.model.depth.stream import DepthStream, Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import Projection
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.mesh import constrain
 
 if TYPE_CHECKING:
@@ -78,10 +78,6 @@ class AttentionOverDepth(DepthMechanism):
     """
 
     stream_type: ClassVar[type[Stream]] = DepthStream
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "depth_query.kernel": ("width", "heads", "head_dim"),
-        "depth_kv.kernel": ("width", "pair", "kv_heads", "head_dim"),
-    }
     tensors: ClassVar[dict[str, tuple[str, int]]] = {
         f"{place}.{name}.kernel": (f"{place}.{name}_proj.weight", 1)
         for place in ("embedding_maps", "attention_maps", "ffn_maps")

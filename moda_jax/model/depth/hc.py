@@ -24,7 +24,8 @@ from moda_jax.config_checks import require
 from moda_jax.model.depth.mechanism import ATTENTION, FFN
 from moda_jax.model.depth.streams import EPSILON, GATE, ResidualStreams
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.precision import compute_dtype, contract
+from moda_jax.numerics.precision import compute_dtype, contract
+from moda_jax.parameter import parameter
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
@@ -42,9 +43,9 @@ class HyperConnection(nnx.Module):
 
     def __init__(self, streams: int, width: int, *, dtype: jnp.dtype) -> None:
         self.dtype = dtype
-        self.kernel = nnx.Param(jnp.zeros((width, streams + 2), jnp.float32))
-        self.offset = nnx.Param(jnp.zeros((streams, streams + 2), jnp.float32))
-        self.gate = nnx.Param(jnp.full((2,), GATE, jnp.float32))
+        self.kernel = parameter(jnp.zeros((width, streams + 2), jnp.float32), "width", None, decays=True, is_cast=True)
+        self.offset = parameter(jnp.zeros((streams, streams + 2), jnp.float32), None, None)
+        self.gate = parameter(jnp.full((2,), GATE, jnp.float32), None)
 
     def __call__(self, x: Array, number: Array | int) -> tuple[Array, Array, Array]:
         """X [B, T, n, D] to read [B, T, n], mix [B, T, n, n] (from, to) and write [B, T, n], float32.
@@ -72,11 +73,6 @@ class HyperConnections(ResidualStreams):
     """
 
     numbered: ClassVar[bool] = True
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        f"{site}_hyper.{name}": axes
-        for site in (ATTENTION, FFN)
-        for name, axes in (("kernel", ("width", None)), ("offset", (None, None)), ("gate", (None,)))
-    }
 
     def __init__(self, config: TransformerConfig) -> None:
         n, dtype = config.hc.streams, compute_dtype(config.dtype)

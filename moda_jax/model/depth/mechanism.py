@@ -34,7 +34,6 @@ from moda_jax.model.depth.operations import Operation
 from moda_jax.model.depth.stream import Entry, NoStream, Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.parallel.mesh import constrain
-from moda_jax.parallel.parameters import register_axes
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
@@ -90,16 +89,14 @@ class DepthMechanism(nnx.Module):
     """Depth residual: no stream, the identity read and the add that every block does. The base of all mechanisms.
 
     Every layer has an object of its own with the parameters that belong to it; those of the model as a whole (of
-    `begin` and `finish`) are the last layer's.
+    `begin` and `finish`) are the last layer's. A parameter says itself how it is split, whether it decays and in which
+    dtype it computes: it is made by `moda_jax.parameter.parameter`, or a `Projection`.
 
     Class attributes:
         stream_type: of the stream.
         softmax_slots: the slots of the stream, a `DepthStream`, are part of attention's softmax.
         numbered: the methods are told the layer's number.
         has_context: `input` leaves something for `residual`.
-        parameter_axes: logical axes of its parameters (see `moda_jax.parallel.mesh.RULES`), by the last two names of
-            their path. The last name says what a parameter is: a "kernel" is a matrix, computes in the compute dtype
-            and decays; "scale", "vector", "offset" and "gate" stay float32 and do not.
         tensors: names in an exported file by the path below the mechanism, with the leading axes that are a linear
             layer's inputs (0: stored as it is). What is not named here has its path as its name.
 
@@ -112,14 +109,9 @@ class DepthMechanism(nnx.Module):
     softmax_slots: ClassVar[bool] = False
     numbered: ClassVar[bool] = False
     has_context: ClassVar[bool] = False
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     tensors: ClassVar[dict[str, tuple[str, int]]] = {}
 
     writes_own_key_value: bool = False
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        register_axes(cls.parameter_axes)
 
     # From the config alone.
 

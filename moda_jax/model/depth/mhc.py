@@ -15,7 +15,7 @@ Source: arXiv 2512.24880 (hyper-connections: 2409.19606). Axes: B batch, T token
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from moda_jax.config_checks import require
 from moda_jax.model.depth.mechanism import ATTENTION
 from moda_jax.model.depth.streams import EPSILON, GATE, ResidualStreams
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.precision import compute_dtype, contract
+from moda_jax.numerics.precision import compute_dtype, contract
+from moda_jax.parameter import parameter
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
@@ -46,9 +47,11 @@ class Connection(nnx.Module):
         outputs = streams * streams + 2 * streams
         self.dtype = dtype
         init = nnx.initializers.normal(1.0 / math.sqrt(streams * width))
-        self.kernel = nnx.Param(init(rngs.params(), (streams, width, outputs), jnp.float32))
-        self.offset = nnx.Param(jnp.zeros((outputs,), jnp.float32))
-        self.gate = nnx.Param(jnp.full((3,), GATE, jnp.float32))
+        self.kernel = parameter(
+            init(rngs.params(), (streams, width, outputs), jnp.float32), None, "width", None, decays=True, is_cast=True
+        )
+        self.offset = parameter(jnp.zeros((outputs,), jnp.float32), None)
+        self.gate = parameter(jnp.full((3,), GATE, jnp.float32), None)
 
     def __call__(self, x: Array, rounds: int) -> tuple[Array, Array, Array]:
         """X [B, T, n, D] to pre, post [B, T, n] and R [B, T, n, n], float32."""
@@ -81,12 +84,6 @@ class ManifoldHyperConnections(ResidualStreams):
         config: of the model.
         rngs: source of the parameters.
     """
-
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        f"{site}_connection.{name}": axes
-        for site in ("attention", "ffn")
-        for name, axes in (("kernel", (None, "width", None)), ("offset", (None,)), ("gate", (None,)))
-    }
 
     def __init__(self, config: TransformerConfig, *, rngs: InitialKeys) -> None:
         n, width, dtype = config.mhc.streams, config.width, compute_dtype(config.dtype)

@@ -11,7 +11,7 @@ from moda_jax.model.depth.mechanism import ATTENTION, FFN, DepthMechanism, SubLa
 from moda_jax.model.depth.stream import DepthStream, Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import Projection
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
@@ -34,9 +34,6 @@ class MixtureOfDepths(DepthMechanism):
 
     stream_type: ClassVar[type[Stream]] = DepthStream
     softmax_slots: ClassVar[bool] = True
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = dict.fromkeys(
-        ("ffn_kv.kernel", "attention_kv.kernel"), ("width", "pair", "kv_heads", "head_dim")
-    )
     # [2 * K * H, D] in a file, keys before values.
     tensors: ClassVar[dict[str, tuple[str, int]]] = {
         "ffn_kv.kernel": ("ffn_kv_proj.weight", 1),

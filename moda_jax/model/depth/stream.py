@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moda_jax.model.precision import compute_dtype
+from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.mesh import constrain
 
 Array = jax.Array

@@ -25,6 +25,7 @@ from moda_jax.model.initial_keys import InitialKeys
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
+from moda_jax.parameter import parameter
 
 Array = jax.Array
 
@@ -64,7 +65,7 @@ class MixingWeights(nnx.Module):
     """A layer's a and b (`gate`, [2] float32)."""
 
     def __init__(self, first: float, own: float) -> None:
-        self.gate = nnx.Param(jnp.array([first, own], jnp.float32))
+        self.gate = parameter(jnp.array([first, own], jnp.float32), None)
 
 
 class ValueResidual(DepthMechanism):
@@ -77,7 +78,6 @@ class ValueResidual(DepthMechanism):
 
     stream_type: ClassVar[type[Stream]] = ValueStream
     numbered: ClassVar[bool] = True
-    parameter_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"weights.gate": (None,)}
 
     def __init__(self, config: TransformerConfig, *, last: bool) -> None:
         section = config.value_residual

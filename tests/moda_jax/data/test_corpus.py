@@ -15,7 +15,7 @@ from support.documents import data_config, random_texts, write_texts
 
 from moda_jax.config import DataConfig
 from moda_jax.data import corpus
-from moda_jax.data.faults import DamageError
+from moda_jax.data.damage import DamageError
 from moda_jax.data.pipeline import open_dataset
 from moda_jax.data.tokenizer import ByteTokenizer
 

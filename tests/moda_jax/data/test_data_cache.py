@@ -152,6 +152,7 @@ def test_a_waiting_process_takes_over_from_a_killed_one(tmp_path):
     assert sorted(path.name for path in (tmp_path / "thing").iterdir()) == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_the_same_data_at_once(tmp_path):
     source = write_texts(tmp_path / "texts", random_texts(200))
     processes = [start_python(OPEN_DATASET, source, tmp_path / "cache") for _ in range(2)]

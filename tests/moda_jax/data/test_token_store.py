@@ -9,7 +9,7 @@ from support.tiny_tokenizer import words_without_unknown
 
 from moda_jax.config import DataConfig
 from moda_jax.data import token_store
-from moda_jax.data.faults import DamageError, SkippedDocuments
+from moda_jax.data.damage import DamageError, SkippedDocuments
 from moda_jax.data.token_store import prepare_tokens
 from moda_jax.data.tokenizer import ByteTokenizer
 from moda_jax.data.tokenizer_file import Losses

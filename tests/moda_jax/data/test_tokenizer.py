@@ -10,11 +10,12 @@ import tokenizers
 from support.documents import data_config, random_texts, start_python, write_texts
 
 from moda_jax.config import DataConfig
-from moda_jax.data.faults import DamageError
+from moda_jax.data.damage import DamageError
 from moda_jax.data.pipeline import open_dataset
 from moda_jax.data.tokenizer import ByteTokenizer, check_vocabulary, load_tokenizer
+from moda_jax.data.tokenizer.__main__ import main
 from moda_jax.data.tokenizer_file import Losses, settle
-from moda_jax.data.train_tokenizer import main, train_bpe
+from moda_jax.data.train_tokenizer import train_bpe
 
 
 def write_tokenizer(path, vocabulary, special=()):

@@ -34,10 +34,10 @@ def dense_maps(run, tokens, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "pixels"),
     [
-        pytest.param({}, 64, id="whole"),
+        pytest.param({}, 64, id="whole", marks=pytest.mark.slow),
         pytest.param({}, 8, id="pooled"),
         pytest.param({"depth_ffn_kv": False, "norm": "pre"}, 8, id="own KV, pre-norm", marks=pytest.mark.slow),
-        pytest.param({"depth": "none"}, 64, id="no depth"),
+        pytest.param({"depth": "none"}, 64, id="no depth", marks=pytest.mark.slow),
     ],
 )
 def test_maps_are_the_pooled_softmax(model, pixels, monkeypatch):

@@ -16,7 +16,7 @@ from support.saved_run import random_model
 
 from moda_jax.config import TransformerConfig
 from moda_jax.interop import export_model, load_model, load_olmo2
-from moda_jax.training.state import model_function
+from moda_jax.model.function import model_function
 
 STORED = pathlib.Path(__file__).parents[2] / "data" / "olmo2_tiny"
 NAMES = ("untied_gqa_sharded", "tied_head_dim", "tied_bfloat16_one_layer")
@@ -58,7 +58,12 @@ def test_a_round_trip_gives_transformers_logits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"depth_ffn_kv": False, "norm": "pre", "qk_norm": False}, {"num_layers": 1, "tie_embeddings": False}]
+    "fields",
+    [
+        {},
+        pytest.param({"depth_ffn_kv": False, "norm": "pre", "qk_norm": False}, marks=pytest.mark.slow),
+        pytest.param({"num_layers": 1, "tie_embeddings": False}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_moda_model_comes_back_bit_for_bit(fields, tmp_path):
     config = dataclasses.replace(MODA, **fields)

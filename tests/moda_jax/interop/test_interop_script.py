@@ -48,12 +48,16 @@ def test_a_moda_run_starts_from_an_exported_model_and_trains(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["export", "--output=x"], "error: --workdir: missing, as in --workdir=runs/quickstart"),
+        pytest.param(
+            ["export", "--output=x"],
+            "error: --workdir: missing, as in --workdir=runs/quickstart",
+            marks=pytest.mark.slow,
+        ),
         (
             ["import", "--checkpoint=docs", "--workdir=TMP/run"],
             "error: docs: holds no config.json; expected a directory of config.json and safetensors",
         ),
-        (["move"], "error: 'move': expected one of export, import"),
+        pytest.param(["move"], "error: 'move': expected one of export, import", marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_command_ends_in_one_line(arguments, line, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from support.quick_compile import QUICK
 
 from moda_jax.config import TransformerConfig
-from moda_jax.training.state import split_model
+from moda_jax.model.function import split_model
 
 BASE = {
     "vocab_size": 40, "num_layers": 3, "width": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "ffn_width": 48,
@@ -26,9 +26,9 @@ def initial(**changes):
 @pytest.mark.parametrize(
     ("changes", "extra", "resized"),
     [
-        ({"depth": "moda", "depth_ffn_kv": False}, 0, 0),
+        pytest.param({"depth": "moda", "depth_ffn_kv": False}, 0, 0, marks=pytest.mark.slow),
         ({"depth": "moda", "depth_ffn_kv": True, "depth_attn_kv": True}, 2, 0),
-        ({"ffn_width": 56}, 0, 6),
+        pytest.param({"ffn_width": 56}, 0, 6, marks=pytest.mark.slow),
         ({"norm": "pre"}, 0, 0),
     ],
     ids=["depth", "projections", "wide", "pre"],

@@ -32,12 +32,16 @@ VARIANTS = {
 
 def build(config, seed=0):
     """(graphdef, params as nested dict); norm scales are perturbed, so that a norm in the wrong place shows."""
-    graph, params = nnx.split(Transformer(config, rngs=nnx.Rngs(seed)))
-    params = nnx.to_pure_dict(params)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return graph, jax.tree.unflatten(tree, leaves)
+    graph = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(seed))))[0]
+
+    def make():
+        leaves, tree = jax.tree.flatten(nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(seed)))))
+        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+        leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, leaves)
+
+    # As one program: one operation at a time they take longer than what is tested.
+    return graph, jax.jit(make, compiler_options=QUICK)()
 
 
 def apply(graph, params, *args):
@@ -57,7 +61,7 @@ def compare(got, expected, tolerance, name=""):
     assert error < tolerance, f"{name}: relative L2 error {error:.2e}, bound {tolerance:.0e}"
 
 
-@pytest.mark.parametrize("name", quick_of(VARIANTS, ("post-ffn+attn", "pre-own", "post-none")))
+@pytest.mark.parametrize("name", quick_of(VARIANTS, ("post-ffn+attn", "pre-none")))
 def test_logits_and_gradients_equal_the_plain_unrolled_model(name):
     config = VARIANTS[name]
     graph, params = build(config)
@@ -102,7 +106,7 @@ def default_gradient():
 OTHER_LOOPS = {name: {"remat": name} for name in ("full", "ffn", "none")} | {"unroll": {"layer_loop": "unroll"}}
 
 
-@pytest.mark.parametrize("name", quick_of(OTHER_LOOPS, ("ffn", "unroll")))
+@pytest.mark.parametrize("name", quick_of(OTHER_LOOPS, ("unroll",)))
 def test_remat_and_unrolling_change_no_number(name):
     got = gradient_of(dataclasses.replace(TINY, **OTHER_LOOPS[name]))
     jax.tree_util.tree_map_with_path(

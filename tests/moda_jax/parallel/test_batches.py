@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from moda_jax.parallel.batches import row_block
+from moda_jax.parallel.batches import row_share
 
 
 def mesh(shape, devices_per_process):
@@ -29,11 +29,11 @@ def mesh(shape, devices_per_process):
 )
 def test_blocks(shape, devices_per_process, expected):
     made = mesh(shape, devices_per_process)
-    assert [tuple(row_block(made, process)) for process in range(len(expected))] == expected
+    assert [tuple(row_share(made, process)) for process in range(len(expected))] == expected
 
 
 def test_rows_that_are_no_block_are_refused():
     made = mesh((4, 1, 1, 1), 2)
     made.devices = made.devices[[0, 2, 1, 3]]
     with pytest.raises(ValueError, match=r"the devices of process 0 hold the parts \[0, 2\] of the batch"):
-        row_block(made, 0)
+        row_share(made, 0)

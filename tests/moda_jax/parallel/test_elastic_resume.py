@@ -15,7 +15,7 @@ from support.virtual_devices import ROOT, environment
 
 from moda_jax.config import Config
 from moda_jax.training.checkpoint import saved_steps
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.trainer import TrainingRun
 
 pytestmark = pytest.mark.slow
@@ -185,6 +185,6 @@ def test_the_checkpoint_is_that_of_any_mesh(place, phases):
     values = place.values() | {"train": SECTIONS["train"] | {"num_steps": STEPS + 8}}
     run = TrainingRun(Config.from_dict(values), place.workdir)
     assert run.step == STEPS == saved_steps(place.workdir / "checkpoints")[0]
-    assert run._state.params["embedding"]["table"].shape[0] == 257
+    assert run._state.params["embedding"]["table"].shape[0] == 384
     record = json.loads((place.workdir / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())
     assert record["data_position"] == 8 * STEPS

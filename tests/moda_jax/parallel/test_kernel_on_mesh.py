@@ -11,10 +11,12 @@ from jax.sharding import AbstractMesh, AxisType
 
 from moda_jax.config import OptimizerConfig, TrainConfig, TransformerConfig
 from moda_jax.data.packing import Batch
+from moda_jax.model.function import model_function, parameter_kinds
 from moda_jax.parallel.mesh import AXES, named_sharding, on_mesh
 from moda_jax.parallel.parameters import state_shardings
+from moda_jax.tasks.language import LanguageObjective, language_params
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from moda_jax.training.state import initial_state, model_function
+from moda_jax.training.state import initial_state
 from moda_jax.training.train_step import make_train_step
 from pallas_kernels import dispatch, norm
 from pallas_kernels.mosaic_gpu import warpgroup
@@ -30,7 +32,12 @@ B, T = 8, 1024
 
 
 @pytest.mark.parametrize(
-    "sizes", [(2, 4, 1, 1), (1, 2, 2, 2), (1, 1, 1, 8)], ids=["data2_fsdp4", "fsdp2_tensor2_context2", "context8"]
+    "sizes",
+    [
+        pytest.param((2, 4, 1, 1), id="data2_fsdp4", marks=pytest.mark.slow),
+        pytest.param((1, 2, 2, 2), id="fsdp2_tensor2_context2"),
+        pytest.param((1, 1, 1, 8), id="context8", marks=pytest.mark.slow),
+    ],
 )
 def test_the_train_step_lowers_for_cuda(sizes, monkeypatch):
     monkeypatch.setattr(warpgroup, "default_interpret", lambda: False)
@@ -38,10 +45,10 @@ def test_the_train_step_lowers_for_cuda(sizes, monkeypatch):
     norm._best.cache_clear()
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)
     config = TrainConfig(batch_size=B, num_steps=10)
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 10)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 10, parameter_kinds(MODEL))
     schedule = learning_rate_schedule(OptimizerConfig(warmup_steps=1), 10)
-    step = make_train_step(model_function(MODEL), optimizer, schedule, config)
-    state = jax.eval_shape(functools.partial(initial_state, MODEL, optimizer, 0))
+    step = make_train_step(LanguageObjective(model_function(MODEL)), optimizer, schedule, config)
+    state = jax.eval_shape(functools.partial(initial_state, functools.partial(language_params, MODEL), optimizer, 0))
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state, state_shardings(mesh, state),

@@ -10,8 +10,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from moda_jax.config import OptimizerConfig, TransformerConfig
+from moda_jax.model.function import parameter_kinds
 from moda_jax.parallel import parameters
 from moda_jax.parallel.mesh import AXES
+from moda_jax.tasks.language import language_params
 from moda_jax.training.optimizer import make_optimizer
 from moda_jax.training.state import initial_state
 
@@ -21,16 +23,19 @@ MODEL = TransformerConfig(
 )  # fmt: skip
 
 
+KINDS = parameter_kinds(MODEL)
+
+
 @pytest.fixture(scope="module")
 def state():
     """With every kind of parameter that a model can have."""
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 10)
-    return jax.eval_shape(functools.partial(initial_state, MODEL, optimizer, 0))
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 10, KINDS)
+    return jax.eval_shape(functools.partial(initial_state, functools.partial(language_params, MODEL), optimizer, 0))
 
 
 def test_every_leaf_of_the_state_has_a_sharding(state):
     mesh = AbstractMesh((2, 4, 2, 2), AXES, axis_types=(AxisType.Auto,) * 4)
-    shardings = parameters.state_shardings(mesh, state)
+    shardings = parameters.state_shardings(mesh, state, KINDS)
     specs = shardings.params
     assert specs["embedding"]["table"].spec == PartitionSpec("tensor", "fsdp")
     assert specs["head"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
@@ -45,48 +50,31 @@ def test_every_leaf_of_the_state_has_a_sharding(state):
     assert adam.count.spec == shardings.step.spec == shardings.key.spec == PartitionSpec()
 
 
-def test_an_unknown_parameter_is_named(state):
-    path = (jax.tree_util.DictKey("layers"), jax.tree_util.DictKey("gate"), jax.tree_util.DictKey("bias"))
-    with pytest.raises(ValueError, match=r"parameter layers\.gate\.bias of rank 2: no logical axes"):
-        parameters.parameter_axes(path, 2)
-
-
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
         ({"tensor": 8}, "mesh.tensor=8: does not divide axis kv_heads (model.num_kv_heads) of size 4 of parameter"),
         ({"fsdp": 5}, "mesh.fsdp=5: does not divide axis width (model.width) of size 64 of parameter embedding.table"),
-        ({"tensor": 4}, "mesh.tensor=4: does not divide axis vocabulary of size 100278 of parameter embedding.table"),
+        ({"tensor": 5}, "mesh.tensor=5: does not divide axis vocabulary of size 100608 of parameter embedding.table"),
     ],
 )
 def test_what_does_not_divide_is_named(state, sizes, message):
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes
-    params = state.params
-    if sizes["tensor"] == 8:
-        params = jax.eval_shape(lambda p: parameters.pad_vocabulary(p, 100280), params)
     with pytest.raises(ValueError, match=re.escape(message)):
-        parameters.check_divisible(sizes, params)
+        parameters.check_divisible(sizes, state.params, KINDS)
 
 
 def test_the_vocabulary_is_padded_with_zeros_and_cut_again():
-    assert [parameters.padded_vocabulary(100278, n) for n in (1, 2, 4, 8)] == [100352] * 4
-    assert [parameters.padded_vocabulary(257, n) for n in (1, 2, 4)] == [384, 512, 512]
+    assert [parameters.padded_vocabulary(size) for size in (1, 257, 384, 385, 50304, 100278)] == [
+        384, 384, 384, 768, 50304, 100608,
+    ]  # fmt: skip
     random = np.random.default_rng(0)
     tree = {
         "embedding": {"table": jnp.float32(random.normal(size=(5, 4)))},
         "head": {"kernel": jnp.float32(random.normal(size=(4, 5)))},
         "final_norm": {"scale": jnp.ones(4)},
     }
-    padded = parameters.pad_vocabulary(tree, 8)
+    padded = parameters.pad_vocabulary(tree, KINDS, 8)
     assert padded["embedding"]["table"].shape == (8, 4) and padded["head"]["kernel"].shape == (4, 8)
     assert not np.any(padded["embedding"]["table"][5:]) and not np.any(padded["head"]["kernel"][:, 5:])
-    jax.tree.map(np.testing.assert_array_equal, parameters.pad_vocabulary(padded, 5), tree)
-
-
-def test_saved_states_are_split_over_the_width(state):
-    mesh = AbstractMesh((1, 4, 4, 1), AXES, axis_types=(AxisType.Auto,) * 4)
-    saved = parameters.saved_shardings(mesh, state)
-    assert saved.params["embedding"]["table"].spec == PartitionSpec(None, ("fsdp", "tensor"))
-    assert saved.params["head"]["kernel"].spec == PartitionSpec(("fsdp", "tensor"), None)
-    odd = {"embedding": {"table": jax.ShapeDtypeStruct((7, 24), jnp.float32)}}
-    assert parameters.saved_shardings(mesh, odd)["embedding"]["table"].spec == PartitionSpec(None, ("fsdp",))
+    jax.tree.map(np.testing.assert_array_equal, parameters.pad_vocabulary(padded, KINDS, 5), tree)

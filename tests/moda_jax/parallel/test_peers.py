@@ -16,9 +16,9 @@ import sys, time
 from pathlib import Path
 from absl import flags
 from moda_jax.parallel import peers
-from moda_jax.parallel.distributed import start_processes
+from moda_jax.parallel.launch import start_processes
 from moda_jax.training.console import print_result, run_command, user_errors
-from moda_jax.training.faults import RunStoppedError
+from moda_jax.exit_codes import RunStoppedError
 
 MODE = flags.DEFINE_string("mode", "", "")
 PLACE = flags.DEFINE_string("place", "", "")
@@ -109,6 +109,7 @@ def test_the_others_end_in_time_when_another_process_is_gone(tmp_path):
         assert "was lost: no sign of life for" in line
 
 
+@pytest.mark.slow
 def test_processes_that_are_done_are_not_missed(tmp_path):
     codes, words, _ = ended(start(tmp_path, "ends", count=2))
     assert codes == [0, 0], words

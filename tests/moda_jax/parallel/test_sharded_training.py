@@ -106,7 +106,7 @@ def test_collectives_run_over_the_axes_that_the_design_says(runs, name):
         # 8 matrices of every layer of every micro-batch: forward and recomputation. Nothing gathers a stack of layers.
         executions = (CONFIG.model.num_layers - 1) * CONFIG.train.accumulation_steps
         assert sum(len(c.arrays) for c in gathered if c.times == executions) == 2 * 8
-        table = CONFIG.model.width * padded_vocabulary(CONFIG.model.vocab_size, mesh["tensor"]) // mesh["tensor"]
+        table = CONFIG.model.width * padded_vocabulary(CONFIG.model.vocab_size) // mesh["tensor"]
         assert max(math.prod(shape) for c in gathered for _, shape in c.arrays) == table
         # Gradients of matrices go back in parts.
         assert all(c.sliced for c in found if c.kind == "all-reduce" and c.axes == ("fsdp",) and rank(c) > 1)

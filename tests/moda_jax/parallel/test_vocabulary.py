@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from moda_jax.numerics import cross_entropy
+from moda_jax.numerics.cross_entropy import projected_loss_sums
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.mesh import AXES, on_mesh
 
@@ -47,16 +49,16 @@ def oracle(z_loss, hidden, table, targets, mask):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "limit_bytes"),
-    [(1, 2**31), (7, 4 * ROWS * 4), (8, 180), (21, 1)],
-    ids=["one block", "blocks that divide", "ragged blocks", "one by one"],
+    ("chunks", "limit_bytes"),
+    [(1, 2**31), (7, 4 * ROWS * 4), (2, 700), (7, 1)],
+    ids=["one chunk", "chunks that divide", "ragged chunks", "one by one"],
 )
-def test_loss_and_gradients_equal_a_float64_loop(mesh, example, monkeypatch, blocks, limit_bytes):
-    monkeypatch.setattr(vocabulary, "LOGITS_BYTES", limit_bytes)
+def test_loss_and_gradients_equal_a_float64_loop(mesh, example, monkeypatch, chunks, limit_bytes):
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", limit_bytes)
     hidden, table, targets, mask = example
 
     def objective(hidden, table):
-        return vocabulary.projected_loss_sums(0.1, VOCABULARY, hidden, table, targets, mask)
+        return projected_loss_sums(0.1, VOCABULARY, vocabulary.loss_exchange(), hidden, table, targets, mask)
 
     function = on_mesh(mesh, jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
     (total, sums), (dhidden, dtable) = jax.jit(function)(hidden, table)
@@ -65,7 +67,7 @@ def test_loss_and_gradients_equal_a_float64_loop(mesh, example, monkeypatch, blo
     np.testing.assert_allclose(total, expected[0] + 0.1 * expected[1], rtol=1e-6)
     np.testing.assert_allclose(dhidden, expected_dhidden, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dtable, expected_dtable, rtol=1e-5, atol=1e-6)
-    assert f"length={blocks}" in str(jax.make_jaxpr(function)(hidden, table))
+    assert (f"length={chunks}" in str(jax.make_jaxpr(function)(hidden, table))) == (chunks > 1)
     np.testing.assert_allclose(jax.jit(on_mesh(mesh, objective))(hidden, table)[1], expected, rtol=1e-6)
 
 
@@ -74,7 +76,7 @@ def test_targets_that_are_too_unlikely_for_one_pass(mesh, example):
     hidden = 40 * hidden
 
     def objective(hidden, table):
-        return vocabulary.projected_loss_sums(0.1, VOCABULARY, hidden, table, targets, mask)[0]
+        return projected_loss_sums(0.1, VOCABULARY, vocabulary.loss_exchange(), hidden, table, targets, mask)[0]
 
     gradients = jax.jit(on_mesh(mesh, jax.grad(objective, argnums=(0, 1))))(hidden, table)
     sums, *expected = oracle(0.1, hidden, table, targets, mask)

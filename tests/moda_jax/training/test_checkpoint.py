@@ -13,6 +13,9 @@ import pytest
 from support.documents import start_python
 
 from moda_jax.config import CheckpointConfig, OptimizerConfig
+from moda_jax.exit_codes import RunStoppedError
+from moda_jax.parallel.parameters import pad_vocabulary
+from moda_jax.parameter import ParameterKind, ParameterKinds
 from moda_jax.training import checkpoint
 from moda_jax.training.checkpoint import (
     CheckpointError,
@@ -25,14 +28,17 @@ from moda_jax.training.checkpoint import (
     steps_to_delete,
 )
 from moda_jax.training.checksums import write_manifest
-from moda_jax.training.faults import RunStoppedError
 from moda_jax.training.optimizer import make_optimizer
 from moda_jax.training.state import TrainState
 
 # After an error of its own, Orbax leaves a task behind that finds its event loop closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-OPTIMIZER = make_optimizer(OptimizerConfig(), 10**5)
+KINDS = ParameterKinds((
+    ("embedding.table", ParameterKind(("vocabulary", "width"))),
+    ("head.kernel", ParameterKind(("width", "vocabulary"), decays=True)),
+))  # fmt: skip
+OPTIMIZER = make_optimizer(OptimizerConfig(), 10**5, KINDS)
 
 
 def new_state(seed=0, step=0):
@@ -133,6 +139,18 @@ def test_tensors_that_differ_are_named(opened):
     less = TrainState(expected.step, {"head": expected.params["head"]}, expected.optimizer_state, expected.key)
     with pytest.raises(CheckpointError, match=r"params\.embedding\.table: not expected"):
         opened().restore(1, less)
+
+
+def test_what_an_older_checkpoint_lacks_is_zero(opened):
+    save(opened(), 1)
+    older = abstract(new_state())
+    wanted = jax.eval_shape(lambda state: pad_vocabulary(state, KINDS, 8), older)
+    state, _ = opened().restore(1, wanted, older=older)
+    assert_equal(state, pad_vocabulary(new_state(seed=1, step=1), KINDS, 8))
+    assert state.params["embedding"]["table"].shape == (8, 3)
+    assert state.optimizer_state[1].mu["head"]["kernel"].shape == (3, 8)
+    with pytest.raises(CheckpointError, match=r"params\.embedding\.table: float32\[5, 3\], expected float32\[8, 3\]"):
+        opened().restore(1, wanted)
 
 
 def files_of(directory):
@@ -326,7 +344,7 @@ import jax, numpy as np
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 from moda_jax.config import CheckpointConfig
 from moda_jax.training import checkpoint
-from moda_jax.training.faults import RunStoppedError
+from moda_jax.exit_codes import RunStoppedError
 
 write, failing = checkpoint.write_manifest, {2, 4, 5}
 

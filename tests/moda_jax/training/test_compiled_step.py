@@ -10,8 +10,10 @@ from support.selection import quick_of
 
 from moda_jax.config import OptimizerConfig, TrainConfig, TransformerConfig
 from moda_jax.data.packing import Batch
+from moda_jax.model.function import model_function, parameter_kinds
+from moda_jax.tasks.language import LanguageObjective, language_params
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from moda_jax.training.state import initial_state, model_function
+from moda_jax.training.state import initial_state
 from moda_jax.training.train_step import make_train_step
 
 BATCH, TOKENS, LAYERS, KV_HEADS, HEAD_DIM = 2, 256, 5, 2, 64
@@ -56,9 +58,9 @@ def lowered_step(layer_loop):
         layer_loop=layer_loop,
     )  # fmt: skip
     options = OptimizerConfig()
-    optimizer, schedule = make_optimizer(options, 1000), learning_rate_schedule(options, 1000)
-    step = make_train_step(model_function(model), optimizer, schedule, TrainConfig(batch_size=BATCH))
-    state = jax.eval_shape(functools.partial(initial_state, model, optimizer, 0))
+    optimizer, schedule = make_optimizer(options, 1000, parameter_kinds(model)), learning_rate_schedule(options, 1000)
+    step = make_train_step(LanguageObjective(model_function(model)), optimizer, schedule, TrainConfig(batch_size=BATCH))
+    state = jax.eval_shape(functools.partial(initial_state, functools.partial(language_params, model), optimizer, 0))
     integers = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32)
     batch = Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.float32))
     return jax.jit(step, donate_argnums=0).lower(state, batch)

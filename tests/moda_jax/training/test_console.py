@@ -9,15 +9,14 @@ import sys
 import pytest
 from support.documents import REPOSITORY, start_python
 
+from moda_jax.quantities import duration, quantity
 from moda_jax.training import console
 from moda_jax.training.console import (
-    ProgressLine,
-    _ProgressSafeHandler,
+    _LineSafeHandler,
     check_config_arguments,
-    duration,
-    quantity,
     user_errors,
 )
+from moda_jax.training.status_line import StatusLine
 
 
 @pytest.mark.parametrize(
@@ -25,11 +24,13 @@ from moda_jax.training.console import (
     [
         ("--config.model.num_layer=3", r"num_layer: unknown config key; did you mean --config\.model\.num_layers\?"),
         ("--config.modle.num_layers=3", r"did you mean --config\.model\.num_layers"),
+        ("--config.model.mhc.stream=3", r"did you mean --config\.model\.mhc\.streams\?"),
+        ("--config.model.mhc.zzzzzzz=3", r"known: model\.mhc\.streams, model\.mhc\.sinkhorn_rounds$"),
+        ("--config.model.mhc=3", r"--config\.model\.mhc: is a section; set one of its keys"),
         ("--config.eval.zzzzzzz=3", r"unknown config key; known: eval\.interval_steps, eval\.num_batches"),
         ("--config.zzzzzzz=3", r"unknown config key; known: model, data, optimizer"),
         ("--noconfig.model.qk=1", r"--config\.model\.qk: unknown config key"),
         ("--config.model=3", r"--config\.model: is a section; set one of its keys"),
-        ("--config=/nowhere/x.py:row1", r"--config=/nowhere/x\.py: no such file"),
     ],
 )  # fmt: skip
 def test_a_wrong_argument_is_named(argument, message):
@@ -41,6 +42,7 @@ def test_good_arguments_pass():
     check_config_arguments(
         [f"--config={__file__}:row1", "--config.model.num_layers=3", "--noconfig.model.qk_norm", "--workdir=x"]
     )
+    check_config_arguments(["--config.model.mhc.streams=3", "--config.model.depth_ffn_kv=false"])
     check_config_arguments(["--config", __file__, "--config.data.cache_dir", "config.nothing"])
 
 
@@ -60,13 +62,13 @@ def test_user_errors_end_in_one_line(capsys):
 def test_the_progress_line_is_overwritten_on_a_terminal():
     reader, writer = pty.openpty()  # of size 0 x 0, as some terminals say that they are
     with os.fdopen(reader, "rb", buffering=0) as reader, os.fdopen(writer, "w") as stream:
-        line = ProgressLine(logging.getLogger("moda_jax.test"), stream)
+        line = StatusLine(logging.getLogger("moda_jax.test"), stream)
         line.show("step 1", milestone=True)
         line.show("step 2", milestone=True)  # at once: not drawn
-        ProgressLine.hide_shown()
+        StatusLine.hide_shown()
         line.show("step 3 " + 100 * "x", milestone=False)
         line.close()
-        ProgressLine.hide_shown()
+        StatusLine.hide_shown()
         expected = "\r\x1b[Kstep 1" + "\r\x1b[K" + "\r\x1b[Kstep 3 " + 72 * "x" + "\r\x1b[K"
         shown = b""
         while len(shown) < len(expected):  # a busy machine hands it over in parts
@@ -76,7 +78,7 @@ def test_the_progress_line_is_overwritten_on_a_terminal():
 
 def test_without_a_terminal_milestones_are_logged(caplog):
     stream = io.StringIO()
-    line = ProgressLine(logging.getLogger("moda_jax.test"), stream)
+    line = StatusLine(logging.getLogger("moda_jax.test"), stream)
     with caplog.at_level(logging.INFO, logger="moda_jax"):
         line.show("step 1", milestone=False)
         line.show("step 2", milestone=True)
@@ -92,7 +94,7 @@ def test_numbers_for_people():
 
 STOPPED = """
 from moda_jax.training.console import run_command
-from moda_jax.training.faults import RunStoppedError
+from moda_jax.exit_codes import RunStoppedError
 
 def main():
     raise RunStoppedError("runs/x: step 7: no further")
@@ -199,7 +201,7 @@ def test_a_run_goes_on_without_its_log(monkeypatch):
     os.close(reader)
     with os.fdopen(writer, "w", buffering=1) as closed:
         monkeypatch.setattr("sys.stderr", closed)
-        handler = _ProgressSafeHandler()
+        handler = _LineSafeHandler()
         handler.emit(logging.makeLogRecord({"msg": "lost"}))
         with contextlib.suppress(BrokenPipeError):
             closed.close()

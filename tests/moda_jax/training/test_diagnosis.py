@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moda_jax.config import TrainConfig, TransformerConfig
+from moda_jax.config import Config, TrainConfig, TransformerConfig
 from moda_jax.data.packing import Batch
+from moda_jax.model.function import split_model
+from moda_jax.tasks.language import LanguageModelling
 from moda_jax.training.diagnosis import non_finite_tensors
-from moda_jax.training.state import split_model
 
 CONFIG = TransformerConfig(
     vocab_size=17, num_layers=3, width=8, num_heads=2, num_kv_heads=1, head_dim=4, ffn_width=8, dtype="float32",
@@ -28,8 +29,8 @@ def new_batch(rows=2, T=6):
 
 
 def names(model, params, batch=None, **train):
-    config = TrainConfig(batch_size=2, **train)
-    return [tensor.name for tensor in non_finite_tensors(model, params, batch or new_batch(), config)]
+    config = Config(model=CONFIG, train=TrainConfig(batch_size=2, **train))
+    return [tensor.name for tensor in non_finite_tensors(LanguageModelling(config), params, batch or new_batch())]
 
 
 def scaled(params, factor, *path, index=()):

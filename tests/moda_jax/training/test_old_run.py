@@ -9,7 +9,7 @@ import pytest
 
 from moda_jax import param_count
 from moda_jax.config import Config
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.trainer import TrainingRun
 from moda_jax.training.workdir import read_config
 

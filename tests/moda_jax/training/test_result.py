@@ -16,7 +16,7 @@ from moda_jax.training.result import RunResult
             "runs/a: stopped by SIGTERM at step 30 of 60; the same command goes on there",
         ),
         (
-            {"validation_loss": 0.5, "unit": "token", "sample": "def f"},
+            {"validation_loss": 0.5, "validation": "loss 0.5000 nats per token, perplexity 1.649", "sample": "def f"},
             "runs/a: finished, step 60 of 60\nvalidation loss 0.5000 nats per token, perplexity 1.649\nsample:\ndef f",
         ),
         ({"sample": ""}, "runs/a: finished, step 60 of 60\nsample:\n"),
@@ -25,14 +25,14 @@ from moda_jax.training.result import RunResult
 def test_it_says_what_the_run_came_to(fields, text):
     values = {
         "workdir": Path("runs/a"), "step": 60, "num_steps": 60, "resumed_finished": False, "validation_loss": None,
-        "unit": "byte", "sample": None,
+        "validation": "", "sample": None,
     }  # fmt: skip
     assert str(RunResult(**values | fields)) == text
 
 
 def test_its_exit_code_tells_a_stop_from_an_end():
     values = {
-        "workdir": Path("runs/a"), "num_steps": 60, "resumed_finished": False, "validation_loss": None, "unit": "byte",
-        "sample": None,
+        "workdir": Path("runs/a"), "num_steps": 60, "resumed_finished": False, "validation_loss": None,
+        "validation": "", "sample": None,
     }  # fmt: skip
     assert [RunResult(**values, step=step).exit_code for step in (0, 59, 60, 70)] == [75, 75, 0, 0]

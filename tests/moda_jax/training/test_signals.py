@@ -12,7 +12,7 @@ from support.run_process import RunProcesses
 from support.tiny_run import tiny_values, write_corpus
 
 from moda_jax.training.checkpoint import newest_good_step
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 
 BUSY = """
 import hashlib, sys, time
@@ -149,7 +149,7 @@ with StopRequest() as stop:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_notice_to_one_process_stops_all_at_the_same_step(number):
     address = free_address()
     group = [start_python(GROUP, address, index, 2) for index in range(2)]

@@ -7,7 +7,9 @@ import pytest
 
 from moda_jax.config import OptimizerConfig, TrainConfig
 from moda_jax.data.packing import Batch
-from moda_jax.training.loss import loss_sums
+from moda_jax.numerics.cross_entropy import loss_sums
+from moda_jax.parameter import ParameterKind, ParameterKinds
+from moda_jax.tasks.language import LanguageObjective
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from moda_jax.training.state import TrainState
 from moda_jax.training.train_step import make_eval_step, make_train_step
@@ -24,11 +26,18 @@ class Bigram:
     def hidden(self, params, tokens, segment_ids=None, positions=None):
         return params["embedding"]["table"][tokens]
 
+    def vocab_size(self, params):
+        return V
+
     def output_table(self, params):
         return params["head"]["kernel"].T
 
 
 bigram = Bigram()
+KINDS = ParameterKinds((
+    ("embedding.table", ParameterKind(("vocabulary", "width"))),
+    ("head.kernel", ParameterKind(("width", "vocabulary"), decays=True)),
+))  # fmt: skip
 
 
 def new_state(optimizer):
@@ -51,9 +60,11 @@ def new_batch(seed=1, rows=B):
 def build(optimizer_config=None, **train_fields):
     config = TrainConfig(**{"num_steps": 10, "batch_size": B, "z_loss": 0.01} | train_fields)
     optimizer_config = optimizer_config or OptimizerConfig(warmup_steps=2, learning_rate=0.1)
-    optimizer = make_optimizer(optimizer_config, config.num_steps)
+    optimizer = make_optimizer(optimizer_config, config.num_steps, KINDS)
     schedule = learning_rate_schedule(optimizer_config, config.num_steps)
-    return new_state(optimizer), make_train_step(bigram, optimizer, schedule, config), make_eval_step(bigram, config)
+    objective = LanguageObjective(bigram)
+    step = make_train_step(objective, optimizer, schedule, config)
+    return new_state(optimizer), step, make_eval_step(objective, config)
 
 
 def objective(params, batch, z_loss):

@@ -13,9 +13,9 @@ from support.tiny_tokenizer import write_bpe
 
 from moda_jax.data.corpus import list_files, split_documents
 from moda_jax.inference.load import load_run
-from moda_jax.training import components
+from moda_jax.tasks import language_data
 from moda_jax.training.checkpoint import CheckpointError, saved_steps
-from moda_jax.training.metrics import read_metrics
+from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.trainer import TrainingRun
 
 SAMPLE = {"sample_prompt": "def ", "sample_tokens": 10}
@@ -253,8 +253,8 @@ def test_a_moved_run_of_the_first_version_goes_on_with_its_tokenizer_and_its_doc
         corpus, root / "cache", model={"vocab_size": 280}, data={"tokenizer": str(tokenizer)}, train={"num_steps": 6}
     )
     with monkeypatch.context() as first_version:
-        older = functools.partial(components.open_dataset, as_before=True)
-        first_version.setattr(components, "open_dataset", older)
+        older = functools.partial(language_data.open_dataset, as_before=True)
+        first_version.setattr(language_data, "open_dataset", older)
         TrainingRun(config, root / "run").train(stop_at_step=2)
     assert (root / "run" / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
     tokenizer.unlink()

@@ -96,7 +96,7 @@ def test_what_the_function_and_the_data_depend_on_may_not_change():
         "data.document_separator", "data.feature", "data.train_split", "data.validation_split",
         "data.validation_fraction", "data.sequence_length",
         "data.shuffle", "data.on_damage", "data.on_invalid_utf8", "data.max_document_bytes",
-        "train.batch_size", "train.seed", "train.z_loss",
+        "train.batch_size", "train.seed", "train.task", "train.z_loss",
     }  # fmt: skip
     assert {f"optimizer.{key}" for key in config().to_dict()["optimizer"]} <= fixed
     free = {f"model.{key}" for key in config().to_dict()["model"]} - fixed

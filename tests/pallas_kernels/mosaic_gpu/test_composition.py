@@ -14,8 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from moda_jax.config import OptimizerConfig, TrainConfig, TransformerConfig
 from moda_jax.data.packing import Batch
+from moda_jax.model.function import model_function, parameter_kinds
+from moda_jax.tasks.language import LanguageObjective, language_params
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from moda_jax.training.state import initial_state, model_function
+from moda_jax.training.state import initial_state
 from moda_jax.training.train_step import make_train_step
 from pallas_kernels import dispatch, moda_attention, norm
 from pallas_kernels.mosaic_gpu import implementation, warpgroup
@@ -109,10 +111,11 @@ MODEL = TransformerConfig(
     ("model", "present", "absent"),
     [
         (MODEL, (*FORWARD, *BACKWARD, *NORMS, "moda_depth_backward_accumulate"), ()),
-        (
+        pytest.param(
             dataclasses.replace(MODEL, depth="none", depth_ffn_kv=False),
             (FORWARD[1], *BACKWARD[:2], *NORMS),
             (FORWARD[0], BACKWARD[2]),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["moda", "none"],
@@ -120,10 +123,10 @@ MODEL = TransformerConfig(
 def test_train_step(model, present, absent):
     train = TrainConfig(num_steps=10, batch_size=2)
     schedule = learning_rate_schedule(OptimizerConfig(warmup_steps=2), train.num_steps)
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=2), train.num_steps)
-    state = jax.eval_shape(functools.partial(initial_state, model, optimizer, 0))
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=2), train.num_steps, parameter_kinds(model))
+    state = jax.eval_shape(functools.partial(initial_state, functools.partial(language_params, model), optimizer, 0))
     rows = array(train.batch_size, 72, dtype=jnp.int32)
     batch = Batch(rows, rows, rows, rows, array(train.batch_size, 72, dtype=jnp.float32))
-    text = lower(make_train_step(model_function(model), optimizer, schedule, train), state, batch)
+    text = lower(make_train_step(LanguageObjective(model_function(model)), optimizer, schedule, train), state, batch)
     assert all(name in text for name in present)
     assert not any(name in text for name in absent)

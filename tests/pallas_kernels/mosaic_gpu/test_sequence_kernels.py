@@ -182,6 +182,7 @@ def assert_lowers_for_cuda(function, *specs):
     assert "mosaic_gpu" in lowered.as_text(), "no kernel in the lowered program"
 
 
+QUICK_LOWERINGS = [(64, ()), (128, ("segments", "positions"))]
 FORWARD_TILES = [ForwardTiles(2, 128, 4), ForwardTiles(1, 64, 2)]
 BACKWARD_TILES = [
     (BackwardTiles(2, 128, 3), BackwardTiles(2, 64, 4)),
@@ -189,8 +190,14 @@ BACKWARD_TILES = [
 ]
 
 
-@pytest.mark.parametrize("masks", [(), ("key_length",), ("segments",), ("segments", "positions")])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "masks"),
+    [
+        pytest.param(head_dim, masks, marks=() if (head_dim, masks) in QUICK_LOWERINGS else pytest.mark.slow)
+        for head_dim in (64, 128)
+        for masks in ((), ("key_length",), ("segments",), ("segments", "positions"))
+    ],
+)
 def test_every_tile_choice_lowers_for_cuda(head_dim, masks):
     batch, tokens, heads, kv_heads = 2, 200, 4, 2
     chosen = choose_tiles(head_dim)

@@ -73,6 +73,7 @@ def check(*shape):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_gradients_of_a_peaked_softmax():
     check(9, 2, 1, 64)
 

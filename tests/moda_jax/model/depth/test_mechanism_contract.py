@@ -45,11 +45,8 @@ def expected(name):
     )
 
 
-# By default each full mechanism in one way, block Attention Residuals in two; all ways and the other cases are slow.
-QUICK_FORMS = {
-    ("moda", ("scan", "attention")), ("attnres_block", ("scan", "full")), ("attnres_block", ("unroll", "none")),
-    ("mhc", ("scan", "none")), ("attnres_delta", ("scan", "attention")), ("depth_attention", ("scan", "attention")),
-}  # fmt: skip
+# By default each full mechanism in one way; all ways and the other cases are slow.
+QUICK_FORMS = {("moda", ("scan", "attention")), ("attnres_block", ("unroll", "none")), ("mhc", ("scan", "none"))}
 FAMILY_FORMS = [("scan", "attention"), ("unroll", "none")]
 FORMS = [(loop, remat) for loop in ("scan", "unroll") for remat in ("full", "attention", "ffn", "none")]
 

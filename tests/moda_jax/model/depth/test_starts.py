@@ -23,6 +23,7 @@ def fresh_logits(norm, depth, **fields):
     return jax.jit(run, compiler_options=QUICK)(jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_value_residual_without_the_first_value_is_the_plain_transformer():
     config = {"first": 0.0, "own": 1.0, "learned": True}
     logits = fresh_logits.__wrapped__("post", "value_residual", value_residual=config)

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moda_jax.loss_blocks import block_gradients, in_one_pass_if_representable, num_blocks
+from moda_jax.numerics.loss_chunks import chunk_gradients, in_one_pass_if_representable, num_chunks
 
 
 @pytest.mark.parametrize(
@@ -18,13 +18,13 @@ from moda_jax.loss_blocks import block_gradients, in_one_pass_if_representable, 
     ],
 )
 def test_examples(tokens, least, expected):
-    assert num_blocks(tokens, least) == expected
+    assert num_chunks(tokens, least) == expected
 
 
 def test_never_fewer_than_asked_for_nor_twice_as_many_and_padding_only_where_it_must_be():
     for tokens in range(1, 40):
         for least in range(1, 45):
-            count, wanted = num_blocks(tokens, least), min(least, tokens)
+            count, wanted = num_chunks(tokens, least), min(least, tokens)
             assert wanted <= count < 2 * wanted
             divisors = [n for n in range(wanted, 2 * wanted) if tokens % n == 0]
             assert count == (divisors[0] if divisors else wanted)
@@ -32,7 +32,7 @@ def test_never_fewer_than_asked_for_nor_twice_as_many_and_padding_only_where_it_
 
 def gradients(logits, targets, mask, *, normalise_first=False, dtype=jnp.float32):
     """(sums, d objective / d logits, representable) with z_loss = 0.1."""
-    sums, factor, weight, fits = block_gradients(
+    sums, factor, weight, fits = chunk_gradients(
         0.1, jnp.float32(logits), jnp.int32(targets), jnp.float32(mask), dtype, normalise_first=normalise_first
     )
     return sums, np.float64(factor) * np.float64(weight), bool(fits)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moda_jax.row_sums import BLOCK, sum_rows
+from moda_jax.numerics.row_sums import BLOCK, sum_rows
 
 
 def oracle(indices, rows, num_rows):

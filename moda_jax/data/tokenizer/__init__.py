@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from moda_jax.config import DataConfig
-from moda_jax.data.faults import DamageError, is_lfs_pointer
+from moda_jax.data.damage import DamageError, is_lfs_pointer
 from moda_jax.data.tokenizer_file import LossCounter, Losses, settle, unknown_id, without_token
 from moda_jax.paths import expand_home
 
@@ -291,11 +291,3 @@ def _checked_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(f"ids: came {ids.min()}..{ids.max()}, expected 0..{vocab_size - 1}")
     return ids
-
-
-if __name__ == "__main__":
-    from moda_jax.data.train_tokenizer import main
-
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # to stderr
-    logging.getLogger("moda_jax").setLevel(logging.INFO)  # what was passed over, and progress where no bar is drawn
-    raise SystemExit(main())

@@ -3,8 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moda_jax.training import loss
-from moda_jax.training.loss import loss_sums, projected_loss_sums
+from moda_jax.numerics import cross_entropy
+from moda_jax.numerics.cross_entropy import ALONE, loss_sums, projected_loss_sums
+
+
+def projected(z_loss, *operands):
+    """Of 11 tokens, on one device."""
+    return projected_loss_sums(z_loss, 11, ALONE, *operands)
 
 
 def oracle(logits, targets, mask):
@@ -70,9 +75,9 @@ def test_gradient_is_softmax_minus_one_hot():
 
 
 @pytest.mark.parametrize("scale", [1.0, 60.0], ids=["near logits", "far logits"])
-@pytest.mark.parametrize("limit_bytes", [2**31, 3 * 4 * 11 * 4, 1], ids=["one block", "ragged blocks", "one by one"])
+@pytest.mark.parametrize("limit_bytes", [2**31, 3 * 4 * 11 * 4, 1], ids=["one chunk", "ragged chunks", "one by one"])
 def test_projected_loss_equals_the_loss_of_all_logits(monkeypatch, limit_bytes, scale):
-    monkeypatch.setattr(loss, "LOGITS_BYTES", limit_bytes)
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", limit_bytes)
     _, targets, mask = example()
     random = np.random.default_rng(5)
     hidden = jnp.float32(random.normal(size=(3, 7, 5)))
@@ -83,7 +88,7 @@ def test_projected_loss_equals_the_loss_of_all_logits(monkeypatch, limit_bytes, 
         return sums.loss + 0.1 * sums.z_loss, sums
 
     (objective, sums), gradients = jax.value_and_grad(
-        lambda *a: projected_loss_sums(0.1, *a, targets, mask), argnums=(0, 1), has_aux=True
+        lambda *a: projected(0.1, *a, targets, mask), argnums=(0, 1), has_aux=True
     )(hidden, table)
     (expected, expected_sums), expected_gradients = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(
         hidden, table
@@ -92,7 +97,7 @@ def test_projected_loss_equals_the_loss_of_all_logits(monkeypatch, limit_bytes, 
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-6)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5 * scale)
-    without_gradient = projected_loss_sums(0.1, hidden, table, targets, mask)
+    without_gradient = projected(0.1, hidden, table, targets, mask)
     np.testing.assert_allclose(without_gradient[1], expected_sums, rtol=1e-6)
 
 
@@ -105,7 +110,7 @@ def test_gradients_of_the_projected_loss_in_narrow_dtypes(dtype):
     table = jnp.asarray(4 * random.normal(size=(11, 5)), dtype).astype(jnp.float32)
 
     def gradients(hidden):
-        return jax.grad(lambda *a: projected_loss_sums(1e-4, *a, targets, mask)[0], argnums=(0, 1))(hidden, table)
+        return jax.grad(lambda *a: projected(1e-4, *a, targets, mask)[0], argnums=(0, 1))(hidden, table)
 
     for narrow, wide in zip(gradients(hidden), gradients(hidden.astype(jnp.float32)), strict=True):
         error = np.linalg.norm(np.float64(narrow) - np.float64(wide)) / np.linalg.norm(np.float64(wide))
@@ -115,17 +120,17 @@ def test_gradients_of_the_projected_loss_in_narrow_dtypes(dtype):
 def test_projected_loss_of_no_targets():
     _, targets, mask = example()
     hidden, table = jnp.ones((3, 7, 5)), jnp.ones((11, 5))
-    gradients = jax.grad(lambda *a: projected_loss_sums(0.1, *a, targets + 10**6, 0 * mask)[0], argnums=(0, 1))
+    gradients = jax.grad(lambda *a: projected(0.1, *a, targets + 10**6, 0 * mask)[0], argnums=(0, 1))
     assert not any(np.any(gradient) for gradient in gradients(hidden, table))
 
 
 def test_projected_loss_needs_memory_for_a_block_of_logits_only(monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS_BYTES", 2**16)
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 2**16)
     batch, tokens, width, vocabulary = 4, 512, 8, 1024  # all logits: 8 MB
 
     def objective(hidden, table):
         targets = jnp.zeros((batch, tokens), jnp.int32)
-        return projected_loss_sums(0.1, hidden, table, targets, jnp.ones((batch, tokens)))[0]
+        return projected_loss_sums(0.1, vocabulary, ALONE, hidden, table, targets, jnp.ones((batch, tokens)))[0]
 
     specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, tokens, width), (vocabulary, width))]
     compiled = jax.jit(jax.value_and_grad(objective, argnums=(0, 1))).lower(*specs).compile()

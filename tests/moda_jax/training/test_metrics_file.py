@@ -1,9 +1,12 @@
 import json
-import math
 
 import pytest
 
-from moda_jax.training.metrics import MetricsWriter, peak_flops, perplexity, plot_losses, read_metrics
+from moda_jax.tasks.task import Metric
+from moda_jax.training.metrics_file import MetricsWriter, plot_curves, read_metrics
+from moda_jax.training.peak_flops import peak_flops
+
+LOSS = Metric("loss", "nats per token")
 
 
 def write(workdir, step, *steps):
@@ -27,12 +30,6 @@ def write(workdir, step, *steps):
 )
 def test_peak_flops(device_kind, dtype, expected):
     assert peak_flops(device_kind, dtype) == expected
-
-
-def test_perplexity():
-    assert perplexity(2.0) == pytest.approx(math.e**2)
-    assert perplexity(1e4) == math.inf
-    assert math.isnan(perplexity(math.nan))
 
 
 def test_a_line_per_step(tmp_path):
@@ -67,9 +64,9 @@ def test_a_damaged_line_is_an_error(tmp_path):
 
 
 def test_the_plot_is_a_picture(tmp_path):
-    assert plot_losses(tmp_path).read_bytes().startswith(b"\x89PNG")  # without a line yet
+    assert plot_curves(tmp_path, LOSS).read_bytes().startswith(b"\x89PNG")  # without a line yet
     write(tmp_path, 0, 1, 2, 3)
-    assert plot_losses(tmp_path).stat().st_size > 5000
+    assert plot_curves(tmp_path, LOSS).stat().st_size > 5000
 
 
 def limited(size):

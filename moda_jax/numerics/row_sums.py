@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moda_jax.model.precision import dot_precision
+from moda_jax.numerics.precision import dot_precision
 
 Array = jax.Array
 

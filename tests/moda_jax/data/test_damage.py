@@ -14,7 +14,8 @@ import tensorflow_datasets as tfds
 from support.documents import data_config, start_python, write_texts, write_tfds
 
 from moda_jax.config import DataConfig
-from moda_jax.data.faults import DamageError, DataLostError, FileGuard, read_skipped
+from moda_jax.data.damage import DamageError, read_skipped
+from moda_jax.data.file_guard import DataLostError, FileGuard
 from moda_jax.data.pipeline import open_dataset, train_batches
 from moda_jax.data.tokenizer import ByteTokenizer
 
@@ -233,7 +234,7 @@ class TestArrayRecord:
 CUT_UNDER_THE_READER = """
 import os, sys
 from moda_jax.config import DataConfig
-from moda_jax.data.faults import DataLostError
+from moda_jax.data.file_guard import DataLostError
 from moda_jax.data.pipeline import open_dataset, train_batches
 from moda_jax.data.tokenizer import ByteTokenizer
 

@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from support.selection import quick_of
 from support.virtual_devices import ROOT, environment
 
-from moda_jax.parallel.distributed import Launch, find_launch
+from moda_jax.parallel.launch import Launch, find_launch
 
 SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_LOCALID": "0"}
 OMPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
@@ -41,7 +42,7 @@ import logging
 logging.basicConfig(level=logging.INFO)
 from absl import flags
 flags.FLAGS(["hello"])
-from moda_jax.parallel.distributed import start_processes
+from moda_jax.parallel.launch import start_processes
 start_processes()
 import jax
 print("I am", jax.process_index(), "of", jax.process_count(), "with", jax.local_device_count(), jax.device_count())
@@ -61,7 +62,7 @@ def launched(number, launcher):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "ompi"])
+@pytest.mark.parametrize("launcher", quick_of(("slurm", "ompi"), ("slurm",)))
 def test_two_processes_find_each_other(launcher):
     processes = [
         subprocess.Popen(

@@ -8,7 +8,7 @@ from support.saved_run import random_model
 
 from moda_jax.config import TransformerConfig
 from moda_jax.data.tokenizer import ByteTokenizer
-from moda_jax.training.sample import sample_text
+from moda_jax.tasks.sample import sample_text
 
 CONFIG = TransformerConfig(
     vocab_size=300, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, ffn_width=16,

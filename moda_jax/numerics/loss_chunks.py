@@ -1,5 +1,4 @@
-"""How the loss over a large vocabulary is cut up: what the loss of one device (`moda_jax.training.loss`) and that of a
-mesh (`moda_jax.parallel.vocabulary`) agree in, and how a block's gradients are computed. Imports neither.
+"""A chunk of the loss over a large vocabulary: how many there are, and how one's sums and gradients are computed.
 
 With p the softmax, d objective / d logits = mask ((1 + 2 z_loss log Z) p - [target]). To form p one has to read a
 block's logits twice before, for their maximum and for Z. Here they are read once: the softmax's terms are taken
@@ -19,12 +18,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# Largest block of float32 logits that is held at once, in bytes: large enough for full-speed matrix products and few
+# Largest chunk of float32 logits that is held at once, in bytes: large enough for full-speed matrix products and few
 # passes over the table's gradient, small beside a GPU's memory.
 LOGITS_BYTES = 2**31
-# The products run over a vocabulary padded to a multiple of this. At 100278 the rows are not aligned as the tensor
-# cores' fast kernels want them: the three products were seen to take 70 ms on an H100 where 30 are expected.
-VOCABULARY_MULTIPLE = 128
 # Terms relative to the target's are trusted up to this sum, a loss of 55 nats: neither they nor the quotient of a
 # number near 1 by their sum leave the range of bfloat16 and float32, 2^-126 to 2^127.
 LARGEST_RELATIVE_Z = 2.0**80
@@ -44,13 +40,13 @@ class LossSums(NamedTuple):
     num_targets: Array
 
 
-def num_blocks(tokens: int, least: int) -> int:
-    """How many blocks a row of `tokens` is cut into: at least `least`, if there are so many tokens, and a number that
-    divides them, if there is one below twice `least`; otherwise the last block is to be padded.
+def num_chunks(tokens: int, least: int) -> int:
+    """How many chunks a row of `tokens` is cut into: at least `least`, if there are so many tokens, and a number that
+    divides them, if there is one below twice `least`; otherwise the last chunk is to be padded.
 
     Args:
         tokens: length of the row, >= 1.
-        least: as many as keep a block's logits within `LOGITS_BYTES`, >= 1.
+        least: as many as keep a chunk's logits within `LOGITS_BYTES`, >= 1.
     """
     least = min(least, tokens)
     return next((count for count in range(least, min(2 * least, tokens + 1)) if tokens % count == 0), least)
@@ -66,7 +62,7 @@ def in_one_pass_if_representable[R](compute: Callable[[bool], tuple[R, Array]], 
 
     Args:
         compute: returns its results and whether they could be represented, a bool scalar.
-        dtype: of the factors that `block_gradients` returns; one of small range is never tried without.
+        dtype: of the factors that `chunk_gradients` returns; one of small range is never tried without.
     """
     if jnp.finfo(dtype).maxexp < jnp.finfo(jnp.float32).maxexp:
         return compute(True)[0]
@@ -74,7 +70,7 @@ def in_one_pass_if_representable[R](compute: Callable[[bool], tuple[R, Array]], 
     return jax.lax.cond(representable, lambda: results, lambda: compute(True)[0])
 
 
-def block_sums(
+def chunk_sums(
     logits: Array,
     target_columns: Array,
     mask: Array,
@@ -82,13 +78,13 @@ def block_sums(
     total: Callable[[Array], Array] = lambda x: x,
     largest: Callable[[Array], Array] = lambda x: x,
 ) -> LossSums:
-    """The sums of a block alone. Arguments as in `block_gradients`."""
+    """The sums of a chunk alone. Arguments as in `chunk_gradients`."""
     target_logits, _ = _target_logits(logits, target_columns, mask > 0, total)
     log_z = jnp.where(mask > 0, _log_z(logits, total, largest), 0.0)
     return LossSums(jnp.sum(mask * (log_z - target_logits)), jnp.sum(mask * jnp.square(log_z)), jnp.sum(mask))
 
 
-def block_gradients(
+def chunk_gradients(
     z_loss: float,
     logits: Array,
     target_columns: Array,
@@ -99,7 +95,7 @@ def block_gradients(
     total: Callable[[Array], Array] = lambda x: x,
     largest: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[LossSums, Array, Array, Array]:
-    """The sums of a block, and d objective / d logits as two factors, of which the second is a number per token.
+    """The sums of a chunk, and d objective / d logits as two factors, of which the second is a number per token.
 
     Args:
         z_loss: weight of the z-loss in the objective.

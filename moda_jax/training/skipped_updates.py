@@ -16,10 +16,6 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-class RunStoppedError(RuntimeError):
-    """A run that cannot go on, through no mistake in its config; the message is for the person who started it."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UpdateCounts:

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moda_jax.training.faults import UpdateCounts, choose_update
+from moda_jax.training.skipped_updates import UpdateCounts, choose_update
 
 
 def follow(finite, limit):

@@ -1,0 +1,8 @@
+"""The registry of tasks: `train.task`."""
+
+from __future__ import annotations
+
+# Name -> "module:Class", a `moda_jax.tasks.task.Task`. `train.task` may also be such a path.
+TASKS = {
+    "language": "moda_jax.tasks.language:LanguageModelling",
+}

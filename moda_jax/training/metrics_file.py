@@ -1,0 +1,150 @@
+"""A run's numbers in its files: metrics.jsonl, TensorBoard events, and the loss plot."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from moda_jax.tasks.task import Metric
+from moda_jax.training.workdir import METRICS_FILE, PLOT_FILE, TENSORBOARD_DIRECTORY
+
+_logger = logging.getLogger(__name__)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, oldest first; none without such a file. A last line that was cut off is left out.
+
+    Raises:
+        ValueError: a line other than the last is not JSON.
+    """
+    path = workdir / METRICS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    if lines and not lines[-1].endswith("\n"):  # a kill in the middle of a write
+        lines.pop()
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+    return entries
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and to TensorBoard's events.
+
+    Lines that a full disk does not take are held in memory and written before the next ones; the file never ends in
+    half a line.
+
+    Args:
+        workdir: the run's directory; must exist.
+        step: the step that the run goes on from; lines of later steps are dropped, since those steps are done again.
+
+    Raises:
+        ValueError: metrics.jsonl is damaged.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        from moda_jax.training.tensorboard import EventFile  # 0.3 s that a refused run does not need
+
+        self._path = workdir / METRICS_FILE
+        self._held: list[str] = []
+        if self._path.exists():
+            _drop_lines_after(self._path, len([e for e in read_metrics(workdir) if e["step"] <= step]))
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._events = EventFile(workdir / TENSORBOARD_DIRECTORY, purge_step=step + 1 if step else None)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Writes one line; `entry` holds "step" and numbers (None: unknown). A kill after this loses nothing."""
+        self._held.append(_line(entry))
+        self._write_held(entry["step"])
+        scalars = {}
+        for name, value in entry.items():
+            if name != "step" and value is not None:
+                group = "validation" if name.startswith("validation_") else "train"
+                scalars[f"{group}/{name.removeprefix('validation_')}"] = value
+        self._events.write(entry["step"], scalars)
+
+    def sync(self) -> None:
+        """Puts what was written on disk, so that a checkpoint never knows of steps that metrics.jsonl has lost."""
+        with contextlib.suppress(OSError):  # a disk that fails here fails in `write` too, which speaks
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Writes what is held, and closes both."""
+        if self._held:
+            self._write_held(None)
+        if self._held:
+            _logger.error("%s: the last %d lines could not be written and are lost", self._path, len(self._held))
+        os.close(self._descriptor)
+        self._events.close()
+
+    def _write_held(self, step: int | None) -> None:
+        """All lines or none."""
+        data = memoryview("".join(self._held).encode("utf-8"))
+        size = os.fstat(self._descriptor).st_size
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, size)
+            if len(self._held) == 1:
+                _logger.error("%s: cannot be written (%s); lines from step %s on are held", self._path, error, step)
+            return
+        if len(self._held) > 1:
+            _logger.warning("%s: %d lines that were held are written", self._path, len(self._held))
+        self._held.clear()
+
+
+def _drop_lines_after(path: Path, count: int) -> None:
+    """Cuts a file after its first `count` lines, which needs no space on the disk."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    os.truncate(path, sum(len(line) for line in lines[:count]))
+
+
+class NoMetrics:
+    """Stands for `MetricsWriter` in a process that writes nothing."""
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Drops the line."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def plot_curves(workdir: Path, metric: Metric) -> Path:
+    """Draws a metric of training and validation, from metrics.jsonl, into loss.png and returns its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state; slow to import
+    from matplotlib.figure import Figure
+
+    entries = read_metrics(workdir)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for prefix, label, marker in (("", "training", None), ("validation_", "validation", "o")):
+        key = f"{prefix}{metric.name}"
+        points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=f"{label} (last: {points[-1][1]:.3f})", marker=marker)
+    axes.set(xlabel="step", ylabel=metric.label, title=workdir.name)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    path = workdir / PLOT_FILE
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"
