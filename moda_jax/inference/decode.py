@@ -37,7 +37,8 @@ from moda_jax.model.precision import compute_dtype, dot_precision
 from moda_jax.model.stack import Step, cast_matrices
 from moda_jax.model.transformer import Transformer
 from pallas_kernels import depth_attention, dispatch
-from pallas_kernels.block import attention_forward, depth_facts
+from pallas_kernels.block import forward
+from pallas_kernels.operands import Call, DepthKV, Mask
 
 Array = jax.Array
 PyTree = Any
@@ -144,18 +145,15 @@ def available_products(config: TransformerConfig) -> tuple[str, ...]:
     if _platform() == "cpu":
         return ("reduce", "dot")
     group, dtype, scale = config.num_heads // config.num_kv_heads, compute_dtype(config.dtype), config.head_dim**-0.5
-    calls = [{
-        "operation": "attention", "dtype": dtype, "batch": 1, "query_tokens": group, "key_tokens": KERNEL_PLACES,
-        "slots": 0, "num_heads": 1, "num_kv_heads": 1, "head_dim": config.head_dim, "causal": False, "scale": scale,
-        "segments": True, "positions": False, "key_length": False,
-    }]  # fmt: skip
+    row, keys = (jax.ShapeDtypeStruct((1, n, 1, config.head_dim), dtype) for n in (group, KERNEL_PLACES))
+    calls = [Call(row, keys, keys, scale=scale)]
     mechanism = find_mechanism(config.depth)
     if mechanism.softmax_slots and mechanism.slots(config):
         query = jax.ShapeDtypeStruct((1, 1, config.num_heads, config.head_dim), dtype)
         slots = (1, 1, mechanism.slots(config) + 1, config.num_kv_heads, config.head_dim)
         slots = jax.ShapeDtypeStruct(slots, dtype)
-        calls.append(depth_facts(query, slots, scale))
-    kernels = all(dispatch.resolve(None, **facts) == "mosaic_gpu" for facts in calls)
+        calls.append(Call(query, depth=DepthKV(slots, slots), scale=scale))
+    kernels = all(dispatch.resolve(None, call) == "mosaic_gpu" for call in calls)
     return ("dot", "reduce", "kernel") if kernels else ("dot", "reduce")
 
 
@@ -488,17 +486,17 @@ def _attend_in_parts(
     key, value = (x.reshape(rows, places, 1, head_dim) for x in (cached_key, cached_value))
     if start is None:  # a length costs the kernel nothing, and it reads no more places than that
         filled = jnp.clip(length - jnp.arange(parts) * places, 0, places)
-        masks = {"key_length": jnp.broadcast_to(filled, (batch, kv_heads, parts)).reshape(rows)}
+        filled = jnp.broadcast_to(filled, (batch, kv_heads, parts)).reshape(rows)
+        mask = Mask(key_length=filled, finite_beyond=True)
     else:
         visible = _visible(capacity, start, length).reshape(batch, 1, parts, places)
         visible = jnp.broadcast_to(visible, (batch, kv_heads, parts, places)).reshape(rows, places)
-        masks = {
-            "query_segment_ids": jnp.ones((rows, group), jnp.int32), "key_segment_ids": visible.astype(jnp.int32),
-        }  # fmt: skip
-    out, lse = attention_forward(
-        queries.reshape(rows, group, 1, head_dim), key, value,
-        scale=scale, causal=False, implementation="mosaic_gpu", **masks,
-    )  # fmt: skip
+        mask = Mask(
+            query_segment_ids=jnp.ones((rows, group), jnp.int32), key_segment_ids=visible.astype(jnp.int32)
+        )  # fmt: skip
+    out, lse, _ = forward(
+        Call(queries.reshape(rows, group, 1, head_dim), key, value, mask, scale=scale), implementation="mosaic_gpu"
+    )
     return out.reshape(batch, kv_heads, parts, group, head_dim), lse.reshape(batch, kv_heads, parts, group)
 
 

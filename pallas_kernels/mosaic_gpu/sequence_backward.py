@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import masks as masks_lib
+from pallas_kernels.block_masks import MaskRows, pad_rows
 from pallas_kernels.mosaic_gpu import sequence_dkv, sequence_dq
 from pallas_kernels.mosaic_gpu import tiles as tiles_lib
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
@@ -43,7 +43,7 @@ def sequence_backward(
     delta: jax.Array,
     *,
     scale: float,
-    masks: masks_lib.Masks,
+    masks: MaskRows,
     dq_tiles: tiles_lib.BackwardTiles | None = None,
     dkv_tiles: tiles_lib.BackwardTiles | None = None,
     interpret: bool | None = None,
@@ -82,9 +82,9 @@ def sequence_backward(
         if not masks.spec.explicit:
             return []
         return [
-            masks_lib.pad_rows(masks.query_rows, query_multiple),
-            masks_lib.pad_rows(masks.key_rows, key_multiple),
-            masks_lib.block_bounds(masks, batch, query_tokens, key_tokens, query_block, key_block, per=per),
+            pad_rows(masks.query_rows, query_multiple),
+            pad_rows(masks.key_rows, key_multiple),
+            masks.block_bounds(query_block, key_block, per=per),
         ]
 
     common = dict(

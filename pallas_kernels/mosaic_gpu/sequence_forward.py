@@ -1,7 +1,7 @@
 """Sequence attention, forward, for Hopper.
 
 Equation, per batch row b, query head n (KV head n // G), query t:
-    s_u = scale * <query_t, key_u>,  u visible (masks.py)
+    s_u = scale * <query_t, key_u>,  u visible (pallas_kernels/block_masks.py)
     lse = log sum_u exp(s_u);  out = sum_u exp(s_u - lse) value_u
 and, if `other_out`, `other_lse` are given (another block of the same softmax, such as the depth part):
     lse' = log(exp(lse) + exp(other_lse));  out' = exp(lse - lse') out + exp(other_lse - lse') other_out.
@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import masks as masks_lib
+from pallas_kernels.block_masks import MaskRows, pad_rows
 from pallas_kernels.mosaic_gpu import tiles as tiles_lib
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
 
@@ -346,7 +346,7 @@ def sequence_forward(
     other_rest: jax.Array | None = None,
     *,
     scale: float,
-    masks: masks_lib.Masks,
+    masks: MaskRows,
     with_rest: bool = False,
     tiles: tiles_lib.ForwardTiles | None = None,
     interpret: bool | None = None,
@@ -359,7 +359,7 @@ def sequence_forward(
         other_out, other_lse: [B, T, N, H] and float32 [B, T, N] (natural log) of another block of the same softmax.
         other_rest: [B, T, N, H], the other block's rest; goes with other_out where `with_rest`.
         scale: factor of the logits.
-        masks: from `masks.prepare`.
+        masks: from `MaskRows.of`.
         with_rest: also return what rounding took from out.
         tiles: overrides `tiles.choose_tiles`.
         interpret: run on the CPU; None: where there is no GPU.
@@ -395,11 +395,9 @@ def sequence_forward(
         operands.append(masks.limit)
     if spec.explicit:
         operands += [
-            masks_lib.pad_rows(masks.query_rows, tiles.query_block),
-            masks_lib.pad_rows(masks.key_rows, tiles.key_block),
-            masks_lib.block_bounds(
-                masks, batch, query_tokens, key_tokens, tiles.query_block, tiles.key_block, per="query"
-            ),
+            pad_rows(masks.query_rows, tiles.query_block),
+            pad_rows(masks.key_rows, tiles.key_block),
+            masks.block_bounds(tiles.query_block, tiles.key_block, per="query"),
         ]
     body = _make_body(
         tiles=tiles, spec=spec, merge=merge, with_rest=with_rest, scale=scale,

@@ -95,6 +95,15 @@ def loop[State](count: Array | int, body: Callable[[Array | int, State], State],
     return lax.fori_loop(0, count, lambda index, state: body(lax.convert_element_type(index, jnp.int32), state), state)
 
 
+def loop_between[State](
+    first: Array | int, last: Array | int, body: Callable[[Array | int, State], State], state: State
+) -> State:
+    """`loop` over [first, last)."""
+    if isinstance(first, int) and first == 0:
+        return loop(last, body, state)
+    return loop(last - first, lambda index, state: body(first + index, state), state)
+
+
 def dot(spec: str, left: Array, right: Array) -> Array:
     """Matrix product with float32 accumulation and result: exact float32 products, or those of the narrow dtype."""
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT

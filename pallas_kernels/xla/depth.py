@@ -1,4 +1,4 @@
-"""The depth part: every query over the filled slots of its own token, forward and backward."""
+"""The depth part: every query over the seen slots of its own token, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import functools
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.xla.blocks import MASKED, Blocks, depth_blocks, dot, loop
+from pallas_kernels.operands import DepthKV, Upstream
+from pallas_kernels.parts import Part
+from pallas_kernels.xla.blocks import MASKED, Blocks, depth_blocks, dot, loop, loop_between
 
 
-def forward(
-    query: Array, depth_key: Array, depth_value: Array, depth_length: int | Array | None, scale: float
-) -> tuple[Array, Array]:
-    """(out, lse) of the depth part, float32."""
-    grouped = _token_group(query, depth_key)  # [B, T, K, G, H] float32
-    tokens, chunks = depth_blocks(depth_key)
+def forward(query: Array, depth: DepthKV, scale: float) -> Part:
+    """The depth part, in float32."""
+    grouped = _token_group(query, depth.key)  # [B, T, K, G, H] float32
+    tokens, chunks = depth_blocks(depth.key)
 
     def token_block(i: Array | int, results: tuple[Array, Array]) -> tuple[Array, Array]:
         block = tokens.slice(grouped, i, 1)
 
         def chunk(j: Array | int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, acc = state
-            fresh = _fresh_slots(chunks, depth_length, j)
-            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (depth_key, depth_value))
+            fresh = _fresh_slots(chunks, depth, j)
+            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (depth.key, depth.value))
             logits = _slot_logits(block, key, fresh, scale)
             new_top = jnp.maximum(top, jnp.max(logits, axis=2))
             weights = jnp.exp(logits - new_top[:, :, None])
@@ -34,32 +34,24 @@ def forward(
 
         row = block[..., 0]
         state = jnp.full_like(row, MASKED), jnp.zeros_like(row), jnp.zeros_like(block)
-        top, total, acc = loop(_chunks_filled(chunks, depth_length), chunk, state)
+        top, total, acc = loop_between(*_chunks_seen(chunks, depth), chunk, state)
         empty = total == 0
         out = acc / jnp.where(empty, 1.0, total)[..., None]  # acc is 0 where no chunk was visited
         lse = jnp.where(empty, 0.0, top) + jnp.log(total)  # -inf where empty
         return tokens.update(results[0], out, i, 1), tokens.update(results[1], lse, i, 1)
 
     out, lse = loop(tokens.count, token_block, (jnp.zeros_like(grouped), jnp.zeros_like(grouped[..., 0])))
-    return out.reshape(query.shape), lse.reshape(query.shape[:-1])
+    return Part(out.reshape(query.shape), lse.reshape(query.shape[:-1]))
 
 
 def backward(
-    query: Array,
-    depth_key: Array,
-    depth_value: Array,
-    depth_length: int | Array | None,
-    dout: Array,
-    lse: Array,
-    delta: Array,
-    scale: float,
-    key_gradient: Array,
-    value_gradient: Array,
+    query: Array, depth: DepthKV, upstream: Upstream, scale: float, buffers: tuple[Array, Array]
 ) -> tuple[Array, Array, Array]:
-    """(dquery float32, key_gradient + ddepth_key, value_gradient + ddepth_value)."""
-    grouped, dgrouped = _token_group(query, depth_key), _token_group(dout, depth_key)  # [B, T, K, G, H] float32
+    """(dquery float32, and the two buffers with the gradients of key and value added)."""
+    dout, lse, delta = upstream
+    grouped, dgrouped = _token_group(query, depth.key), _token_group(dout, depth.key)  # [B, T, K, G, H] float32
     lse, delta = (array.reshape(grouped.shape[:-1]) for array in (lse, delta))  # [B, T, K, G]
-    tokens, chunks = depth_blocks(depth_key)
+    tokens, chunks = depth_blocks(depth.key)
 
     def token_block(i: Array | int, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         block, dout_block, lse_block, delta_block = (tokens.slice(x, i, 1) for x in (grouped, dgrouped, lse, delta))
@@ -68,8 +60,8 @@ def backward(
 
         def chunk(j: Array | int, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dquery, key_gradient, value_gradient = sums
-            fresh = _fresh_slots(chunks, depth_length, j)
-            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (depth_key, depth_value))
+            fresh = _fresh_slots(chunks, depth, j)
+            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (depth.key, depth.value))
             weights = jnp.exp(_slot_logits(block, key, fresh, scale) - lse_block[:, :, None])  # [B, T, chunk, K, G]
             dlogits = weights * (_slot_logits(dout_block, value) - delta_block[:, :, None]) * scale
             return (
@@ -80,10 +72,10 @@ def backward(
 
         dquery, *buffers = gradients
         sums = jnp.zeros_like(block), *buffers
-        added, *buffers = loop(_chunks_filled(chunks, depth_length), chunk, sums)
+        added, *buffers = loop_between(*_chunks_seen(chunks, depth), chunk, sums)
         return tokens.update(dquery, tokens.slice(dquery, i, 1) + added, i, 1), *buffers
 
-    gradients = jnp.zeros_like(grouped), key_gradient, value_gradient
+    gradients = jnp.zeros_like(grouped), *buffers
     dquery, key_gradient, value_gradient = loop(tokens.count, token_block, gradients)
     return dquery.reshape(query.shape), key_gradient, value_gradient
 
@@ -95,21 +87,21 @@ def _token_group(array: Array, depth_key: Array) -> Array:
     return array.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
 
 
-def _chunks_filled(chunks: Blocks, depth_length: int | Array | None) -> Array | int:
-    return chunks.count if depth_length is None else (depth_length + chunks.size - 1) // chunks.size
+def _chunks_seen(chunks: Blocks, depth: DepthKV) -> tuple[Array | int, Array | int]:
+    """(first, last): the chunks [first, last) hold all slots that are seen."""
+    first = 0 if depth.start is None else depth.start // chunks.size
+    return first, chunks.count if depth.length is None else (depth.length + chunks.size - 1) // chunks.size
 
 
-def _fresh_slots(chunks: Blocks, depth_length: int | Array | None, index: Array | int) -> Array | None:
-    """[chunk, 1, 1] bool: filled and not covered by the chunk before; None if that holds for all."""
-    fresh = chunks.fresh(index) if chunks.ragged else None
-    if depth_length is not None:
-        filled = chunks.elements(index) < depth_length
-        fresh = filled if fresh is None else fresh & filled
-    return None if fresh is None else fresh[:, None, None]
+def _fresh_slots(chunks: Blocks, depth: DepthKV, index: Array | int) -> Array | None:
+    """[chunk, 1, 1] bool: seen and not covered by the chunk before; None if that holds for all."""
+    fresh = chunks.fresh(index) if chunks.ragged else True
+    fresh &= depth.seen(chunks.elements(index))
+    return None if fresh is True else fresh[:, None, None]
 
 
 def _slots(array: Array, tokens: Blocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None) -> Array:
-    """[B, token block, chunk, K, H] float32, zero where not fresh: an unfilled slot may hold NaN."""
+    """[B, token block, chunk, K, H] float32, zero where not fresh: a slot that is not seen may hold NaN."""
     part = _window(array, tokens, i, chunks, j).astype(jnp.float32)
     return part if fresh is None else jnp.where(fresh, part, 0.0)
 

@@ -34,7 +34,7 @@ B, T = 8, 1024
 )
 def test_the_train_step_lowers_for_cuda(sizes, monkeypatch):
     monkeypatch.setattr(warpgroup, "default_interpret", lambda: False)
-    monkeypatch.setattr(dispatch, "prefers_mosaic_gpu", lambda: True)
+    monkeypatch.setattr(dispatch, "preferred", lambda: ("mosaic_gpu",))
     norm._best.cache_clear()
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)
     config = TrainConfig(batch_size=B, num_steps=10)

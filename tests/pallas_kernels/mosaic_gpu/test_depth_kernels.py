@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from pallas_kernels import mosaic_gpu
-from pallas_kernels.mosaic_gpu import depth_tiles
+from pallas_kernels.mosaic_gpu import depth_tiles, implementation
 from pallas_kernels.mosaic_gpu.depth_tiles import DepthTiles
+from pallas_kernels.operands import Call, DepthKV
 
 forward = importlib.import_module("pallas_kernels.mosaic_gpu.depth_forward").depth_forward
 backward = importlib.import_module("pallas_kernels.mosaic_gpu.depth_backward").depth_backward
@@ -231,10 +231,14 @@ def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
     ],
 )
 def test_what_is_not_taken(facts, message):
-    call = {"dtype": jnp.bfloat16, "head_dim": 64, "num_heads": 4, "num_kv_heads": 2, "slots": 8}
-    mosaic_gpu.check_supported(**call)
+    def check(dtype=jnp.bfloat16, head_dim=64, slots=8):
+        query = jax.ShapeDtypeStruct((1, 1, 4, head_dim), dtype)
+        depth = jax.ShapeDtypeStruct((1, 1, slots, 2, head_dim), dtype)
+        implementation.check_supported(Call(query, depth=DepthKV(depth, depth)))
+
+    check()
     with pytest.raises(NotImplementedError, match=message):
-        mosaic_gpu.check_supported(**(call | facts))
+        check(**facts)
 
 
 def test_tiles_that_do_not_fit_are_refused_with_shape_and_tiles():

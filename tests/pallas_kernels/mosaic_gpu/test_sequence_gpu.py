@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic_gpu import masks as masks_lib
+from pallas_kernels.block_masks import MaskRows
 from pallas_kernels.mosaic_gpu.sequence_backward import sequence_backward
 from pallas_kernels.mosaic_gpu.sequence_forward import sequence_forward
+from pallas_kernels.operands import Mask
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,9 +51,7 @@ def dense(query, key, value, dout, rows, *, causal, dtype):
 @functools.partial(jax.jit, static_argnames=("causal",))
 def kernels(query, key, value, dout, rows, *, causal):
     """(out, lse, dquery, dkey, dvalue) of the kernels."""
-    prepared = masks_lib.prepare(
-        query.shape[0], query.shape[1], key.shape[1], causal, *(rows.get(field) for field in FIELDS)
-    )
+    prepared = MaskRows.of(Mask(causal, **rows), *query.shape[:2], key.shape[1])
     out, lse, _ = sequence_forward(query, key, value, scale=SCALE, masks=prepared)
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
     return out, lse, *sequence_backward(query, key, value, dout, lse, delta, scale=SCALE, masks=prepared)

@@ -9,10 +9,11 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from support.selection import quick_of
 
-from pallas_kernels.mosaic_gpu import masks as masks_lib
+from pallas_kernels.block_masks import MaskRows
 from pallas_kernels.mosaic_gpu.sequence_backward import sequence_backward
 from pallas_kernels.mosaic_gpu.sequence_forward import sequence_forward
 from pallas_kernels.mosaic_gpu.tiles import BackwardTiles, ForwardTiles, choose_tiles
+from pallas_kernels.operands import Mask
 
 # The interpreter takes at most three threads (two consumers and the producer) on a two-core machine.
 FORWARD, DQ, DKV = ForwardTiles(2, 64, 2), BackwardTiles(2, 64, 2), BackwardTiles(2, 64, 2)
@@ -145,12 +146,7 @@ def test_interpreted_kernels_match_the_oracle_without_races(name):
         other_out = draw(*query.shape)
         other_lse = jnp.asarray(rng.normal(size=query.shape[:3]), jnp.float32).at[:, ::5].set(-jnp.inf)
     scale = 0.11
-    prepared = masks_lib.prepare(
-        batch, query_tokens, key_tokens, causal, *(
-            rows.get(field) for field in
-            ("query_positions", "key_positions", "query_segment_ids", "key_segment_ids", "key_length")
-        ),
-    )  # fmt: skip
+    prepared = MaskRows.of(Mask(causal, **rows), batch, query_tokens, key_tokens)
     out, lse, _ = sequence_forward(
         query, key, value, other_out, other_lse, scale=scale, masks=prepared, tiles=FORWARD, interpret=True
     )
@@ -176,7 +172,7 @@ def test_interpreted_kernels_match_the_oracle_without_races(name):
 def test_scale_may_be_negative_or_zero(scale):
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(size=(1, 40, 1, 64)), jnp.bfloat16) for _ in range(3))
-    prepared = masks_lib.prepare(1, 40, 40, True, None, None, None, None, None)
+    prepared = MaskRows.of(Mask(True), 1, 40, 40)
     out, lse, _ = sequence_forward(query, key, value, scale=scale, masks=prepared, tiles=FORWARD, interpret=True)
     visible = visible_pairs(1, 40, 40, True, {})
     expected = oracle(query, key, value, query, None, None, visible, scale)
@@ -202,12 +198,7 @@ def test_every_tile_choice_lowers_for_cuda(head_dim, masks):
     batch, tokens, heads, kv_heads = 2, 200, 4, 2
     chosen = choose_tiles(head_dim)
     rows = mask_rows(np.random.default_rng(0), masks, batch, tokens, tokens)
-    prepared = masks_lib.prepare(
-        batch, tokens, tokens, True, *(
-            rows.get(field) for field in
-            ("query_positions", "key_positions", "query_segment_ids", "key_segment_ids", "key_length")
-        ),
-    )  # fmt: skip
+    prepared = MaskRows.of(Mask(True, **rows), batch, tokens, tokens)
     query = jax.ShapeDtypeStruct((batch, tokens, heads, head_dim), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((batch, tokens, kv_heads, head_dim), jnp.bfloat16)
     rowsum = jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32)
@@ -256,17 +247,12 @@ def test_block_bounds_cover_what_can_be_visible_and_runs_hold_only_what_is(masks
     rng = np.random.default_rng(3)
     batch, query_tokens, key_tokens, block = 2, 190, 170, 16
     rows = mask_rows(rng, masks, batch, query_tokens, key_tokens)
-    prepared = masks_lib.prepare(
-        batch, query_tokens, key_tokens, True, *(
-            rows.get(field) for field in
-            ("query_positions", "key_positions", "query_segment_ids", "key_segment_ids", "key_length")
-        ),
-    )  # fmt: skip
+    prepared = MaskRows.of(Mask(True, **rows), batch, query_tokens, key_tokens)
     visible = visible_pairs(batch, query_tokens, key_tokens, True, rows)
     # The runs leave the diagonal of default positions to the kernels.
     undiagonal = visible_pairs(batch, query_tokens, key_tokens, "positions" in masks, rows)
     for per in ("query", "key"):
-        bounds = np.asarray(masks_lib.block_bounds(prepared, batch, query_tokens, key_tokens, block, block, per))
+        bounds = np.asarray(prepared.block_bounds(block, block, per))
         pairs, whole = (x if per == "query" else x.swapaxes(1, 2) for x in (visible, undiagonal))
         for b, i in itertools.product(range(batch), range(bounds.shape[1])):
             first, last, full_first, full_last = bounds[b, i]
