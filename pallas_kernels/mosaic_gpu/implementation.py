@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_masks import MaskRows
+from pallas_kernels.modes import in_default_modes
 from pallas_kernels.mosaic_gpu import depth_tiles, sequence_backward, sequence_forward, warpgroup
 from pallas_kernels.mosaic_gpu.depth_backward import depth_backward
 from pallas_kernels.mosaic_gpu.depth_forward import depth_forward
@@ -50,7 +51,7 @@ def check_supported(call: Call) -> None:
         depth_tiles.backward_tiles(shape, call.query.dtype)
 
 
-@warpgroup.in_default_modes
+@in_default_modes
 def forward(call: Call, *, with_rest: bool = False, interpret: bool | None = None) -> Part:
     """See `pallas_kernels.dispatch`."""
     depth = None
@@ -73,7 +74,7 @@ def forward(call: Call, *, with_rest: bool = False, interpret: bool | None = Non
     return Part(out[..., :head_dim], lse, None if rest is None else rest[..., :head_dim])
 
 
-@warpgroup.in_default_modes
+@in_default_modes
 def backward(
     call: Call,
     upstream: Upstream,

@@ -11,36 +11,22 @@ from jax import custom_batching, lax
 
 
 def folding(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`function(arrays, depth_length)`, every array of which, in and out, has the batch as its first axis, under vmap.
+    """`function(arrays, window)`, all whose arrays, in and out, have the batch as their first axis, under vmap.
 
-    A mapped axis becomes part of the batch. A mapped depth_length is the exception, as the kernels take one for all
-    rows: they then run once for each.
+    A mapped axis becomes part of the batch. A mapped window (of slots, or None) is the exception, as a kernel takes one
+    for all rows: it then runs once for each.
     """
-
-    def call(arrays: Any, depth_length: Any) -> Any:
-        if depth_length is None or isinstance(depth_length, int):
-            return _folding(lambda arrays, _: function(arrays, depth_length))(arrays, None)
-        return _folding(function)(arrays, depth_length)
-
-    return call
-
-
-def _folding(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     mapped = custom_batching.custom_vmap(function)
 
     @mapped.def_vmap
-    def rule(size: int, is_mapped: list[Any], arrays: Any, depth_length: Any) -> tuple[Any, Any]:
-        arrays_mapped, length_mapped = is_mapped
-        arrays = jax.tree.map(
-            lambda x, has: x if has else jnp.broadcast_to(x, (size, *x.shape)), arrays, arrays_mapped
-        )
-        if depth_length is not None and length_mapped:
-            results = lax.map(lambda pair: mapped(*pair), (arrays, depth_length))
+    def rule(size: int, is_mapped: list[Any], arrays: Any, window: Any) -> tuple[Any, Any]:
+        arrays_mapped, window_mapped = is_mapped
+        arrays = jax.tree.map(lambda x, has: x if has else jnp.broadcast_to(x, (size, *x.shape)), arrays, arrays_mapped)
+        if window is not None and window_mapped:
+            results = lax.map(lambda pair: mapped(*pair), (arrays, window))
         else:
             folded = jax.tree.map(lambda x: x.reshape(size * x.shape[1], *x.shape[2:]), arrays)
-            results = jax.tree.map(
-                lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), mapped(folded, depth_length)
-            )
+            results = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), mapped(folded, window))
         return results, jax.tree.map(lambda _: True, results)
 
     return mapped

@@ -1,4 +1,4 @@
-"""The one place from which Triton kernels are started: on a GPU through jax-triton, on a CPU under Triton's interpreter.
+"""The one place that starts Triton kernels: through jax-triton on a GPU, under Triton's interpreter on a CPU.
 
 A kernel's parameters are its operands, its lengths (int32 scalars), its outputs and its constants (by keyword), in this
 order. `record` collects what would be started, for tests that compile it for a card that is not there.
@@ -79,6 +79,11 @@ def record(capability: tuple[int, int]) -> Iterator[list[Launch]]:
 def interpreting() -> bool:
     """Whether Triton's interpreter is on."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def can_run() -> bool:
+    """Whether there is anything that kernels can run on."""
+    return bool(_recordings) or interpreting() or jax.default_backend() == "gpu"
 
 
 def capability() -> tuple[int, int]:

@@ -1,14 +1,14 @@
 """Depth attention, forward: every query reads the slots of its own token.
 
-Equation (one token t, one KV head, its G query heads g, n = depth_length filled slots s):
+Equation (one token t, one KV head, its G query heads g, the n slots s of a window [begin, end)):
     logits[g, s] = scale * q[t, g] . K[t, s];  out[t, g] = softmax_s(logits) @ V[t]
     lse[t, g] = log sum_s exp(logits[g, s])
-No filled slot: out 0, lse -inf. `rest` is what rounding took from out.
+An empty window: out 0, lse -inf. `rest` is what rounding took from out.
 
 Grid: one axis, a program for each (token, KV head, part of its query heads), the part fastest, then the KV head: what
     runs side by side reads neighbouring memory.
 Blocks: q and out [ROWS, H], ROWS the part's heads padded to at least 16; K and V [SLOTS, H], where they lie.
-Loop: chunks of SLOTS slots, as many as depth_length fills; slots from depth_length on are never read.
+Loop: chunks of SLOTS slots of the window, which is known when the kernel runs; other slots are never read.
 Arithmetic: the heads of one token on one side of the product and its slots on the other, so that no product of one
     token's heads with another token's slots is ever formed; what is wasted is the padding of G to ROWS. One warp for
     16 rows: no warp waits for another inside a program, and many programs share a multiprocessor.
@@ -28,12 +28,12 @@ from pallas_kernels.triton import rows
 
 @triton.jit
 def moda_depth_forward(
-    query, depth_key, depth_value, depth_length,
+    query, depth_key, depth_value, window,
     out, lse, rest,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ALLOCATED: tl.constexpr, H: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One token's heads of one KV head over its filled slots; see the head of the file. ALLOCATED: S."""
+    """One token's heads of one KV head over the slots of the window; see the head of the file. ALLOCATED: S."""
     PARTS: tl.constexpr = (GROUP + ROWS - 1) // ROWS
     N: tl.constexpr = KV_HEADS * GROUP
     STRIDE: tl.constexpr = KV_HEADS * H  # of a slot
@@ -43,7 +43,8 @@ def moda_depth_forward(
     part = program % PARTS
     kv_head = program // PARTS % KV_HEADS
     token = (program // (PARTS * KV_HEADS)).to(tl.int64)
-    length = tl.load(depth_length)
+    begin = tl.load(window)
+    end = tl.load(window + 1)
 
     row = tl.arange(0, ROWS)
     exists = part * ROWS + row < GROUP
@@ -57,22 +58,22 @@ def moda_depth_forward(
     accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
-    for first in range(0, length, SLOTS):
-        filled = first + inside < length
+    for first in range(begin, end, SLOTS):
+        seen = first + inside < end
         places = (first + inside) * STRIDE
-        key = rows.load(depth_key + depth_start, places, filled, H, COLUMNS)
-        value = rows.load(depth_value + depth_start, places, filled, H, COLUMNS)
+        key = rows.load(depth_key + depth_start, places, seen, H, COLUMNS)
+        value = rows.load(depth_value + depth_start, places, seen, H, COLUMNS)
         logits = tl.dot(tile, tl.trans(key), out_dtype=tl.float32)  # [ROWS, SLOTS]
-        logits = tl.where(filled[None, :], logits * SCALE2, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(logits, 1))  # a chunk has a filled slot
+        logits = tl.where(seen[None, :], logits * SCALE2, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(logits, 1))  # a chunk has a slot of the window
         weights = tl.exp2(logits - new_highest[:, None])
         rescale = tl.exp2(highest - new_highest)
         total = total * rescale + tl.sum(weights, 1)
         accumulator = tl.dot(weights.to(value.dtype), value, accumulator * rescale[:, None])
         highest = new_highest
 
-    seen = exists & (length > 0)
-    divisor = tl.where(seen, total, 1.0)
+    some = exists & (end > begin)
+    divisor = tl.where(some, total, 1.0)
     accumulator = accumulator / divisor[:, None]
     rows.store_rounded(out, rest, start * H, row * H, exists, accumulator, H, COLUMNS)
-    tl.store(lse + start + row, tl.where(seen, highest * rows.LN2 + tl.log(divisor), float("-inf")), exists)
+    tl.store(lse + start + row, tl.where(some, highest * rows.LN2 + tl.log(divisor), float("-inf")), exists)

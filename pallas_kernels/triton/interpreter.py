@@ -125,8 +125,7 @@ def call(
     """The outputs of a kernel; the arguments are those of `pallas_kernels.triton.call.launch`."""
 
     def run(*arrays: Any) -> list[np.ndarray]:
-        # What a kernel does not write is not defined: NaN, or the lowest integer.
-        results = [np.full(x.shape, np.nan if x.dtype != np.int32 else np.iinfo(np.int32).min, x.dtype) for x in outputs]
+        results = [np.full(x.shape, np.nan, x.dtype) for x in outputs]  # what a kernel does not write is not defined
         inputs = [np.array(x) for x in arrays]
         for operand, output in aliases.items():
             inputs[operand] = results[output] = np.array(arrays[operand])

@@ -4,7 +4,7 @@ A key is visible when all of these hold (each only if it applies): its index is 
 key_length); causal: key position <= query position; segments: the ids are equal. Without explicit positions a position
 is an index. A walk has three stretches: blocks that are masked, blocks that all rows of the tile see whole, blocks that
 are masked again. With segments or explicit positions they come from outside (`bounds`), see
-`pallas_kernels.mosaic_gpu.masks`; else they follow from the indices.
+`pallas_kernels.block_masks`; else they follow from the indices.
 """
 
 from __future__ import annotations
