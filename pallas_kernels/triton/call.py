@@ -96,6 +96,7 @@ def capability() -> tuple[int, int]:
 
 
 def _of_device() -> tuple[int, int]:
+    """Compute capability of the card."""
     major, minor = str(jax.devices()[0].compute_capability).split(".")
     return int(major), int(minor)
 
@@ -144,29 +145,34 @@ def launch(
         from pallas_kernels.triton import interpreter
 
         return interpreter.call(kernel, operands, lengths, outputs, programs, aliases, constants)
+    major, minor = _of_device()
     return _jax_triton().triton_call(
         *operands, *lengths, kernel=kernel, out_shape=list(outputs), grid=(programs,), name=kernel.fn.__name__,
-        num_warps=warps, num_stages=stages, input_output_aliases=aliases, **constants,
+        num_warps=warps, num_stages=stages, compute_capability=10 * major + minor, input_output_aliases=aliases,
+        **constants,
     )  # fmt: skip
 
 
 @functools.cache
 def _jax_triton() -> ModuleType:
-    """jax-triton, which can only be imported where JAX has its GPU plugin."""
+    """jax-triton, which can only be imported where JAX has its GPU plugin.
+
+    Where the environment asks for another capability, jax-triton compiles PTX of that one, and the assembler makes of
+    it what the card that is there runs.
+    """
     import jax_triton
     from jax_triton import triton_lib
 
-    wanted = _override()
-    if wanted is not None:
-        number = 10 * wanted[0] + wanted[1]
-        compile_here = triton_lib.compile_ttir_inplace
+    compile_as_asked = triton_lib.compile_ttir_inplace
 
-        def compile_for_wanted(ttir: Any, backend: Any, options: Any, capability: int, platform: str) -> Any:
-            """The card's own assembler gets PTX of the older capability."""
-            if number > capability:
-                raise ValueError(f"{CAPABILITY_VARIABLE}={wanted[0]}.{wanted[1]}: this card is only {capability / 10}")
-            backend = triton_lib.get_cuda_backend(0, number)
-            return compile_here(ttir, backend, dataclasses.replace(options, arch=f"sm{number}"), number, platform)
+    def compile_for_wanted(ttir: Any, backend: Any, options: Any, number: int, platform: str) -> Any:
+        wanted = _override()
+        if wanted is not None:
+            if wanted > divmod(number, 10):
+                raise ValueError(f"{CAPABILITY_VARIABLE}={wanted[0]}.{wanted[1]}: this card has {number / 10} only")
+            number = 10 * wanted[0] + wanted[1]
+            backend, options = triton_lib.get_cuda_backend(0, number), dataclasses.replace(options, arch=f"sm{number}")
+        return compile_as_asked(ttir, backend, options, number, platform)
 
-        triton_lib.compile_ttir_inplace = compile_for_wanted
+    triton_lib.compile_ttir_inplace = compile_for_wanted
     return jax_triton

@@ -39,7 +39,9 @@ def forward(call: Call, other: Part | None, *, with_rest: bool) -> Part:
         lengths=_lengths(call), programs=_query_programs(call, chosen), warps=chosen.warps, stages=chosen.stages,
         MERGE=other is not None, **_constants(call, chosen, masks.spec), **({} if with_rest else {"rest": None}),
     )  # fmt: skip
-    return Part(*results)
+    # XLA would run the kernel a second time to write a stacked copy of `out` (what a scan keeps for its backward) in
+    # place: its dynamic-slice fusion clones a custom call whose result has other users too. Not through a barrier.
+    return Part(*jax.lax.optimization_barrier(results))
 
 
 def backward(call: Call, upstream: Upstream) -> tuple[jax.Array, jax.Array, jax.Array]:
