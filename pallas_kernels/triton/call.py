@@ -83,16 +83,27 @@ def interpreting() -> bool:
 
 def can_run() -> bool:
     """Whether there is anything that kernels can run on."""
-    return bool(_recordings) or interpreting() or jax.default_backend() == "gpu"
+    return bool(_recordings) or interpreting() or _on_gpu()
 
 
 def capability() -> tuple[int, int]:
-    """The compute capability for which tiles are chosen and kernels compiled."""
+    """The compute capability for which tiles are chosen and kernels compiled.
+
+    Raises:
+        ValueError: the environment asks for one that is none, or that is newer than the card.
+    """
     if _recordings:
         return _recordings[-1].capability
-    if jax.default_backend() != "gpu":
+    if not _on_gpu():
         return INTERPRETED_CAPABILITY
-    return _override() or _of_device()
+    wanted, own = _override(), _of_device()
+    if wanted is not None and wanted > own:
+        raise ValueError(f"{CAPABILITY_VARIABLE}={wanted[0]}.{wanted[1]}: this card has {own[0]}.{own[1]} only")
+    return wanted or own
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
 
 
 def _of_device() -> tuple[int, int]:
@@ -102,11 +113,7 @@ def _of_device() -> tuple[int, int]:
 
 
 def _override() -> tuple[int, int] | None:
-    """What the environment asks for.
-
-    Raises:
-        ValueError: it is not a capability.
-    """
+    """The capability that the environment asks for."""
     text = os.environ.get(CAPABILITY_VARIABLE)
     if text is None:
         return None
@@ -168,8 +175,6 @@ def _jax_triton() -> ModuleType:
     def compile_for_wanted(ttir: Any, backend: Any, options: Any, number: int, platform: str) -> Any:
         wanted = _override()
         if wanted is not None:
-            if wanted > divmod(number, 10):
-                raise ValueError(f"{CAPABILITY_VARIABLE}={wanted[0]}.{wanted[1]}: this card has {number / 10} only")
             number = 10 * wanted[0] + wanted[1]
             backend, options = triton_lib.get_cuda_backend(0, number), dataclasses.replace(options, arch=f"sm{number}")
         return compile_as_asked(ttir, backend, options, number, platform)

@@ -120,16 +120,16 @@ def sequence_tiles(
     if query_tokens >= FEW_TOKENS:
         return SequenceTiles(rows, 1, keys, warps, stages)
     rows = min(rows, 64, max(16, _power_of_two(query_tokens * group)))
-    return SequenceTiles(rows, min(group, rows), keys, min(warps, 4) if kernel == "forward" else warps, stages)
+    if kernel == "forward" and columns(head_dim) <= 128:
+        warps = min(warps, 4)
+    return SequenceTiles(rows, min(group, rows), keys, warps, stages)
 
 
 def depth_tiles(kernel: str, head_dim: int, slots: int, group: int) -> DepthTiles:
     """Tiles of a depth kernel: "forward" or "backward". They fit into the shared memory of every capability."""
     chunk, warps, stages = _DEPTH[kernel][max(64, columns(head_dim))]
     rows = min(_LARGEST_DEPTH_ROWS[kernel], max(16, _power_of_two(group)))
-    if kernel == "forward":
-        warps *= rows // 16
-    return DepthTiles(rows, min(chunk, max(16, _power_of_two(slots))), warps, stages)
+    return DepthTiles(rows, min(chunk, max(16, _power_of_two(slots))), warps * rows // 16, stages)
 
 
 def _power_of_two(number: int) -> int:

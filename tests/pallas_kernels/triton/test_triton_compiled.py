@@ -14,7 +14,7 @@ CASES = {
     "every_mask": {"explicit": True, "buffers": "bfloat16"},
     "decoding": {"tokens": 1, "keys": 1000, "explicit": True},
     "float16": {"dtype": "float16", "tokens": 1000, "group": 3, "buffers": "float32", "scale": -0.125},
-    "many_heads": {"tokens": 1000, "group": 48, "slots": 5},
+    "many_heads": {"tokens": 3, "keys": 1000, "group": 48, "explicit": True, "buffers": "float32"},
 }
 
 pytestmark = pytest.mark.skipif(call.interpreting(), reason="TRITON_INTERPRET=1: nothing is compiled")
@@ -28,7 +28,8 @@ def _cases() -> list:
     chosen += [
         ((8, 6), 80, "every_mask"),
         ((9, 0), 128, "every_mask"),
-        ((8, 6), 256, "decoding"),
+        ((8, 6), 256, "many_heads"),
+        ((9, 0), 128, "many_heads"),
         ((8, 6), 18, "float16"),
     ]
     return [pytest.param(*case, id=f"sm_{case[0][0]}{case[0][1]}-H{case[1]}-{case[2]}") for case in chosen]

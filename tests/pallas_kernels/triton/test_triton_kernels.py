@@ -249,7 +249,5 @@ def test_what_it_does_not_take_is_refused_before_anything_is_compiled(call, mess
 
 def test_an_older_card_is_refused(monkeypatch):
     monkeypatch.setattr(calls, "capability", lambda: (7, 5))
-    with pytest.raises(
-        NotImplementedError, match=r"^triton: compute capability 7.5: expected at least 8.0 \(Ampere\)"
-    ):
+    with pytest.raises(NotImplementedError, match=r"^triton: compute capability 7.5: expected at least 8.0 \(Ampere\)"):
         block.forward(_call(), implementation="triton")

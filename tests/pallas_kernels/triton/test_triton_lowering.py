@@ -29,9 +29,9 @@ TOKENS, SLOTS, HEADS, KV_HEADS, HEAD_DIM = 152, 11, 6, 2, 64
 
 @pytest.fixture(autouse=True)
 def on_a_hopper_card(monkeypatch):
-    monkeypatch.setattr(calls, "can_run", lambda: True)
+    monkeypatch.setattr(calls, "_on_gpu", lambda: True)
     monkeypatch.setattr(calls, "_of_device", lambda: (9, 0))
-    monkeypatch.setattr(calls, "capability", lambda: calls._override() or (9, 0))
+    monkeypatch.delenv(calls.CAPABILITY_VARIABLE, raising=False)
 
 
 def _array(*shape, dtype=jnp.bfloat16):
@@ -122,7 +122,7 @@ def test_a_models_gradients():
     gradient = jax.grad(lambda state, tokens: jnp.mean(nnx.merge(graphdef, state)(tokens)))
     started = _kernel_calls(_lower(gradient, state, _array(2, 72, dtype=jnp.int32)))
     in_place = [line for line in started if len(re.findall("operand_index", line)) == 3]
-    assert len(in_place) == 2  # in the stacked layers and in the last one
+    assert len(in_place) == 1  # of the stacked layers; the last one's backward makes the arrays
 
 
 def test_an_older_cards_instructions_for_a_newer_card(monkeypatch):
