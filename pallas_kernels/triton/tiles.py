@@ -117,6 +117,8 @@ def sequence_tiles(
     """
     large, small = _SEQUENCE[kernel][max(64, columns(head_dim))]
     rows, keys, warps, stages = large if shared_bytes(capability) >= 160 * KIB else small
+    if kernel == "forward" and capability[0] == 10:
+        warps = 8  # its accumulators pass from tensor memory through registers: with 4 warps they spill
     if query_tokens >= FEW_TOKENS:
         return SequenceTiles(rows, 1, keys, warps, stages)
     rows = min(rows, 64, max(16, _power_of_two(query_tokens * group)))
