@@ -1,7 +1,7 @@
 """Hopper kernels in Pallas Mosaic GPU: the implementation "mosaic_gpu" of the internal block (`pallas_kernels.block`).
 
-Two parts under one softmax, tuned apart: the sequence part is compute-bound (`sequence_forward`, `sequence_backward`),
-the depth part memory-bound (`depth_forward`, `depth_backward`).
+Two parts under one softmax, tuned apart: the sequence part is compute-bound (`sequence/`), the depth part
+memory-bound (`depth/`).
     forward   depth first; the sequence kernel merges the depth part's (out, lse) in its epilogue.
     backward  both parts on the merged lse and delta; the depth kernel adds the sequence part's dquery to its own.
 On a CPU the same kernels run under the Pallas GPU interpreter, with race detection: for tests of small shapes.
@@ -9,14 +9,18 @@ On a CPU the same kernels run under the Pallas GPU interpreter, with race detect
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_masks import MaskRows
 from pallas_kernels.modes import in_default_modes
-from pallas_kernels.mosaic_gpu import depth_tiles, sequence_backward, sequence_forward, warpgroup
-from pallas_kernels.mosaic_gpu.depth_backward import depth_backward
-from pallas_kernels.mosaic_gpu.depth_forward import depth_forward
+from pallas_kernels.mosaic_gpu import warpgroup
+from pallas_kernels.mosaic_gpu.depth import tiles
+from pallas_kernels.mosaic_gpu.depth.backward import depth_backward
+from pallas_kernels.mosaic_gpu.depth.forward import depth_forward
+from pallas_kernels.mosaic_gpu.sequence.backward import sequence_backward
+from pallas_kernels.mosaic_gpu.sequence.forward import sequence_forward
 from pallas_kernels.operands import Call, Gradients, Upstream
 from pallas_kernels.parts import Part
 
@@ -36,8 +40,6 @@ def check_supported(call: Call) -> None:
         raise NotImplementedError(f"mosaic_gpu: head_dim={head_dim}: expected a multiple of 8 up to {HEAD_DIMS[-1]}")
     if call.slots > MAX_SLOTS:
         raise NotImplementedError(f"mosaic_gpu: {call.slots} depth slots: expected at most {MAX_SLOTS}")
-    if call.depth is not None and call.depth.start is not None:
-        raise NotImplementedError("mosaic_gpu: depth_start: expected None")
     if jax.default_backend() == "gpu":
         capability = str(jax.devices()[0].compute_capability)
         if capability != COMPUTE_CAPABILITY:
@@ -45,10 +47,10 @@ def check_supported(call: Call) -> None:
                 f"mosaic_gpu: compute capability {capability}: the kernels are for {COMPUTE_CAPABILITY} (Hopper)"
             )
     if call.slots:
-        heads = depth_tiles.tile_heads(num_heads // call.num_kv_heads)
-        shape = depth_tiles.DepthShape(batch * tokens, call.slots, num_heads, call.num_kv_heads, head_dim, heads)
-        depth_tiles.forward_tiles(shape)
-        depth_tiles.backward_tiles(shape, call.query.dtype)
+        heads = tiles.tile_heads(num_heads // call.num_kv_heads)
+        shape = tiles.DepthShape(batch * tokens, call.slots, num_heads, call.num_kv_heads, head_dim, heads)
+        tiles.forward_tiles(shape)
+        tiles.backward_tiles(shape, tiles.SMALL_BUFFERS)
 
 
 @in_default_modes
@@ -56,22 +58,14 @@ def forward(call: Call, *, with_rest: bool = False, interpret: bool | None = Non
     """See `pallas_kernels.dispatch`."""
     depth = None
     if call.sees_slots:
-        depth = depth_forward(
-            call.query, call.depth.key, call.depth.value, call.depth.length,
-            scale=call.scale, with_rest=with_rest, interpret=interpret,
-        )  # fmt: skip
+        depth = depth_forward(call, with_rest=with_rest, interpret=interpret)
     if call.key is None:
-        return Part.of_nothing(call.query, with_rest=with_rest) if depth is None else Part(*depth)
-    other = (None, None, None) if depth is None else depth
-    query, key, value, other_out, other_rest = (
-        _pad_head(x) for x in (call.query, *_without_unfilled(call), other[0], other[2])
-    )
-    out, lse, rest = sequence_forward.sequence_forward(
-        query, key, value, other_out, other[1], other_rest,
-        scale=call.scale, masks=_rows(call), with_rest=with_rest, interpret=interpret,
-    )  # fmt: skip
+        return Part.of_nothing(call.query, with_rest=with_rest) if depth is None else depth
+    other = None if depth is None else jax.tree.map(_pad_head, depth._replace(lse=None))._replace(lse=depth.lse)
+    part = sequence_forward(_for_kernels(call), other, with_rest=with_rest, interpret=interpret)
     head_dim = call.query.shape[-1]
-    return Part(out[..., :head_dim], lse, None if rest is None else rest[..., :head_dim])
+    rest = None if part.rest is None else part.rest[..., :head_dim]
+    return Part(part.out[..., :head_dim], part.lse, rest)
 
 
 @in_default_modes
@@ -87,12 +81,7 @@ def backward(
     if call.key is not None:
         dquery, dkey, dvalue = _sequence_gradients(call, upstream, interpret)
     if call.sees_slots:
-        buffers = (None, None) if buffers is None else buffers
-        dquery, *depth = depth_backward(
-            call.query, call.depth.key, call.depth.value, call.depth.length, *upstream,
-            scale=call.scale, dquery=dquery, interpret=interpret,
-            depth_key_gradient=buffers[0], depth_value_gradient=buffers[1],
-        )  # fmt: skip
+        dquery, *depth = depth_backward(call, upstream, buffers, dquery=dquery, interpret=interpret)
     elif call.depth is not None:
         depth = (jnp.zeros_like(call.depth.key), jnp.zeros_like(call.depth.value)) if buffers is None else buffers
     else:
@@ -105,24 +94,19 @@ def _sequence_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dquery, dkey, dvalue) of the sequence part."""
     query, scale = warpgroup.positive_scale(call.query, call.scale)
-    key, value = _without_unfilled(call)
-    gradients = sequence_backward.sequence_backward(
-        *(_pad_head(x) for x in (query, key, value, upstream.dout)), upstream.lse, upstream.delta,
-        scale=scale, masks=_rows(call), interpret=interpret,
-    )  # fmt: skip
+    positive = _for_kernels(dataclasses.replace(call, query=query, scale=scale))
+    upstream = upstream._replace(dout=_pad_head(upstream.dout))
+    gradients = sequence_backward(positive, upstream, interpret=interpret)
     dquery, dkey, dvalue = (x[..., : call.query.shape[-1]] for x in gradients)
     if call.scale <= 0:  # the kernel saw -query, or zeros
         dquery = -dquery if call.scale < 0 else jnp.zeros_like(dquery)
     return dquery, dkey, dvalue
 
 
-def _rows(call: Call) -> MaskRows:
-    return MaskRows.of(call.mask, *call.query.shape[:2], call.key.shape[1])
-
-
-def _without_unfilled(call: Call) -> tuple[jax.Array, jax.Array]:
-    """Key and value, finite: the kernels multiply what is hidden by 0."""
-    return call.mask.cleared(call.key), call.mask.cleared(call.value)
+def _for_kernels(call: Call) -> Call:
+    """With a head_dim of the sequence kernels, and with finite keys and values: they multiply what is hidden by 0."""
+    key, value = (_pad_head(call.mask.cleared(x)) for x in (call.key, call.value))
+    return dataclasses.replace(call, query=_pad_head(call.query), key=key, value=value)
 
 
 def _pad_head(x: jax.Array | None) -> jax.Array | None:
