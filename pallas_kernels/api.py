@@ -41,9 +41,9 @@ def moda_attention(
     pass over key and value for that. The depth arrays are those of the queries' tokens, [B, Tq, S, K, H]. A query that
     sees no key and no slot: out 0, lse -inf, gradients 0. That is read off the masks, whatever the logits are.
 
-    Numbers. Logits have to be finite in float32, of any size; beyond, out may be NaN or 0. "mosaic_gpu" takes them up
-    to 2^30 in size: its exponents are a fused product and sum, which the rounding of a larger maximum takes out of
-    range, and then out may be NaN, or a slot's part missing.
+    Numbers. Logits have to be finite in float32, of any size; beyond, out may be NaN or 0. "mosaic_gpu" and
+    "triton" take them up to 2^30 in size: their exponents are a fused product and sum, which the rounding of a larger
+    maximum takes out of range, and then out may be NaN, or a slot's part missing.
     A logit is rounded to 2^-24 of its size, so the relative error of float32 results grows with |lse|: measured against
     float64 (T = 64, S = 8, H = 16, logits shifted by a constant), out and the gradients are off by 0.9 to 1.8 times
     |lse| 2^-24: 3e-7 at |lse| = 5, 9e-6 at 100, 1e-3 at 10^4. lse itself keeps 5e-8.

@@ -49,7 +49,8 @@ OPERATIONS = ("check_supported", "forward", "backward")
 # "xla" serves every call that these do not take, and every other device.
 PREFERENCES = (
     ("mosaic_gpu", ("9.0",)),  # Hopper
-)  # fmt: skip
+    ("triton", ("8.0", "8.6", "8.7", "8.9", "10.0", "10.3", "12.0", "12.1")),  # Ampere, Ada, Blackwell
+)
 
 
 def check_name(implementation: str | None) -> None:
@@ -95,16 +96,21 @@ def resolve(implementation: str | None, call: Call) -> str:
         load(implementation).check_supported(call)
         return implementation
     platform, capability = _device()
-    reason = f"platform {platform}"
+    reason, level = f"platform {platform}", logging.INFO
     for name in preferred():
         try:
-            load(name).check_supported(call)
+            module = load(name)
+        except NotImplementedError as error:  # of a GPU that would be faster with it
+            reason, level = str(error), logging.WARNING
+            continue
+        try:
+            module.check_supported(call)
         except NotImplementedError as error:
             reason = f"{name} does not support the call: {error}"
         else:
-            _log_choice(name, f"compute capability {capability}")
+            _log_choice(name, f"compute capability {capability}", logging.INFO)
             return name
-    _log_choice("xla", reason)
+    _log_choice("xla", reason, level)
     return "xla"
 
 
@@ -124,6 +130,6 @@ def _device() -> tuple[str, str | None]:
 
 
 @functools.cache
-def _log_choice(chosen: str, reason: str) -> None:
-    """Says once what None means here."""
-    logger.info("attention implementation: %s (%s)", chosen, reason)
+def _log_choice(chosen: str, reason: str, level: int) -> None:
+    """Says once what None means here; a warning if something that can be installed would do better."""
+    logger.log(level, "attention implementation: %s (%s)", chosen, reason)

@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.modes import in_default_modes
 from pallas_kernels.mosaic_gpu import warpgroup
 from pallas_kernels.mosaic_gpu.depth import tiles
 from pallas_kernels.mosaic_gpu.depth.backward import depth_backward
@@ -53,7 +54,7 @@ def check_supported(call: Call) -> None:
         tiles.backward_tiles(shape, tiles.SMALL_BUFFERS)
 
 
-@warpgroup.in_default_modes
+@in_default_modes
 def forward(call: Call, *, with_rest: bool = False, interpret: bool | None = None) -> Part:
     """See `pallas_kernels.dispatch`."""
     depth = None
@@ -71,7 +72,7 @@ def forward(call: Call, *, with_rest: bool = False, interpret: bool | None = Non
     return Part(part.out[..., :head_dim], part.lse, rest)
 
 
-@warpgroup.in_default_modes
+@in_default_modes
 def backward(
     call: Call,
     upstream: Upstream,

@@ -6,7 +6,6 @@ therefore go through `accumulate` and `wgmma_registers`; nothing else in a kerne
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,18 +27,6 @@ LOWEST = float(np.finfo(np.float32).min)
 TILE = plgpu.Layout.WGMMA  # [64 * n, columns] over the 128 threads of a warpgroup
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of TILE
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column of TILE
-
-
-def in_default_modes[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """`function` traced in JAX's default modes: a kernel's indices and constants are of 32 bits whatever
-    JAX_ENABLE_X64 says, and promotions of rank and dtype that a user may have forbidden are meant here."""
-
-    @functools.wraps(function)
-    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
-        with jax.enable_x64(False), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return function(*args, **kwargs)
-
-    return traced
 
 
 def default_interpret() -> bool:

@@ -4,6 +4,7 @@ In all cases every two values of two axes meet. The quick ones among them hold e
 """
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,15 @@ INTERPRETED = ("mosaic_gpu",)
 SMALL_CASES = tuple(
     c for c in CASES if c.tokens <= 65 and c.slots <= 16 and c.group <= 4 and c.head_dim <= 64 and c.dtype != "float32"
 )[:5]
+# Triton's interpreter is for a whole process, and has a step of CI of its own. It takes about 20 ms for a token and KV
+# head of the depth part, hence few tokens.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED_MARKS = (pytest.mark.timeout(400, method="thread"),)
 QUICK_INTERPRETED = SMALL_CASES[:2]
+
+
+def _depth_tiles(case: Case) -> int:
+    return case.batch * case.tokens * case.kv_heads if case.slots else 0
 
 
 def _runs() -> list:
@@ -38,7 +46,9 @@ def _runs() -> list:
 
     runs = [(name, case, slow_unless(case in QUICK_CASES)) for name in ("reference", "xla") for case in CASES]
     if jax.default_backend() == "gpu":
-        runs += [("mosaic_gpu", case, (pytest.mark.gpu,)) for case in CASES]
+        runs += [(name, case, (pytest.mark.gpu,)) for name in ("mosaic_gpu", "triton") for case in CASES]
+    elif TRITON_INTERPRETED:
+        runs += [("triton", case, ()) for case in CASES if case.dtype != "float32" and _depth_tiles(case) <= 100]
     else:
         runs += [
             (name, case, INTERPRETED_MARKS + slow_unless(case in QUICK_INTERPRETED))

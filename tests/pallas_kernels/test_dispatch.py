@@ -1,6 +1,7 @@
 """The dispatch table: names, what is missing, and the choice for None."""
 
 import logging
+import re
 import sys
 import types
 
@@ -11,6 +12,7 @@ import pytest
 from pallas_kernels import dispatch, moda_attention
 from pallas_kernels.operands import Call, DepthKV, Mask
 from pallas_kernels.parts import Part
+from pallas_kernels.triton import versions
 
 CALL = Call(*(np.zeros((1, 4, 2, 8), np.float32) for _ in range(3)))
 
@@ -127,3 +129,38 @@ def test_what_an_implementation_is_told_about_a_call(monkeypatch):
     assert jax.tree.structure(told[0]) == jax.tree.structure(expected)
     assert jax.tree.map(np.shape, told[0]) == jax.tree.map(np.shape, expected)
     assert (told[0].num_kv_heads, told[0].slots, told[0].sees_slots) == (3, 7, True)
+
+
+def test_a_gpu_whose_kernels_are_not_installed_is_warned_once_with_the_extra(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "_device", lambda: ("gpu", "8.6"))
+    dispatch._log_choice.cache_clear()
+    monkeypatch.setattr(versions, "_installed", lambda name: None)
+    monkeypatch.delitem(sys.modules, dispatch.MODULES["triton"], raising=False)
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        for _ in range(2):
+            assert dispatch.resolve(None, CALL) == "xla"
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "needs jax-triton and triton, which is not installed: pip install 'moda-jax[triton]'" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [
+        ({"jax-triton": "0.3.1", "triton": "3.7.0"}, "tested with jax-triton 0.3.1 and triton 3.6, and here are "
+         "jax-triton 0.3.1 and triton 3.7.0"),
+        ({"jax-triton": "0.4.1", "triton": "3.6.0"}, "here are jax-triton 0.4.1 and triton 3.6.0"),
+        ({"jax-triton": "0.3.1", "triton": "3.60"}, "here are jax-triton 0.3.1 and triton 3.60"),
+        ({"triton": "3.6.0"}, "needs jax-triton, which is not installed"),
+    ],
+)  # fmt: skip
+def test_another_pair_than_the_tested_one_is_refused_by_both_numbers(monkeypatch, installed, message):
+    monkeypatch.setattr(versions, "_installed", installed.get)
+    with pytest.raises(NotImplementedError, match=re.escape(message)):
+        versions.check()
+
+
+@pytest.mark.parametrize("triton", ["3.6.0", "3.6", "3.6.1+local"])
+def test_the_tested_pair_is_accepted(monkeypatch, triton):
+    monkeypatch.setattr(versions, "_installed", {"jax-triton": "0.3.1", "triton": triton}.get)
+    versions.check()
