@@ -66,7 +66,7 @@ def _runs() -> list:
     elif os.environ.get("TRITON_INTERPRET") == "1":  # see test_contract.py
         runs += [("triton", case, ()) for case in narrow]
     else:
-        runs += [("mosaic_gpu", case, INTERPRETED_MARKS + slow[case]) for case in CASES[4:6]]
+        runs += [("mosaic_gpu", case, (*INTERPRETED_MARKS, pytest.mark.slow)) for case in CASES[4:6]]
     return [pytest.param(name, case, id=f"{name}-{case}", marks=marks) for name, case, marks in runs]
 
 

@@ -35,7 +35,7 @@ B, T = 8, 1024
     "sizes",
     [
         pytest.param((2, 4, 1, 1), id="data2_fsdp4", marks=pytest.mark.slow),
-        pytest.param((1, 2, 2, 2), id="fsdp2_tensor2_context2"),
+        pytest.param((1, 2, 2, 2), id="fsdp2_tensor2_context2", marks=pytest.mark.slow),
         pytest.param((1, 1, 1, 8), id="context8", marks=pytest.mark.slow),
     ],
 )

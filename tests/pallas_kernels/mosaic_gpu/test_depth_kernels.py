@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from support.selection import quick_first
 
 from pallas_kernels.mosaic_gpu import implementation
 from pallas_kernels.mosaic_gpu.depth import tiles as depth_tiles
@@ -137,7 +138,7 @@ def run_forward(case):
     return run, (query, key, value, ends(filled)), (out, lse)
 
 
-@pytest.mark.parametrize("case", FORWARD, ids=str)
+@pytest.mark.parametrize("case", quick_first(FORWARD, 2), ids=str)
 def test_forward(case):
     run_forward(case)
     check_races()
@@ -213,13 +214,16 @@ def run_backward(case):
     return run, arguments, got
 
 
-@pytest.mark.parametrize("case", BACKWARD, ids=str)
+@pytest.mark.parametrize("case", quick_first(BACKWARD, 2), ids=str)
 def test_backward(case):
     run_backward(case)
     check_races()
 
 
-@pytest.mark.parametrize(("group", "slots", "head_dim"), [(1, 16, 64), (8, 70, 64), (32, 256, 128), (3, 5, 40)])
+@pytest.mark.parametrize(
+    ("group", "slots", "head_dim"),
+    [(8, 70, 64), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 16, 64), (32, 256, 128), (3, 5, 40)])],
+)
 def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
     dtype, batch, tokens, kv_heads = jnp.bfloat16, 2, 47, 4
     heads, depth = (batch, tokens, kv_heads * group), (batch, tokens, slots, kv_heads, head_dim)
