@@ -1,16 +1,16 @@
 """Times decoding: tokens per second of MoDA and of the same model without depth, beside the memory-bandwidth floor.
 
-    python -m benchmarks.decode [--size=700m|toy] [--batches=1,64] [--layouts=scan,unroll] [--products=reduce,...]
+    python -m benchmarks.decode [--size=700m|toy] [--batches=1,64] [--layouts=scan,unroll] [--implementations=xla,...]
 
 A decode step reads every weight once, and every filled place of the cache. The floor is the time in which these bytes
 move at the bandwidth of a measured copy (a copy's bytes count as read and written); the depth stream, which MoDA writes
 and reads anew in every step, is not in it, nor is anything that is computed. `of floor` is floor / measured time.
 
 Every form in which a step can be compiled is timed (see `moda_jax.inference.decode`): `scan` cuts a layer's weights
-and cache out of a stack, `unroll` compiles each layer; `dot` multiplies with the cache by matrix products, `reduce` by
-fused sums, `kernel` by the attention kernels. Parameters are random: the time does not depend on them. A timed call is
-one compiled loop over `steps` tokens of every row, after a prompt of `prompt` tokens; within a layout models and
-products take turns, and the median of the rounds counts.
+and cache out of a stack, `unroll` compiles each layer; the second word is the implementation of attention over the
+cache. Parameters are random: the time does not depend on them. A timed call is one compiled loop over `steps` tokens of
+every row, after a prompt of `prompt` tokens; within a layout models and implementations take turns, and the median of
+the rounds counts.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from moda_jax.config import Config, TransformerConfig
 from moda_jax.inference import decode
 from moda_jax.inference.sampling import GREEDY, row_keys
 from moda_jax.model.function import ModelFunction, model_function, split_model
+from pallas_kernels import dispatch
 
 RESULTS = Path(__file__).parent / "results"
 LAYOUTS = ("scan", "unroll")
@@ -90,12 +91,12 @@ class Decoder:
         state = decode.start(logits, cache, keys, sampling=GREEDY, vocab_size=config.vocab_size)
         return cls(model, params, state, config, size.prompt), seconds
 
-    def run(self, steps: int, products: str) -> float:
+    def run(self, steps: int, implementation: str) -> float:
         """Seconds of one call of `steps` tokens; the next call starts behind the prompt again."""
         began = time.perf_counter()
         state, tokens = decode.decode(
             self.model, self.params, self.state, num_steps=steps, sampling=GREEDY, vocab_size=self.config.vocab_size,
-            products=products,
+            implementation=implementation,
         )  # fmt: skip
         jax.block_until_ready(tokens)
         seconds = time.perf_counter() - began
@@ -112,37 +113,44 @@ class Decoder:
         return weights, round(self.state.cache.nbytes * filled / self.state.cache.capacity)
 
 
+def implementations() -> tuple[str, ...]:
+    """Those that decoding may use on the default device, the best last."""
+    return ("xla", *reversed(dispatch.preferred()))
+
+
 def measure(
     size: Size, batch: int, layout: str, only: tuple[str, ...], rounds: int, bandwidth: float,
     kernels: Path | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row per model and product, at one batch and layout ("scan" or "unroll"); `only`: these products; `kernels`: a
+    """A row per model and implementation, at one batch and layout ("scan" or "unroll"); `only`: these; `kernels`: a
     directory for the slowest kernels of each."""
     decoders, contestants = {}, {}
     for name, config in size.models.items():
         decoder, prefill = Decoder.start(config, batch, size, unroll=layout == "unroll")
         decoders[name] = decoder
-        for products in only or decode.available_products(config):
+        for implementation in only or implementations():
             began = time.perf_counter()
-            decoder.run(size.steps, products)
+            decoder.run(size.steps, implementation)
             seconds = time.perf_counter() - began
             print(
-                f"{name}, batch {batch}, {layout} {products}: first call {seconds:.1f} s", file=sys.stderr, flush=True
-            )
-            contestants[name, products] = {
-                "model": name, "batch": batch, "form": f"{layout} {products}", "prefill_seconds": prefill,
+                f"{name}, batch {batch}, {layout} {implementation}: first call {seconds:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )  # fmt: skip
+            contestants[name, implementation] = {
+                "model": name, "batch": batch, "form": f"{layout} {implementation}", "prefill_seconds": prefill,
                 "compile_seconds": seconds, "seconds": [],
             }  # fmt: skip
     caches = {decoder.state.cache.nbytes for decoder in decoders.values()}
     if len(caches) != 1:
         raise RuntimeError(f"the caches differ in size, {caches} bytes: MoDA's must be plain attention's")
     for _ in range(rounds):
-        for (name, products), row in contestants.items():
-            row["seconds"].append(decoders[name].run(size.steps, products) / size.steps)
-    for (name, products), row in contestants.items():
+        for (name, implementation), row in contestants.items():
+            row["seconds"].append(decoders[name].run(size.steps, implementation) / size.steps)
+    for (name, implementation), row in contestants.items():
         if kernels is not None:
-            traced = profile.kernel_seconds(functools.partial(decoders[name].run, size.steps, products))
-            file = f"decode_{name.split()[0]}_{batch}_{layout}_{products}.txt"
+            traced = profile.kernel_seconds(functools.partial(decoders[name].run, size.steps, implementation))
+            file = f"decode_{name.split()[0]}_{batch}_{layout}_{implementation}.txt"
             (kernels / file).write_text(profile.kernel_table(traced, ""))
         weights, cache = decoders[name].bytes_per_step(size.steps)
         seconds = statistics.median(row["seconds"])
@@ -170,10 +178,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def run(
-    name: str, rounds: int, layouts: tuple[str, ...] = LAYOUTS, products: tuple[str, ...] = (),
+    name: str, rounds: int, layouts: tuple[str, ...] = LAYOUTS, names: tuple[str, ...] = (),
     batches: tuple[int, ...] = (), kernels: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """All batches of a size, or `batches`; all products that the device runs, or `products`. Printed as they come."""
+    """All batches of a size, or `batches`; all implementations of the device, or `names`. Printed as they come."""
     on_gpu = jax.default_backend() == "gpu"
     bandwidth = timing.copy_bytes_per_second(2**31 if on_gpu else 2**24)
     size = sizes()[name]
@@ -181,7 +189,7 @@ def run(
     rows = []
     for batch in batches or size.batches:
         for layout in layouts:  # one after the other: their caches need not stand in memory together
-            new = measure(size, batch, layout, products, rounds, bandwidth, kernels)
+            new = measure(size, batch, layout, names, rounds, bandwidth, kernels)
             print(table(new), flush=True)
             rows += new
     return {
@@ -196,17 +204,18 @@ def main() -> None:
     parser.add_argument("--size", choices=sizes(), default="700m")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layouts", default=",".join(LAYOUTS))
-    parser.add_argument("--products", default="", help="comma-separated; by default all that the device runs")
+    parser.add_argument("--implementations", default="", help="comma-separated; by default all that the device runs")
     parser.add_argument("--batches", default="", help="comma-separated; by default the size's")
     parser.add_argument("--kernels", type=Path, default=None, help="profile each form; its slowest kernels go here")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    layouts, products, batches = (
-        tuple(filter(None, text.split(","))) for text in (arguments.layouts, arguments.products, arguments.batches)
+    layouts, names, batches = (
+        tuple(filter(None, text.split(",")))
+        for text in (arguments.layouts, arguments.implementations, arguments.batches)
     )
     for directory in filter(None, (arguments.output, arguments.kernels)):
         directory.mkdir(parents=True, exist_ok=True)
-    result = run(arguments.size, arguments.rounds, layouts, products, tuple(map(int, batches)), arguments.kernels)
+    result = run(arguments.size, arguments.rounds, layouts, names, tuple(map(int, batches)), arguments.kernels)
     path = arguments.output / f"decode_{arguments.size}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     header = "\n".join(f"{key}: {value}" for key, value in result["environment"].items())

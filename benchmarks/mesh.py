@@ -28,9 +28,17 @@ from benchmarks import profile, timing
 from benchmarks.scaling import load_config
 from benchmarks.training import synthetic_batch
 from moda_jax.config import Config, MeshConfig
-from moda_jax.parallel.attention import Options, attention_backward, attention_forward, gather_tokens, scatter_tokens
+from moda_jax.parallel.attention import (
+    attention_backward,
+    attention_forward,
+    causal_mask,
+    gather_tokens,
+    scatter_tokens,
+)
 from moda_jax.parallel.mesh import AXES, make_mesh, named_sharding, on_mesh
 from moda_jax.training.program import Program
+from pallas_kernels.operands import Call, Upstream
+from pallas_kernels.parts import delta
 
 RESULTS = Path(__file__).parent / "results"
 EXCHANGES = ((8, 4096), (1, 65536))  # sequences, tokens
@@ -78,7 +86,7 @@ def time_exchange(config: Config, batch: int, tokens: int, rounds: int) -> dict[
     mesh = make_mesh(MeshConfig(**dict.fromkeys(AXES, 1) | {"context": -1}))
     context = mesh.shape["context"]
     model = config.model
-    options = Options(model.head_dim**-0.5, model.attention_implementation)
+    options = {"implementation": model.attention_implementation}
     dtype = jnp.bfloat16
 
     def draw(key: jax.Array) -> tuple[jax.Array, ...]:
@@ -98,11 +106,9 @@ def time_exchange(config: Config, batch: int, tokens: int, rounds: int) -> dict[
         return lambda query, key, value, dout: (mapped(key), mapped(value))
 
     def attention(query: jax.Array, key: jax.Array, value: jax.Array, dout: jax.Array) -> Any:
-        out, lse = attention_forward(query, key, value, None, None, None, None, options)
-        delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-        return attention_backward(
-            query, key, value, None, None, None, None, dout, lse, delta, None, None, options
-        )[:3]  # fmt: skip
+        call = Call(query, key, value, causal_mask(), scale=model.head_dim**-0.5)
+        part = attention_forward(call, **options)
+        return attention_backward(call, Upstream(dout, part.lse, delta(dout, part)), **options)[:3]
 
     # Of a gathered array every device returns its own first part, so that nothing else is moved or kept.
     contestants = {

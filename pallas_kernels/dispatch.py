@@ -1,9 +1,26 @@
-"""Which implementation serves a call: the table of names, what each can do, and the choice for `None`.
+"""Which implementation serves a call: the table of names, what an implementation offers, and the choice for `None`.
 
-An implementation is a module that provides `attention_forward`, `attention_backward`, `depth_forward` and
-`depth_backward` as `pallas_kernels.block` describes them, and `check_supported(**facts)`, which raises
-NotImplementedError with the reason if it cannot serve such a call. Its forwards return (out, lse, rest), rest None
-unless they are called with `with_rest=True`.
+An implementation is a module, named in `MODULES`, that offers three functions:
+
+    check_supported(call) -> None
+        Raises NotImplementedError, with the reason, if it cannot serve such a `pallas_kernels.operands.Call`. The
+        arrays of the call may be of any kind that has a shape and a dtype; nothing is computed.
+    forward(call, *, with_rest=False) -> Part
+        Attention over the call's keys, or over its slots, or over both under one softmax: `pallas_kernels.parts.Part`.
+        out has the query's dtype; with `with_rest` also what rounding took from it, unless that dtype is float32.
+    backward(call, upstream, buffers=None) -> Gradients
+        `pallas_kernels.operands.Gradients` of the call's arrays, from the `Upstream` of the whole softmax, which may
+        cover other keys too. `buffers` (key, value), [B, T, S, K, H] of any float dtype: the depth gradients are added
+        to their seen slots, in place where the caller donates or carries them; other slots keep every bit.
+
+What a call may look like: T and U differ; any of the mask's arrays, in any combination; slots whose window [start,
+length) is known only when it runs, and may be empty; no sequence part, or no depth part. What is hidden (a key at or
+beyond key_length, unless the mask says `finite_beyond`; a slot outside of the window) may hold NaN: it must not be
+multiplied by 0. A query that sees nothing: out 0, lse -inf, gradients 0, whatever delta is.
+
+To add one: its module, a line in `MODULES`, and a line in `PREFERENCES`, if `None` is to pick it. The block ranges and
+row-wise form of masks, for kernels, are in `pallas_kernels.block_masks`; the contract's tests (tests/pallas_kernels)
+take its name.
 """
 
 from __future__ import annotations
@@ -15,19 +32,25 @@ from types import ModuleType
 
 import jax
 
+from pallas_kernels.operands import Call
+
 logger = logging.getLogger("pallas_kernels")
 
 MODULES = {
     "reference": "pallas_kernels.reference",
-    "xla": "pallas_kernels.xla",
-    "mosaic_gpu": "pallas_kernels.mosaic_gpu",
-    "triton": "pallas_kernels.triton",
+    "xla": "pallas_kernels.xla.implementation",
+    "mosaic_gpu": "pallas_kernels.mosaic_gpu.implementation",
+    "triton": "pallas_kernels.triton.implementation",
 }
 IMPLEMENTATIONS = tuple(MODULES)
-OPERATIONS = ("attention_forward", "attention_backward", "depth_forward", "depth_backward", "check_supported")
+OPERATIONS = ("check_supported", "forward", "backward")
 
-# Compute capabilities on which `None` picks "mosaic_gpu" if it supports the call: Hopper.
-MOSAIC_GPU_DEFAULT_CAPABILITIES = frozenset({"9.0"})
+# What `None` tries on a GPU, the best first: implementation, and the compute capabilities of the GPUs that it is for.
+# "xla" serves every call that these do not take, and every other device.
+PREFERENCES = (
+    ("mosaic_gpu", ("9.0",)),  # Hopper
+    ("triton", ("8.0", "8.6", "8.7", "8.9", "10.0", "10.3", "12.0", "12.1")),  # Ampere, Ada, Blackwell
+)
 
 
 def check_name(implementation: str | None) -> None:
@@ -48,7 +71,7 @@ def load(name: str) -> ModuleType:
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if error.name != path:  # the module is there and something that it imports is not
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):  # something that it imports is missing
             raise NotImplementedError(f"implementation={name!r} needs {error.name}, which is not installed") from error
         raise NotImplementedError(f"implementation={name!r} is not in this version of pallas_kernels yet") from error
     missing = [operation for operation in OPERATIONS if not hasattr(module, operation)]
@@ -57,13 +80,12 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def resolve(implementation: str | None, **facts: object) -> str:
-    """The name of the implementation that serves a call of which `facts` are known.
+def resolve(implementation: str | None, call: Call) -> str:
+    """The name of the implementation that serves a call.
 
     Args:
         implementation: a name, or None for the best one on this device.
-        **facts: operation ("attention" or "depth"), dtype, batch, query_tokens, key_tokens, slots, num_heads,
-            num_kv_heads, head_dim, causal, scale; segments, positions, key_length: whether such a mask is given.
+        call: its shapes, dtypes and what its mask restricts are what counts.
 
     Raises:
         ValueError: no such name.
@@ -71,24 +93,33 @@ def resolve(implementation: str | None, **facts: object) -> str:
     """
     check_name(implementation)
     if implementation is not None:
-        load(implementation).check_supported(**facts)
+        load(implementation).check_supported(call)
         return implementation
     platform, capability = _device()
-    chosen, reason = "xla", f"platform {platform}"
-    if prefers_mosaic_gpu():
+    reason, level = f"platform {platform}", logging.INFO
+    for name in preferred():
         try:
-            load("mosaic_gpu").check_supported(**facts)
-            chosen, reason = "mosaic_gpu", f"compute capability {capability}"
+            module = load(name)
+        except NotImplementedError as error:  # of a GPU that would be faster with it
+            reason, level = str(error), logging.WARNING
+            continue
+        try:
+            module.check_supported(call)
         except NotImplementedError as error:
-            reason = f"mosaic_gpu does not support the call: {error}"
-    _log_choice(chosen, reason)
-    return chosen
+            reason = f"{name} does not support the call: {error}"
+        else:
+            _log_choice(name, f"compute capability {capability}", logging.INFO)
+            return name
+    _log_choice("xla", reason, level)
+    return "xla"
 
 
-def prefers_mosaic_gpu() -> bool:
-    """Whether the default device is one for which the kernels of `pallas_kernels.mosaic_gpu` are the best."""
+def preferred() -> tuple[str, ...]:
+    """The implementations that `None` tries on the default device before "xla", the best first."""
     platform, capability = _device()
-    return platform == "gpu" and capability in MOSAIC_GPU_DEFAULT_CAPABILITIES
+    if platform != "gpu":
+        return ()
+    return tuple(name for name, capabilities in PREFERENCES if capability in capabilities)
 
 
 @functools.cache
@@ -99,6 +130,6 @@ def _device() -> tuple[str, str | None]:
 
 
 @functools.cache
-def _log_choice(chosen: str, reason: str) -> None:
-    """Says once what None means here."""
-    logger.info("attention implementation: %s (%s)", chosen, reason)
+def _log_choice(chosen: str, reason: str, level: int) -> None:
+    """Says once what None means here; a warning if something that can be installed would do better."""
+    logger.log(level, "attention implementation: %s (%s)", chosen, reason)

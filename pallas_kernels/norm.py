@@ -93,7 +93,7 @@ def rms_norm_backward(
 
 @functools.cache
 def _best(dtype: jnp.dtype, columns: int, rotated_dim: int | None) -> str:
-    if not dispatch.prefers_mosaic_gpu():
+    if "mosaic_gpu" not in dispatch.preferred():
         return "xla"
     try:
         _kernel().check_supported(dtype=dtype, columns=columns, rotated_dim=rotated_dim)

@@ -12,200 +12,106 @@ import functools
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.rounding import rounded
+from pallas_kernels.operands import Call, DepthKV, Gradients, Upstream
+from pallas_kernels.parts import Part
 
 HIGHEST = lax.Precision.HIGHEST
 
 
-def check_supported(**facts: object) -> None:
+def check_supported(call: Call) -> None:
     """Everything that the contract allows is supported."""
 
 
-def attention_forward(
-    query: Array,
-    key: Array,
-    value: Array,
-    depth_key: Array | None = None,
-    depth_value: Array | None = None,
-    depth_length: int | Array | None = None,
-    *,
-    scale: float,
-    causal: bool,
-    query_positions: Array | None = None,
-    key_positions: Array | None = None,
-    query_segment_ids: Array | None = None,
-    key_segment_ids: Array | None = None,
-    key_length: Array | None = None,
-    with_rest: bool = False,
-) -> tuple[Array, Array, Array | None]:
-    """(out [B, T, N, H], lse [B, T, N] float32, rest or None); see `pallas_kernels.block`."""
-    visible = _visible(
-        query, key, causal, query_positions, key_positions, query_segment_ids, key_segment_ids, key_length
-    )
-    q = _grouped(query, key.shape[2])
-    k, v = (_without_unfilled_keys(array, key_length) for array in (key, value))
-    logits = _sequence_logits(q, k, scale)  # [B, T, K, G, U]
-    if depth_key is None:
-        (weights,), lse = _softmax((logits, visible))
-        out = _sequence_out(weights, v)
-    else:
-        filled = _filled(depth_key, depth_length)
-        dk, dv = (_without_unfilled(array, filled) for array in (depth_key, depth_value))
-        (weights, depth_weights), lse = _softmax((logits, visible), (_depth_logits(q, dk, scale), filled))
-        out = _sequence_out(weights, v) + _depth_out(depth_weights, dv)
-    out, rest = rounded(out.reshape(query.shape), query.dtype, with_rest=with_rest)
-    return out, lse.reshape(query.shape[:3]), rest
+def forward(call: Call, *, with_rest: bool = False) -> Part:
+    """One softmax over the keys and the slots that each query sees."""
+    q = _grouped(call.query, call.num_kv_heads)
+    logits, values = [], []  # of each part; the logits with what is visible
+    if call.key is not None:
+        k, v = (_without_unfilled_keys(array, call) for array in (call.key, call.value))
+        logits.append((_sequence_logits(q, k, call.scale), _visible(call)))
+        values.append(("btkgu,bukh->btkgh", v))
+    if call.depth is not None:
+        seen = call.depth.is_seen()
+        dk, dv = (_without_unseen(array, seen) for array in (call.depth.key, call.depth.value))
+        logits.append((_depth_logits(q, dk, call.scale), seen))
+        values.append(("btkgs,btskh->btkgh", dv))
+    weights, lse = _softmax(*logits)
+    products = [
+        jnp.einsum(spec, weight, value, precision=HIGHEST)
+        for weight, (spec, value) in zip(weights, values, strict=True)
+    ]
+    out = functools.reduce(jnp.add, products).reshape(call.query.shape)
+    return Part(out, lse.reshape(out.shape[:3])).rounded(call.query.dtype, with_rest=with_rest)
 
 
-def attention_backward(
-    query: Array,
-    key: Array,
-    value: Array,
-    depth_key: Array | None,
-    depth_value: Array | None,
-    depth_length: int | Array | None,
-    dout: Array,
-    lse: Array,
-    delta: Array,
-    *,
-    scale: float,
-    causal: bool,
-    query_positions: Array | None = None,
-    key_positions: Array | None = None,
-    query_segment_ids: Array | None = None,
-    key_segment_ids: Array | None = None,
-    key_length: Array | None = None,
-    depth_key_gradient: Array | None = None,
-    depth_value_gradient: Array | None = None,
-) -> tuple[Array, Array, Array, Array | None, Array | None]:
-    """(dquery, dkey, dvalue, ddepth_key, ddepth_value) from the merged lse and delta; see `pallas_kernels.block`."""
-    visible = _visible(
-        query, key, causal, query_positions, key_positions, query_segment_ids, key_segment_ids, key_length
-    )
-    q, do, lse_, delta_ = (_grouped(array, key.shape[2]) for array in (query, dout, lse, delta))
-    k, v = (_without_unfilled_keys(array, key_length) for array in (key, value))
-    weights = _weights(_sequence_logits(q, k, scale), visible, lse_)  # [B, T, K, G, U]
-    dlogits = _dlogits(weights, jnp.einsum("btkgh,bukh->btkgu", do, v, precision=HIGHEST), delta_) * scale
-    dquery = jnp.einsum("btkgu,bukh->btkgh", dlogits, k, precision=HIGHEST).reshape(query.shape)
-    dkey = jnp.einsum("btkgu,btkgh->bukh", dlogits, q, precision=HIGHEST)
-    dvalue = jnp.einsum("btkgu,btkgh->bukh", weights, do, precision=HIGHEST)
-    depth_gradients = None, None
-    if depth_key is not None:
-        depth_dquery, *depth_gradients = _depth_backward(
-            query, depth_key, depth_value, depth_length, dout, lse, delta, scale,
-            depth_key_gradient, depth_value_gradient,
-        )  # fmt: skip
+def backward(call: Call, upstream: Upstream, buffers: tuple[Array, Array] | None = None) -> Gradients:
+    """From the merged lse and delta."""
+    dquery, gradients = jnp.zeros(call.query.shape, jnp.float32), Gradients(call.query)
+    if call.key is not None:
+        dquery, dkey, dvalue = _sequence_backward(call, upstream)
+        gradients = Gradients(call.query, dkey.astype(call.key.dtype), dvalue.astype(call.value.dtype))
+    if call.depth is not None:
+        depth_dquery, *depth = _depth_backward(call, call.depth, upstream, buffers or (None, None))
         dquery += depth_dquery
-    return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype), *depth_gradients
+        gradients = Gradients(*gradients[:3], *depth)
+    return gradients._replace(query=dquery.astype(call.query.dtype))
 
 
-def depth_forward(
-    query: Array,
-    depth_key: Array,
-    depth_value: Array,
-    depth_length: int | Array | None = None,
-    *,
-    scale: float,
-    with_rest: bool = False,
-) -> tuple[Array, Array, Array | None]:
-    """(out, lse, rest or None) of the depth part alone; without a filled slot out is 0 and lse -inf."""
-    filled = _filled(depth_key, depth_length)
-    dk, dv = (_without_unfilled(array, filled) for array in (depth_key, depth_value))
-    (weights,), lse = _softmax((_depth_logits(_grouped(query, depth_key.shape[3]), dk, scale), filled))
-    out, rest = rounded(_depth_out(weights, dv).reshape(query.shape), query.dtype, with_rest=with_rest)
-    return out, lse.reshape(query.shape[:3]), rest
-
-
-def depth_backward(
-    query: Array,
-    depth_key: Array,
-    depth_value: Array,
-    depth_length: int | Array | None,
-    dout: Array,
-    lse: Array,
-    delta: Array,
-    *,
-    scale: float,
-    depth_key_gradient: Array | None = None,
-    depth_value_gradient: Array | None = None,
-) -> tuple[Array, Array, Array]:
-    """(dquery, ddepth_key, ddepth_value) of the depth part alone, from the merged lse and delta."""
-    dquery, *gradients = _depth_backward(
-        query, depth_key, depth_value, depth_length, dout, lse, delta, scale, depth_key_gradient, depth_value_gradient
-    )
-    return dquery.astype(query.dtype), *gradients
+def _sequence_backward(call: Call, upstream: Upstream) -> tuple[Array, Array, Array]:
+    """(dquery, dkey, dvalue), float32."""
+    q, do, lse, delta = (_grouped(array, call.num_kv_heads) for array in (call.query, *upstream))
+    k, v = (_without_unfilled_keys(array, call) for array in (call.key, call.value))
+    weights = _weights(_sequence_logits(q, k, call.scale), _visible(call), lse)  # [B, T, K, G, U]
+    dlogits = _dlogits(weights, jnp.einsum("btkgh,bukh->btkgu", do, v, precision=HIGHEST), delta) * call.scale
+    dquery = jnp.einsum("btkgu,bukh->btkgh", dlogits, k, precision=HIGHEST).reshape(call.query.shape)
+    dkey = jnp.einsum("btkgu,btkgh->bukh", dlogits, q, precision=HIGHEST)
+    return dquery, dkey, jnp.einsum("btkgu,btkgh->bukh", weights, do, precision=HIGHEST)
 
 
 def _depth_backward(
-    query: Array,
-    depth_key: Array,
-    depth_value: Array,
-    depth_length: int | Array | None,
-    dout: Array,
-    lse: Array,
-    delta: Array,
-    scale: float,
-    key_gradient: Array | None,
-    value_gradient: Array | None,
+    call: Call, depth: DepthKV, upstream: Upstream, buffers: tuple[Array | None, Array | None]
 ) -> tuple[Array, Array, Array]:
     """(dquery float32, ddepth_key, ddepth_value)."""
-    q, do, lse, delta = (_grouped(array, depth_key.shape[3]) for array in (query, dout, lse, delta))
-    filled = _filled(depth_key, depth_length)
-    dk, dv = (_without_unfilled(array, filled) for array in (depth_key, depth_value))
-    weights = _weights(_depth_logits(q, dk, scale), filled, lse)  # [B, T, K, G, S]
-    dlogits = _dlogits(weights, jnp.einsum("btkgh,btskh->btkgs", do, dv, precision=HIGHEST), delta) * scale
-    dquery = jnp.einsum("btkgs,btskh->btkgh", dlogits, dk, precision=HIGHEST).reshape(query.shape)
+    q, do, lse, delta = (_grouped(array, call.num_kv_heads) for array in (call.query, *upstream))
+    seen = depth.is_seen()
+    dk, dv = (_without_unseen(array, seen) for array in (depth.key, depth.value))
+    weights = _weights(_depth_logits(q, dk, call.scale), seen, lse)  # [B, T, K, G, S]
+    dlogits = _dlogits(weights, jnp.einsum("btkgh,btskh->btkgs", do, dv, precision=HIGHEST), delta) * call.scale
+    dquery = jnp.einsum("btkgs,btskh->btkgh", dlogits, dk, precision=HIGHEST).reshape(call.query.shape)
     ddepth_key = jnp.einsum("btkgs,btkgh->btskh", dlogits, q, precision=HIGHEST)
     ddepth_value = jnp.einsum("btkgs,btkgh->btskh", weights, do, precision=HIGHEST)
     return (
         dquery,
-        _added(key_gradient, ddepth_key, filled, depth_key.dtype),
-        _added(value_gradient, ddepth_value, filled, depth_value.dtype),
+        _added(buffers[0], ddepth_key, seen, depth.key.dtype),
+        _added(buffers[1], ddepth_value, seen, depth.value.dtype),
     )
 
 
-def _visible(
-    query: Array,
-    key: Array,
-    causal: bool,
-    query_positions: Array | None,
-    key_positions: Array | None,
-    query_segment_ids: Array | None,
-    key_segment_ids: Array | None,
-    key_length: Array | None,
-) -> Array:
+def _visible(call: Call) -> Array:
     """[B, T, 1, 1, U] bool: which keys of the sequence a query sees."""
-    (batch, tokens), keys = query.shape[:2], key.shape[1]
+    (batch, tokens), keys, mask = call.query.shape[:2], call.key.shape[1], call.mask
     visible = jnp.ones((batch, tokens, keys), bool)
-    if causal:
-        query_positions = jnp.arange(tokens, dtype=jnp.int32)[None] if query_positions is None else query_positions
-        key_positions = jnp.arange(keys, dtype=jnp.int32)[None] if key_positions is None else key_positions
+    key_index = jnp.arange(keys, dtype=jnp.int32)[None]
+    if mask.causal:
+        default = jnp.arange(tokens, dtype=jnp.int32)[None]
+        query_positions = default if mask.query_positions is None else mask.query_positions
+        key_positions = key_index if mask.key_positions is None else mask.key_positions
         visible &= key_positions[:, None, :] <= query_positions[:, :, None]
-    if query_segment_ids is not None:
-        visible &= query_segment_ids[:, :, None] == key_segment_ids[:, None, :]
-    if key_length is not None:
-        visible &= (jnp.arange(keys, dtype=jnp.int32)[None] < key_length[:, None])[:, None, :]
+    if mask.query_segment_ids is not None:
+        visible &= mask.query_segment_ids[:, :, None] == mask.key_segment_ids[:, None, :]
+    if mask.key_length is not None:
+        visible &= (key_index < mask.key_length[:, None])[:, None, :]
     return visible[:, :, None, None, :]
 
 
-def _filled(depth_key: Array, depth_length: int | Array | None) -> Array:
-    """[S] bool."""
-    slots = depth_key.shape[2]
-    return jnp.arange(slots, dtype=jnp.int32) < (slots if depth_length is None else depth_length)
+def _without_unseen(array: Array, seen: Array) -> Array:
+    """[B, T, S, K, H] float32 with zeros in slots that are not seen, which may hold NaN."""
+    return jnp.where(seen[:, None, None], array.astype(jnp.float32), 0.0)
 
 
-def _without_unfilled(array: Array, filled: Array) -> Array:
-    """[B, T, S, K, H] float32 with zeros in unfilled slots, which may hold NaN."""
-    return jnp.where(filled[:, None, None], array.astype(jnp.float32), 0.0)
-
-
-def _without_unfilled_keys(array: Array, key_length: Array | None) -> Array:
+def _without_unfilled_keys(array: Array, call: Call) -> Array:
     """[B, U, K, H] float32 with zeros at or beyond the key length, where NaN may stand."""
-    wide = array.astype(jnp.float32)
-    if key_length is None:
-        return wide
-    filled = jnp.arange(array.shape[1], dtype=jnp.int32)[None] < key_length[:, None]  # [B, U]
-    return jnp.where(filled[:, :, None, None], wide, 0.0)
+    return call.mask.cleared(array.astype(jnp.float32))
 
 
 def _grouped(array: Array, kv_heads: int) -> Array:
@@ -220,14 +126,6 @@ def _sequence_logits(q: Array, k: Array, scale: float) -> Array:
 
 def _depth_logits(q: Array, dk: Array, scale: float) -> Array:
     return jnp.einsum("btkgh,btskh->btkgs", q, dk, precision=HIGHEST) * scale
-
-
-def _sequence_out(weights: Array, v: Array) -> Array:
-    return jnp.einsum("btkgu,bukh->btkgh", weights, v, precision=HIGHEST)
-
-
-def _depth_out(weights: Array, dv: Array) -> Array:
-    return jnp.einsum("btkgs,btskh->btkgh", weights, dv, precision=HIGHEST)
 
 
 def _softmax(*parts: tuple[Array, Array]) -> tuple[list[Array], Array]:
@@ -267,9 +165,9 @@ def _dlogits(weights: Array, dweights: Array, delta: Array) -> Array:
     return jnp.where(weights != 0, weights * (dweights - delta[..., None]), 0.0)
 
 
-def _added(buffer: Array | None, gradient: Array, filled: Array, dtype: jnp.dtype) -> Array:
-    """The gradient in `dtype`, or `buffer` plus the gradient in its filled slots."""
+def _added(buffer: Array | None, gradient: Array, seen: Array, dtype: jnp.dtype) -> Array:
+    """The gradient in `dtype`, or `buffer` plus the gradient in its seen slots."""
     if buffer is None:
         return gradient.astype(dtype)
     total = (buffer.astype(jnp.float32) + gradient).astype(buffer.dtype)
-    return jnp.where(filled[:, None, None], total, buffer)
+    return jnp.where(seen[:, None, None], total, buffer)

@@ -12,72 +12,90 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels.operands import Call, DepthKV, Mask
+
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)  # of float32's normal numbers
 
 
-def check_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    depth_key: Any,
-    depth_value: Any,
-    segment_ids: Any,
-    query_positions: Any,
-    key_length: Any,
-    causal: Any,
-    return_lse: Any,
-) -> None:
-    """Raises ValueError unless the arrays fit together as `moda_attention` documents."""
+def checked_attention(call: Call) -> Call:
+    """What `moda_attention` was given, as the implementations take it.
+
+    Raises:
+        ValueError: it is not as `moda_attention` documents.
+    """
+    query, key, value, mask = call.query, call.key, call.value, call.mask
     batch, tokens, heads, head_dim = _check_query(query)
-    keys = _check_key(key, (batch, tokens, None, head_dim), query, query_positions is not None)
+    keys = _check_key(key, (batch, tokens, None, head_dim), query, mask.query_positions is not None)
     _check_heads("key", key.shape[2], heads)
     _check_array("value", value, key.shape, "[B, T, K, H]", query)
-    for name, other in (("depth_key", depth_value), ("depth_value", depth_key)):
-        if (depth_key if name == "depth_key" else depth_value) is None and other is not None:
-            raise ValueError(f"{name}=None: expected an array, since its counterpart was given")
-    if depth_key is not None:
-        _check_depth_arrays(depth_key, depth_value, (batch, tokens, None, key.shape[2], head_dim), query)
+    if call.depth is not None and not (call.depth.key is None and call.depth.value is None):
+        _check_depth_arrays(call.depth, (batch, tokens, None, key.shape[2], head_dim), query)
     for name, array, shape, axes in (
-        ("segment_ids", segment_ids, (batch, keys), "[B, T]"),
-        ("query_positions", query_positions, (batch, tokens), "[B, Tq]"),
-        ("key_length", key_length, (batch,), "[B]"),
+        ("segment_ids", mask.key_segment_ids, (batch, keys), "[B, T]"),
+        ("query_positions", mask.query_positions, (batch, tokens), "[B, Tq]"),
+        ("key_length", mask.key_length, (batch,), "[B]"),
     ):
         if array is not None:
             _check_array(name, array, shape, axes, query, dtype=jnp.dtype("int32"))
-    _check_bool("causal", causal)
-    _check_bool("return_lse", return_lse)
+    check_bool("causal", mask.causal)
+    depth = None if call.depth is None else _checked_window(call.depth)
+    depth = None if depth is None or depth.empty else _traceable(depth)  # None: what is not read has gradient 0
+    return Call(query, key, value, _checked_mask(mask, keys), depth, checked_scale(call.scale, head_dim))
 
 
-def check_depth(query: Any, depth_key: Any, depth_value: Any, return_lse: Any) -> None:
-    """Raises ValueError unless the arrays fit together as `depth_attention` documents."""
-    batch, tokens, heads, head_dim = _check_query(query)
-    _check_depth_arrays(depth_key, depth_value, (batch, tokens, None, None, head_dim), query)
-    _check_heads("depth_key", depth_key.shape[3], heads)
-    _check_bool("return_lse", return_lse)
+def checked_depth(call: Call) -> Call:
+    """What `depth_attention` was given, as the implementations take it.
+
+    Raises:
+        ValueError: it is not as `depth_attention` documents.
+    """
+    batch, tokens, heads, head_dim = _check_query(call.query)
+    _check_depth_arrays(call.depth, (batch, tokens, None, None, head_dim), call.query)
+    _check_heads("depth_key", call.depth.key.shape[3], heads)
+    return Call(call.query, depth=_traceable(_checked_window(call.depth)), scale=checked_scale(call.scale, head_dim))
 
 
-def checked_depth_length(depth_length: Any, slots: int) -> int | Array | None:
+def _checked_window(depth: DepthKV) -> DepthKV | None:
+    """The depth part with its window within 0..S; None without depth arrays."""
+    slots = 0 if depth.key is None else depth.slots
+    length = checked_slots("depth_length", depth.length, slots)
+    start = checked_slots("depth_start", depth.start, slots)
+    return None if depth.key is None else DepthKV(depth.key, depth.value, start, length)
+
+
+def _traceable(depth: DepthKV) -> DepthKV:
+    """The depth part with the ends of its window as int32 arrays, so that calls differ in their values alone."""
+    ends = (None if end is None else jnp.asarray(end, jnp.int32) for end in (depth.start, depth.length))
+    return DepthKV(depth.key, depth.value, *ends)
+
+
+def _checked_mask(mask: Mask, keys: int) -> Mask:
+    """With the queries' segment ids, which are those of the keys at their positions, and the key length in 0..keys."""
+    length = None if mask.key_length is None else jnp.clip(jnp.asarray(mask.key_length), 0, keys)
+    ids = query_ids = mask.key_segment_ids
+    if ids is not None and mask.query_positions is not None:
+        places = jnp.clip(jnp.asarray(mask.query_positions), 0, keys - 1)
+        query_ids = jnp.take_along_axis(jnp.asarray(ids), places, axis=1)
+    return Mask(bool(mask.causal), mask.query_positions, None, query_ids, ids, length)
+
+
+def checked_slots(name: str, count: Any, slots: int) -> int | Array | None:
     """None, an int within 0..slots, or an int32 scalar array clipped to that range."""
-    if depth_length is None:
+    if count is None:
         return None
     expected = f"None, an int within 0..{slots} (S) or an int32 scalar array"
-    if isinstance(depth_length, bool | np.bool_):
-        raise ValueError(f"depth_length={depth_length!r}: expected {expected}")
-    if isinstance(depth_length, int | np.integer):
-        if not 0 <= depth_length <= slots:
-            raise ValueError(f"depth_length={depth_length}: expected {expected}")
-        return operator.index(depth_length)
-    if not _is_array(depth_length):
-        raise ValueError(f"depth_length={depth_length!r}: expected {expected}")
-    if depth_length.shape != () or depth_length.dtype != jnp.int32:
-        raise ValueError(f"depth_length is {_describe(depth_length)}: expected {expected}")
-    return jnp.clip(jnp.asarray(depth_length), 0, slots)
-
-
-def checked_key_length(key_length: Array | None, keys: int) -> Array | None:
-    """None, or the int32 lengths [B] clipped to 0..keys."""
-    return None if key_length is None else jnp.clip(jnp.asarray(key_length), 0, keys)
+    if isinstance(count, bool | np.bool_):
+        raise ValueError(f"{name}={count!r}: expected {expected}")
+    if isinstance(count, int | np.integer):
+        if not 0 <= count <= slots:
+            raise ValueError(f"{name}={count}: expected {expected}")
+        return operator.index(count)
+    if not _is_array(count):
+        raise ValueError(f"{name}={count!r}: expected {expected}")
+    if count.shape != () or count.dtype != jnp.int32:
+        raise ValueError(f"{name} is {_describe(count)}: expected {expected}")
+    return jnp.clip(jnp.asarray(count), 0, slots)
 
 
 def checked_scale(scale: Any, head_dim: int) -> float:
@@ -116,9 +134,12 @@ def _check_key(key: Any, shape: tuple[int | None, ...], query: Any, has_position
     return key.shape[1]
 
 
-def _check_depth_arrays(depth_key: Any, depth_value: Any, shape: tuple[int | None, ...], query: Any) -> None:
-    _check_array("depth_key", depth_key, shape, "[B, T, S, K, H]", query, empty_axis=2)
-    _check_array("depth_value", depth_value, depth_key.shape, "[B, T, S, K, H]", query, empty_axis=2)
+def _check_depth_arrays(depth: DepthKV, shape: tuple[int | None, ...], query: Any) -> None:
+    for name, array, other in (("depth_key", depth.key, depth.value), ("depth_value", depth.value, depth.key)):
+        if array is None and other is not None:
+            raise ValueError(f"{name}=None: expected an array, since its counterpart was given")
+    _check_array("depth_key", depth.key, shape, "[B, T, S, K, H]", query, empty_axis=2)
+    _check_array("depth_value", depth.value, depth.key.shape, "[B, T, S, K, H]", query, empty_axis=2)
 
 
 def _check_heads(name: str, kv_heads: int, heads: int) -> None:
@@ -154,7 +175,8 @@ def _check_array(
         raise ValueError(f"{name} has dtype {array.dtype}: expected {source}{expected}")
 
 
-def _check_bool(name: str, value: Any) -> None:
+def check_bool(name: str, value: Any) -> None:
+    """Raises ValueError unless it is a Python or NumPy bool."""
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name}={value!r}: expected a bool that is known while tracing")
 

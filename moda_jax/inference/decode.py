@@ -25,38 +25,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moda_jax.config import TransformerConfig
 from moda_jax.inference.sampling import SamplingConfig, sample
-from moda_jax.model.depth.operations import SoftmaxAttention
-from moda_jax.model.depth.registry import find_mechanism
-from moda_jax.model.depth.stream import DepthStream, Stream, is_traced
+from moda_jax.model.depth.operations import SoftmaxAttention, filled_slots
+from moda_jax.model.depth.stream import Stream
 from moda_jax.model.function import ModelFunction, parameter_kinds
 from moda_jax.model.stack import Step
 from moda_jax.model.transformer import Transformer
-from moda_jax.numerics.precision import compute_dtype, dot_precision
+from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parameter import cast_matrices
-from pallas_kernels import depth_attention, dispatch
-from pallas_kernels.block import attention_forward, depth_facts
+from pallas_kernels import block
+from pallas_kernels.operands import Call, DepthKV, Mask
+from pallas_kernels.parts import Part, merge
 
 Array = jax.Array
 PyTree = Any
 
-MASKED = float(jnp.finfo(jnp.float32).min)  # a masked logit: exp(MASKED - any real logit) is exactly 0
 PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt pass together: bounds its depth stream
-# How a step multiplies with the cache. "dot": matrix products; "reduce": products and sums that XLA fuses; "kernel":
-# the kernels of `pallas_kernels`, 16-bit dtypes on Hopper. `python -m benchmarks.decode` times them.
-PRODUCTS = ("dot", "reduce", "kernel")
 # Whether the layers of a step are compiled one by one: no layer's weights or cache are then cut out of a stack. On an
-# H100, 700M model with depth, one row: 3.6 ms a step, against 4.4 in a loop ("reduce"); see benchmarks/results.
+# H100, 700M model with depth, one row: 3.6 ms a step, against 4.4 in a loop; see benchmarks/results.
 DEFAULT_UNROLL = {"cpu": False, "gpu": True}
-
-
-# "kernel" cuts each row's cache into parts, one for each CTA: enough of them for two on each multiprocessor, of no
-# fewer places than two blocks of the kernel have.
-KERNEL_CTAS = 2 * 132
-KERNEL_PLACES = 128
 
 
 @jax.tree_util.register_dataclass
@@ -140,26 +129,6 @@ def _unstacked(layers: PyTree) -> tuple[PyTree, ...]:
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))
 
 
-def available_products(config: TransformerConfig) -> tuple[str, ...]:
-    """Those of `PRODUCTS` that the default device runs, the default last: the fastest of them."""
-    if _platform() == "cpu":
-        return ("reduce", "dot")
-    group, dtype, scale = config.num_heads // config.num_kv_heads, compute_dtype(config.dtype), config.head_dim**-0.5
-    calls = [{
-        "operation": "attention", "dtype": dtype, "batch": 1, "query_tokens": group, "key_tokens": KERNEL_PLACES,
-        "slots": 0, "num_heads": 1, "num_kv_heads": 1, "head_dim": config.head_dim, "causal": False, "scale": scale,
-        "segments": True, "positions": False, "key_length": False,
-    }]  # fmt: skip
-    mechanism = find_mechanism(config.depth)
-    if mechanism.softmax_slots(config) and mechanism.slots(config):
-        query = jax.ShapeDtypeStruct((1, 1, config.num_heads, config.head_dim), dtype)
-        slots = (1, 1, mechanism.slots(config) + 1, config.num_kv_heads, config.head_dim)
-        slots = jax.ShapeDtypeStruct(slots, dtype)
-        calls.append(depth_facts(query, slots, scale))
-    kernels = all(dispatch.resolve(None, **facts) == "mosaic_gpu" for facts in calls)
-    return ("dot", "reduce", "kernel") if kernels else ("dot", "reduce")
-
-
 def model_config(model: ModelFunction, params: PyTree) -> TransformerConfig:
     """The config of the model that `params` belong to."""
     return _module(model, params).config
@@ -202,9 +171,9 @@ def prefill(
     return module.logits(hidden)[:, 0], KVCache(key, value, jnp.int32(T), cache.start)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "products"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("model", "implementation"), donate_argnames="cache")
 def step(
-    model: ModelFunction, params: PyTree, cache: KVCache, tokens: Array, *, products: str | None = None
+    model: ModelFunction, params: PyTree, cache: KVCache, tokens: Array, *, implementation: str | None = None
 ) -> tuple[Array, KVCache]:
     """One token of every row.
 
@@ -212,16 +181,16 @@ def step(
         model, params: as in `prefill`.
         cache: of the tokens before; donated. It must have a free place.
         tokens: [B] int32.
-        products: one of `PRODUCTS`; None: the last of `available_products`.
+        implementation: of attention over the cache, see `pallas_kernels.moda_attention`; None: the best for the device.
 
     Returns:
         Logits [B, V] float32 of the next token, and the cache with this one.
     """
-    return _step(_module(model, params), params, cache, tokens, products)
+    return _step(_module(model, params), params, cache, tokens, implementation)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "num_steps", "sampling", "vocab_size", "products"), donate_argnames="state"
+    jax.jit, static_argnames=("model", "num_steps", "sampling", "vocab_size", "implementation"), donate_argnames="state"
 )
 def decode(
     model: ModelFunction,
@@ -231,7 +200,7 @@ def decode(
     num_steps: int,
     sampling: SamplingConfig,
     vocab_size: int,
-    products: str | None = None,
+    implementation: str | None = None,
 ) -> tuple[DecodeState, Array]:
     """`num_steps` tokens of every row, without a word to the host in between.
 
@@ -241,7 +210,7 @@ def decode(
         num_steps: tokens; as many places of the cache must be free.
         sampling: how tokens are chosen.
         vocab_size: tokens 0..vocab_size-1 can be chosen: the tokenizer's vocabulary, which the model's may exceed.
-        products: as in `step`.
+        implementation: as in `step`.
 
     Returns:
         The state, and the tokens [B, num_steps] int32, of which the first is the one that `state` held.
@@ -251,7 +220,7 @@ def decode(
     def body(i: Array, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, tokens = carry
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, state.token[:, None], i, axis=1)
-        logits, cache = _step(module, params, state.cache, state.token, products)
+        logits, cache = _step(module, params, state.cache, state.token, implementation)
         return _choose(logits, cache, state.keys, state.count, sampling, vocab_size), tokens
 
     tokens = jnp.zeros((state.token.shape[0], num_steps), jnp.int32)
@@ -314,12 +283,12 @@ class _Token(Step):
 
     Attributes:
         start, length: of the cache.
-        products: with the cache.
+        implementation: of attention over the cache and over the slots.
     """
 
     start: Array | None
     length: Array
-    products: str
+    implementation: str | None
 
     spare_slots = 1  # for the KV of the layer that runs
     numbered = True
@@ -335,19 +304,75 @@ class _Token(Step):
     ) -> tuple[Array, tuple[Array, Array], Stream, int]:
         query, key, value = request
         own = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, 1, H]
-        cached_key, cached_value = (a[number] if isinstance(a, tuple) else _layer_of(a, number) for a in held)
+        cached = tuple(a[number] if isinstance(a, tuple) else _layer_of(a, number) for a in held)
+        over_cache = _over_cache(query, cached, self.start, self.length, self.implementation)
         if not operation.reads_slots:
-            beside = DepthStream(key[:, :, None], value[:, :, None], np.int32(1))
-            attended, lse = self._attend(query, cached_key, cached_value, beside)
-            return (attended, lse) if operation.with_lse else attended, own, stream, 0
+            attended = _merged(over_cache, _of_itself(query, key, value))
+            return attended if operation.with_lse else attended[0], own, stream, 0
         beside = stream.append(key, value)
-        attended, _ = self._attend(query, cached_key, cached_value, beside)
+        depth = DepthKV(beside.key, beside.value, length=filled_slots(beside))
+        attended, _ = _merged(over_cache, _over_slots(query, depth, self.implementation))
         # The stream is read before it is written again: XLA would copy it otherwise, as in the layer loop.
         attended, beside = jax.lax.optimization_barrier((attended, beside))
         return attended, own, beside.with_length(stream.length), 1
 
-    def _attend(self, query: Array, cached_key: Array, cached_value: Array, beside: DepthStream) -> tuple[Array, Array]:
-        return _attend(query, cached_key, cached_value, self.start, self.length, beside, self.products)
+
+@functools.partial(jax.jit, static_argnames="implementation")  # unrolled layers share one kernel, compiled once
+def _over_cache(
+    query: Array, cached: tuple[Array, Array], start: Array | None, length: Array, implementation: str | None
+) -> Part:
+    """The current token's attention over the cache.
+
+    Rows and KV heads are the op's batch, a KV head's G queries its tokens, all of one head: reshapes alone, the cache
+    is not copied.
+
+    Args:
+        query: [B, 1, N, H].
+        cached: key and value [B, K, C, H].
+        start: [B] or None, length: scalar: the places from `start` up to `length` count.
+        implementation: of the op.
+
+    Returns:
+        A part [B, 1, N, ...] of the token's softmax.
+    """
+    batch, kv_heads, capacity, head_dim = cached[0].shape
+    rows, group = batch * kv_heads, query.shape[2] // kv_heads
+    if start is None:  # a length costs a kernel nothing, and it reads no more places than that
+        mask = Mask(key_length=jnp.broadcast_to(length, (rows,)), finite_beyond=True)
+    else:
+        place = jnp.arange(capacity, dtype=jnp.int32)[None]
+        visible = ((place < length) & (place >= start[:, None]))[:, None]  # [B, 1, C]
+        visible = jnp.broadcast_to(visible, (batch, kv_heads, capacity)).reshape(rows, capacity)
+        mask = Mask(query_segment_ids=jnp.ones((rows, group), jnp.int32), key_segment_ids=visible.astype(jnp.int32))
+    key, value = (x.reshape(rows, capacity, 1, head_dim) for x in cached)
+    call = Call(query.reshape(rows, group, 1, head_dim), key, value, mask, scale=head_dim**-0.5)
+    part = block.forward(call, implementation=implementation)
+    return jax.tree.map(lambda x: x.reshape(*query.shape[:3], *x.shape[3:]), part)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _over_slots(query: Array, depth: DepthKV, implementation: str | None) -> Part:
+    """The current token's attention over its depth slots, its own KV among them."""
+    return block.forward(Call(query, depth=depth, scale=query.shape[-1] ** -0.5), implementation=implementation)
+
+
+def _of_itself(query: Array, key: Array, value: Array) -> Part:
+    """The current token's attention to itself alone: its value, whatever its logit is.
+
+    Args:
+        query: [B, 1, N, H].
+        key, value: [B, 1, K, H].
+    """
+    grouped = query.reshape(*key.shape[:3], -1, key.shape[3]).astype(jnp.float32)  # [B, 1, K, G, H]
+    logits = jnp.sum(grouped * key[:, :, :, None].astype(jnp.float32), axis=-1) * key.shape[-1] ** -0.5
+    out = jnp.broadcast_to(value[:, :, :, None], grouped.shape)
+    return Part(out.reshape(query.shape), logits.reshape(query.shape[:3]))
+
+
+def _merged(over_cache: Part, beside: Part) -> tuple[Array, Array]:
+    """Of the one softmax that the two are parts of: out [B, 1, N, H] in the compute dtype, lse [B, 1, N] float32."""
+    part = merge(over_cache, beside)
+    return part.out.astype(beside.out.dtype), part.lse
 
 
 def _layer_of(cached: Array, number: Array | int) -> Array:
@@ -356,13 +381,12 @@ def _layer_of(cached: Array, number: Array | int) -> Array:
 
 
 def _step(
-    module: Transformer, params: PyTree, cache: KVCache, tokens: Array, products: str | None
+    module: Transformer, params: PyTree, cache: KVCache, tokens: Array, implementation: str | None
 ) -> tuple[Array, KVCache]:
-    products = products or available_products(module.config)[-1]
     begin = jnp.zeros(len(tokens), jnp.int32) if cache.start is None else cache.start
     positions = (cache.length - begin)[:, None]  # [B, 1]
     hidden, own, (all_keys, all_values) = module.walk(
-        module.embedding(tokens[:, None]), positions, None, _Token(cache.start, cache.length, products),
+        module.embedding(tokens[:, None]), positions, None, _Token(cache.start, cache.length, implementation),
         held=(cache.key, cache.value), layer_params=params.get("layers"),
     )  # fmt: skip
     cache = dataclasses.replace(cache, key=all_keys, value=all_values)
@@ -381,161 +405,6 @@ def _write(cache: KVCache, key: PyTree, value: PyTree) -> KVCache:
     return KVCache(
         jax.tree.map(update, cache.key, key), jax.tree.map(update, cache.value, value), cache.length + 1, cache.start
     )
-
-
-def _attend(
-    query: Array,
-    cached_key: Array,
-    cached_value: Array,
-    start: Array | None,
-    length: Array,
-    beside: DepthStream,
-    products: str,
-) -> tuple[Array, Array]:
-    """One softmax of the current token over the cache and the slots beside it: the depth stream and its own KV.
-
-    Args:
-        query: [B, 1, N, H].
-        cached_key, cached_value: [B, K, C, H].
-        start: [B], a row's first place that counts; None: 0.
-        length: scalar, the first place that does not count any more.
-        beside: of this token, [B, 1, S, K, H], with at least one filled slot.
-        products: with the cache.
-
-    Returns:
-        [B, 1, N, H] in the query's dtype, and the log-sum-exp [B, 1, N]; logits, softmax and sums are float32.
-    """
-    scale = query.shape[-1] ** -0.5
-    if products == "kernel":
-        return _attend_by_kernels(query, cached_key, cached_value, start, length, beside, scale)
-    batch, _, heads, head_dim = query.shape
-    kv_heads, capacity = cached_key.shape[1:3]
-    queries = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)  # [B, K, G, H]
-    slots = beside.slots if is_traced(beside.length) else int(beside.length)
-    slot_key, slot_value = (x[:, 0, :slots].swapaxes(1, 2) for x in (beside.key, beside.value))  # [B, K, S, H]
-    filled = jnp.arange(slots) < beside.length
-    over_slots = jnp.where(filled, _dot_key(queries, slot_key) * scale, MASKED)  # [B, K, G, S]
-    over_key, over_place = (_reduce_key, _reduce_place) if products == "reduce" else (_dot_key, _dot_place)
-    visible = _visible(capacity, start, length)[:, None, None]
-    over_cache = jnp.where(visible, over_key(queries, cached_key) * scale, MASKED)  # [B, K, G, C]
-    logits = jnp.concatenate([over_cache, over_slots], axis=-1)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    over_cache, over_slots = jnp.split(weights.astype(query.dtype), [capacity], axis=-1)
-    out = over_place(over_cache, cached_value) + _dot_place(over_slots, slot_value)
-    lse = (top + jnp.log(total)).reshape(query.shape[:-1])
-    return (out / total).reshape(query.shape).astype(query.dtype), lse
-
-
-def _visible(capacity: int, start: Array | None, length: Array) -> Array:
-    """[B or 1, C] bool: places that count."""
-    place = jnp.arange(capacity, dtype=jnp.int32)[None]
-    before_end = place < length
-    return before_end if start is None else before_end & (place >= start[:, None])
-
-
-def _attend_by_kernels(
-    query: Array,
-    cached_key: Array,
-    cached_value: Array,
-    start: Array | None,
-    length: Array,
-    beside: DepthStream,
-    scale: float,
-) -> tuple[Array, Array]:
-    """`_attend` by the kernels: the sequence kernel over parts of the cache, the depth kernel over the slots."""
-    batch, _, heads, head_dim = query.shape
-    kv_heads = cached_key.shape[1]
-    queries = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    parts, parts_lse = _attend_in_parts(queries, cached_key, cached_value, start, length, scale)
-    if beside.slots == 1:  # the token alone: its value, whatever its logit is
-        own = queries.astype(jnp.float32) * beside.key[:, 0, 0, :, None].astype(jnp.float32)
-        slots_lse = scale * jnp.sum(own, axis=-1)  # [B, K, G]
-        slots = jnp.broadcast_to(beside.value[:, 0, 0, :, None], queries.shape)
-    else:
-        slots, slots_lse = depth_attention(
-            query, beside.key, beside.value,
-            depth_length=beside.length, scale=scale, implementation="mosaic_gpu", return_lse=True,
-        )  # fmt: skip
-        slots, slots_lse = slots.reshape(queries.shape), slots_lse.reshape(queries.shape[:-1])
-    lse = jnp.concatenate([parts_lse, slots_lse[:, :, None]], axis=2)  # [B, K, P + 1, G]
-    weights = jax.nn.softmax(lse, axis=2)[..., None]
-    out = jnp.sum(weights[:, :, :-1] * parts, axis=2) + weights[:, :, -1] * slots
-    lse = jax.nn.logsumexp(lse, axis=2).reshape(query.shape[:-1])
-    return out.reshape(query.shape).astype(query.dtype), lse
-
-
-@functools.partial(jax.jit, static_argnames="scale")  # unrolled layers then share one kernel, compiled once
-def _attend_in_parts(
-    query: Array, cached_key: Array, cached_value: Array, start: Array | None, length: Array, scale: float
-) -> tuple[Array, Array]:
-    """Attention over the cache by the sequence kernel, in P parts of the places: (out, lse), each normalised by itself.
-
-    A KV head's G queries stand as G tokens of one head; rows, KV heads and parts are the kernel's batch. All of it is
-    reshapes: the cache is not copied.
-
-    Args:
-        query: [B, K, G, H].
-        cached_key, cached_value: [B, K, C, H].
-        start: [B] or None, length: scalar: the places from `start` up to `length` count.
-        scale: of the logits.
-
-    Returns:
-        out [B, K, P, G, H] in the query's dtype, lse [B, K, P, G] float32, -inf where nothing is visible.
-    """
-    batch, kv_heads, group, head_dim = query.shape
-    capacity = cached_key.shape[2]
-    parts = _num_parts(batch * kv_heads, capacity)
-    rows, places = batch * kv_heads * parts, capacity // parts
-    queries = jnp.broadcast_to(query[:, :, None], (batch, kv_heads, parts, group, head_dim))
-    key, value = (x.reshape(rows, places, 1, head_dim) for x in (cached_key, cached_value))
-    if start is None:  # a length costs the kernel nothing, and it reads no more places than that
-        filled = jnp.clip(length - jnp.arange(parts) * places, 0, places)
-        masks = {"key_length": jnp.broadcast_to(filled, (batch, kv_heads, parts)).reshape(rows)}
-    else:
-        visible = _visible(capacity, start, length).reshape(batch, 1, parts, places)
-        visible = jnp.broadcast_to(visible, (batch, kv_heads, parts, places)).reshape(rows, places)
-        masks = {
-            "query_segment_ids": jnp.ones((rows, group), jnp.int32), "key_segment_ids": visible.astype(jnp.int32),
-        }  # fmt: skip
-    out, lse = attention_forward(
-        queries.reshape(rows, group, 1, head_dim), key, value,
-        scale=scale, causal=False, implementation="mosaic_gpu", **masks,
-    )  # fmt: skip
-    return out.reshape(batch, kv_heads, parts, group, head_dim), lse.reshape(batch, kv_heads, parts, group)
-
-
-def _num_parts(rows: int, capacity: int) -> int:
-    """P, a divisor of the capacity: of those with parts not too small the first that fills the GPU, or the last."""
-    fitting = [p for p in range(1, capacity + 1) if capacity % p == 0 and (p == 1 or capacity // p >= KERNEL_PLACES)]
-    return next((p for p in fitting if rows * p >= KERNEL_CTAS), fitting[-1])
-
-
-def _dot_key(query: Array, key: Array) -> Array:
-    """[B, K, G, H] x [B, K, C, H] -> [B, K, G, C] float32."""
-    return jnp.einsum(
-        "bkgh,bkch->bkgc", query, key, precision=dot_precision(key.dtype), preferred_element_type=jnp.float32
-    )
-
-
-def _dot_place(weights: Array, value: Array) -> Array:
-    """[B, K, G, C] x [B, K, C, H] -> [B, K, G, H] float32."""
-    return jnp.einsum(
-        "bkgc,bkch->bkgh", weights, value, precision=dot_precision(value.dtype), preferred_element_type=jnp.float32
-    )
-
-
-def _reduce_key(query: Array, key: Array) -> Array:
-    """`_dot_key` as a fused product and sum."""
-    products = query[:, :, :, None].astype(jnp.float32) * key[:, :, None].astype(jnp.float32)  # [B, K, G, C, H]
-    return jnp.sum(products, axis=-1)
-
-
-def _reduce_place(weights: Array, value: Array) -> Array:
-    """`_dot_place` as a fused product and sum."""
-    products = weights[..., None].astype(jnp.float32) * value[:, :, None].astype(jnp.float32)  # [B, K, G, C, H]
-    return jnp.sum(products, axis=-2)
 
 
 def _platform() -> str:

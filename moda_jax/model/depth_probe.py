@@ -9,6 +9,7 @@ Axes: B batch, T tokens, L layers, S depth slots, D model width, N query heads, 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,8 @@ from moda_jax.model.attention import default_positions
 from moda_jax.model.stack import Step
 from moda_jax.model.transformer import Transformer
 from moda_jax.numerics.precision import dot_precision
-from moda_jax.parallel.attention import Options, attention_forward
+from moda_jax.parallel.attention import attention_forward
+from pallas_kernels.operands import DepthKV
 
 Array = jax.Array
 
@@ -111,14 +113,13 @@ class _Probe(Step):
     numbered = True
 
     def attend(self, operation, request, stream, shared, number, held):
-        query, key, value = request
+        query, _, _ = request
         order, count = (jax.lax.dynamic_index_in_dim(array, number, keepdims=False) for array in held)
         depth_key, depth_value = (jnp.take(array, order, axis=2) for array in stream.buffers)
-        options = Options(query.shape[-1] ** -0.5, operation.implementation)
-        attended, lse = attention_forward(
-            query, key, value, depth_key, depth_value, count, operation.segment_ids(*shared), options
-        )
-        mass = _mass(query, depth_key, lse, count, options.scale)
+        depth = DepthKV(depth_key, depth_value, length=count)
+        call = dataclasses.replace(operation.call(request, stream, shared), depth=depth)
+        attended, lse, _ = attention_forward(call, implementation=operation.implementation)
+        mass = _mass(query, depth_key, lse, count, call.scale)
         return attended, jnp.zeros_like(mass).at[order].set(mass), stream, 0
 
 

@@ -12,36 +12,38 @@ index. Everything else in the model is per token and does not notice.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moda_jax.parallel.mesh import current_mesh, partition_spec
-from pallas_kernels import block, moda_attention
+from pallas_kernels import block, validation
+from pallas_kernels.operands import Call, Gradients, Mask, Upstream
+from pallas_kernels.parts import Part, delta
 
 Array = jax.Array
+PyTree = Any
 
 _QUERY = ("batch", "tokens", "heads", "head_dim")
 _KEY = ("batch", "tokens", "kv_heads", "head_dim")
 _DEPTH = ("batch", "tokens", "slots", "kv_heads", "head_dim")
-_STATISTICS = ("batch", "tokens", "heads")  # lse, delta
+_STATISTICS = ("batch", "tokens", "heads")
 _TOKENS = ("batch", "tokens")
 
-
-class Options(NamedTuple):
-    """The op's static arguments; it is always causal.
-
-    Attributes:
-        scale, implementation: as in `pallas_kernels.block`.
-        with_rest: the forward also returns what rounding took from out, for the backward's delta.
-    """
-
-    scale: float
-    implementation: str | None
-    with_rest: bool = False
+# Logical axes of what goes to the devices and comes back, by its place in `Call`, `Upstream`, `Part` and `Gradients`.
+_AXES = {
+    **dict.fromkeys(("query", "dout", "out", "rest"), _QUERY),
+    **dict.fromkeys(("key", "value"), _KEY),
+    **dict.fromkeys(("depth.key", "depth.value", "depth_key", "depth_value"), _DEPTH),
+    **dict.fromkeys(("depth.start", "depth.length"), ()),
+    **dict.fromkeys(("mask.query_segment_ids", "mask.key_segment_ids"), _TOKENS),
+    **dict.fromkeys(("lse", "delta"), _STATISTICS),
+}
 
 
 def balanced_order(tokens: int, context: int) -> np.ndarray:
@@ -57,209 +59,119 @@ def balanced_order(tokens: int, context: int) -> np.ndarray:
     return np.concatenate([np.concatenate([pieces[i], pieces[2 * context - 1 - i]]) for i in range(context)])
 
 
-def attention_forward(
-    query: Array,
-    key: Array,
-    value: Array,
-    depth_key: Array | None,
-    depth_value: Array | None,
-    depth_length: int | Array | None,
-    segment_ids: Array | None,
-    options: Options,
-) -> tuple[Array, ...]:
-    """(out, lse[, rest]) of causal attention over sequence and depth KV, as `pallas_kernels.block.attention_forward`.
+def causal_mask(segment_ids: Array | None = None) -> Mask:
+    """Of a whole sequence; segment_ids: [B, T] int32 or None."""
+    return Mask(True, query_segment_ids=segment_ids, key_segment_ids=segment_ids)
+
+
+def attention_forward(call: Call, *, with_rest: bool = False, implementation: str | None = None) -> Part:
+    """`pallas_kernels.block.forward` of a whole sequence, or of its depth part alone, on the current mesh.
 
     Args:
-        query, key, value, depth_key, depth_value, depth_length: as there; tokens in balanced order under `context`.
-        segment_ids: [B, T] int32 or None.
-        options: the static arguments.
+        call: causal, without positions or key length; tokens in balanced order under `context`.
+        with_rest, implementation: as there.
     """
-    operands = (query, key, value, depth_key, depth_value, depth_length, segment_ids)
-    if current_mesh() is None:
-        return _local_forward(options, 1, *operands)
-    specs = _specs((_QUERY, _KEY, _KEY, _DEPTH, _DEPTH, (), _TOKENS), operands)
-    out_axes = (_QUERY, _STATISTICS)
-    if options.with_rest:
-        out_axes += (None if query.dtype == jnp.float32 else _QUERY,)
-    return _on_devices(_local_forward, options, specs, _specs(out_axes), operands)
+    options = {"with_rest": with_rest, "implementation": implementation}
+    mesh = current_mesh()
+    if mesh is None:
+        return block.forward(call, **options)
+    rest = call.query if with_rest and call.query.dtype != jnp.float32 else None
+    run = functools.partial(_local_forward, mesh.shape["context"], options)
+    return _on_devices(run, Part(call.query, call.query, rest), call)
 
 
 def attention_backward(
-    query: Array,
-    key: Array,
-    value: Array,
-    depth_key: Array | None,
-    depth_value: Array | None,
-    depth_length: int | Array | None,
-    segment_ids: Array | None,
-    dout: Array,
-    lse: Array,
-    delta: Array,
-    depth_key_gradient: Array | None,
-    depth_value_gradient: Array | None,
-    options: Options,
-) -> tuple[Array, Array, Array, Array | None, Array | None]:
-    """(dquery, dkey, dvalue, ddepth_key, ddepth_value), as `pallas_kernels.block.attention_backward`.
-
-    Args:
-        query ... segment_ids: as in `attention_forward`.
-        dout, lse, delta, depth_key_gradient, depth_value_gradient: as in `pallas_kernels.block.attention_backward`.
-        options: the static arguments.
-    """
-    operands = (
-        query, key, value, depth_key, depth_value, depth_length, segment_ids, dout, lse, delta,
-        depth_key_gradient, depth_value_gradient,
-    )  # fmt: skip
-    if current_mesh() is None:
-        return _local_backward(options, 1, *operands)
-    axes = (_QUERY, _KEY, _KEY, _DEPTH, _DEPTH, (), _TOKENS, _QUERY, _STATISTICS, _STATISTICS, _DEPTH, _DEPTH)
-    depth = (None, None) if depth_key is None else (_DEPTH, _DEPTH)
-    out_specs = _specs((_QUERY, _KEY, _KEY, *depth))
-    return _on_devices(_local_backward, options, _specs(axes, operands), out_specs, operands)
-
-
-def depth_forward(
-    query: Array, depth_key: Array, depth_value: Array, depth_length: int | Array | None, options: Options
-) -> tuple[Array, Array]:
-    """(out, lse) of the depth part alone, as `pallas_kernels.block.depth_forward`; everything in it is per token."""
-
-    def local(options: Options, context: int, *operands: Array) -> tuple[Array, Array]:
-        return block.depth_forward(*operands, scale=options.scale, implementation=options.implementation)
-
-    operands = (query, depth_key, depth_value, depth_length)
-    if current_mesh() is None:
-        return local(options, 1, *operands)
-    specs = _specs((_QUERY, _DEPTH, _DEPTH, ()), operands)
-    return _on_devices(local, options, specs, _specs((_QUERY, _STATISTICS)), operands)
-
-
-def depth_backward(
-    query: Array,
-    depth_key: Array,
-    depth_value: Array,
-    depth_length: int | Array | None,
-    dout: Array,
-    lse: Array,
-    delta: Array,
-    depth_key_gradient: Array,
-    depth_value_gradient: Array,
-    options: Options,
-) -> tuple[Array, Array, Array]:
-    """(dquery, ddepth_key, ddepth_value), as `pallas_kernels.block.depth_backward`."""
-
-    def local(options: Options, context: int, *operands: Array) -> tuple[Array, Array, Array]:
-        *operands, key_gradient, value_gradient = operands
-        return block.depth_backward(
-            *operands, scale=options.scale, depth_key_gradient=key_gradient, depth_value_gradient=value_gradient,
-            implementation=options.implementation,
-        )  # fmt: skip
-
-    operands = (
-        query, depth_key, depth_value, depth_length, dout, lse, delta, depth_key_gradient, depth_value_gradient,
-    )  # fmt: skip
-    if current_mesh() is None:
-        return local(options, 1, *operands)
-    axes = (_QUERY, _DEPTH, _DEPTH, (), _QUERY, _STATISTICS, _STATISTICS, _DEPTH, _DEPTH)
-    return _on_devices(local, options, _specs(axes, operands), _specs((_QUERY, _DEPTH, _DEPTH)), operands)
-
-
-def attend(
-    query: Array,
-    key: Array,
-    value: Array,
-    depth_key: Array | None,
-    depth_value: Array | None,
-    depth_length: int | Array | None,
+    call: Call,
+    upstream: Upstream,
     *,
-    segment_ids: Array | None,
-    scale: float | None = None,
-    implementation: str | None,
-) -> Array:
-    """`pallas_kernels.moda_attention`, differentiable, on the current mesh. Arguments and result as there."""
+    buffers: tuple[Array, Array] | None = None,
+    implementation: str | None = None,
+) -> Gradients:
+    """`pallas_kernels.block.backward`, as `attention_forward`; the buffers are of the stream, and lie as it does."""
+    mesh = current_mesh()
+    if mesh is None:
+        return block.backward(call, upstream, buffers=buffers, implementation=implementation)
+    depth = (None, None) if call.depth is None else (call.depth.key, call.depth.value)
+    sums = None if buffers is None else Gradients(None, depth_key=buffers[0], depth_value=buffers[1])
+    run = functools.partial(_local_backward, mesh.shape["context"], implementation)
+    return _on_devices(run, Gradients(call.query, call.key, call.value, *depth), call, upstream, sums)
+
+
+def attend(call: Call, *, implementation: str | None = None) -> Array:
+    """The output [B, T, N, H] of a call that is the whole softmax, differentiable, on the current mesh.
+
+    Raises:
+        ValueError: operands that do not fit together, as `pallas_kernels.moda_attention` says.
+    """
+    call = validation.checked_attention(call)
     if current_mesh() is None:
-        return moda_attention(
-            query, key, value, depth_key, depth_value,
-            depth_length=depth_length, segment_ids=segment_ids, scale=scale, implementation=implementation,
-        )  # fmt: skip
-    length = None if depth_length is None else jnp.asarray(depth_length, jnp.int32)
-    if depth_key is None or depth_key.shape[2] == 0:
-        depth_key = depth_value = length = None
-    options = Options(query.shape[-1] ** -0.5 if scale is None else scale, implementation)
-    return _attend(options, query, key, value, depth_key, depth_value, length, segment_ids)
+        return block.attend(call, implementation=implementation).out
+    return _attend(implementation, call)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, *operands: Array | None) -> Array:
-    return attention_forward(*operands, options)[0]
+def _attend(implementation: str | None, call: Call) -> Array:
+    return attention_forward(call, implementation=implementation).out
 
 
-def _attend_fwd(options: Options, *operands: Array | None) -> tuple[Array, tuple]:
-    out, lse, rest = attention_forward(*operands, options._replace(with_rest=True))
-    return out, (operands, out, lse, rest)
+def _attend_fwd(implementation: str | None, call: Call) -> tuple[Array, tuple[Call, Part]]:
+    part = attention_forward(call, with_rest=True, implementation=implementation)
+    return part.out, (call, part)
 
 
-def _attend_bwd(options: Options, residuals: tuple, dout: Array) -> tuple:
-    operands, out, lse, rest = residuals
-    wide = out.astype(jnp.float32) if rest is None else out.astype(jnp.float32) + rest.astype(jnp.float32)
-    delta = jnp.sum(dout.astype(jnp.float32) * wide, axis=-1)  # [B, T, N]
-    gradients = attention_backward(*operands, dout, lse, delta, None, None, options)
-    return *gradients, None, None
+def _attend_bwd(implementation: str | None, residuals: tuple[Call, Part], dout: Array) -> tuple[Call]:
+    call, part = residuals
+    upstream = Upstream(dout, part.lse, delta(dout, part))
+    return (block.as_cotangent(call, attention_backward(call, upstream, implementation=implementation)),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _specs(axes: tuple, operands: tuple | None = None) -> tuple:
-    """PartitionSpecs by logical axes; None for an operand that is not there."""
-    operands = axes if operands is None else operands
-    return tuple(
-        None if a is None or operand is None else partition_spec(*a) for a, operand in zip(axes, operands, strict=True)
+def _specs(tree: PyTree) -> PyTree:
+    """The PartitionSpecs of operands or results, in their form."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: partition_spec(*_AXES[jax.tree_util.keystr(path, simple=True, separator=".")]), tree
     )
 
 
-def _on_devices(function, options: Options, in_specs: tuple, out_specs: tuple, operands: tuple) -> tuple:
-    """`function(options, context, *operands)` on every device's part of the operands."""
-    context = current_mesh().shape["context"]
+def _on_devices(function: Callable[..., PyTree], results: PyTree, *operands: PyTree) -> PyTree:
+    """`function` on every device's part of the operands; `results`: anything in the form of what it returns."""
     # Every float operand is split over every mesh axis, so there is nothing to check about replication.
     mapped = jax.shard_map(
-        functools.partial(function, options, context), in_specs=in_specs, out_specs=out_specs, check_vma=False
+        function, in_specs=tuple(_specs(x) for x in operands), out_specs=_specs(results), check_vma=False
     )
     return mapped(*operands)
 
 
-def _local_forward(options, context, query, key, value, depth_key, depth_value, depth_length, segment_ids):
+def _local_forward(context: int, options: dict[str, Any], call: Call) -> Part:
     """The forward of this device's queries."""
-    masks, key, value = _sequence(context, query, key, value, segment_ids)
-    return block.attention_forward(
-        query, key, value, depth_key, depth_value, depth_length, scale=options.scale, causal=True,
-        with_rest=options.with_rest, implementation=options.implementation, **masks,
-    )  # fmt: skip
+    return block.forward(_gathered(call, context), **options)
 
 
 def _local_backward(
-    options, context, query, key, value, depth_key, depth_value, depth_length, segment_ids, dout, lse, delta,
-    depth_key_gradient, depth_value_gradient,
-):  # fmt: skip
+    context: int, implementation: str | None, call: Call, upstream: Upstream, sums: Gradients | None
+) -> Gradients:
     """The gradients of this device's operands."""
-    masks, key, value = _sequence(context, query, key, value, segment_ids)
-    dquery, dkey, dvalue, *depth = block.attention_backward(
-        query, key, value, depth_key, depth_value, depth_length, dout, lse, delta,
-        scale=options.scale, causal=True, implementation=options.implementation, **masks,
-        depth_key_gradient=depth_key_gradient, depth_value_gradient=depth_value_gradient,
+    buffers = None if sums is None else (sums.depth_key, sums.depth_value)
+    gradients = block.backward(_gathered(call, context), upstream, buffers=buffers, implementation=implementation)
+    if context == 1 or call.key is None:
+        return gradients
+    dkey, dvalue = (scatter_tokens(x, context) for x in (gradients.key, gradients.value))
+    return gradients._replace(key=dkey, value=dvalue)
+
+
+def _gathered(call: Call, context: int) -> Call:
+    """This device's queries, and what they attend to in the order of the sequence."""
+    if context == 1 or call.key is None:
+        return call
+    ids = call.mask.query_segment_ids
+    mask = Mask(
+        call.mask.causal, _places(context, *call.query.shape[:2]), query_segment_ids=ids,
+        key_segment_ids=None if ids is None else gather_tokens(ids, context),
     )  # fmt: skip
-    if context > 1:
-        dkey, dvalue = scatter_tokens(dkey, context), scatter_tokens(dvalue, context)
-    return dquery, dkey, dvalue, *depth
-
-
-def _sequence(context, query, key, value, segment_ids):
-    """(masks, key, value): what this device's queries attend to, in the order of the sequence."""
-    if context == 1:
-        return {"query_segment_ids": segment_ids, "key_segment_ids": segment_ids}, key, value
-    masks = {"query_positions": _places(context, *query.shape[:2])}
-    if segment_ids is not None:
-        masks |= {"query_segment_ids": segment_ids, "key_segment_ids": gather_tokens(segment_ids, context)}
-    return masks, gather_tokens(key, context), gather_tokens(value, context)
+    key, value = (gather_tokens(x, context) for x in (call.key, call.value))
+    return dataclasses.replace(call, key=key, value=value, mask=mask)
 
 
 def _places(context: int, batch: int, tokens: int) -> Array:

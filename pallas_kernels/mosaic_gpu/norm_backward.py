@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.modes import in_default_modes
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
 
 CTAS = 1188  # 9 for each multiprocessor of an H100, of which 3 run at a time (168 registers a thread)
@@ -54,7 +55,7 @@ def check_supported(*, dtype: jnp.dtype, columns: int, rotated_dim: int | None =
         raise NotImplementedError(f"rms_norm_backward: head_dim={rotated_dim}: expected 32, 64, 128 or 256")
 
 
-@wg_lib.in_default_modes
+@in_default_modes
 def rms_norm_backward(
     x: jax.Array,
     dy: jax.Array,

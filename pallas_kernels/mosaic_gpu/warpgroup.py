@@ -6,10 +6,9 @@ therefore go through `accumulate` and `wgmma_registers`; nothing else in a kerne
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +27,6 @@ LOWEST = float(np.finfo(np.float32).min)
 TILE = plgpu.Layout.WGMMA  # [64 * n, columns] over the 128 threads of a warpgroup
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of TILE
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column of TILE
-
-
-def in_default_modes[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """`function` traced in JAX's default modes: a kernel's indices and constants are of 32 bits whatever
-    JAX_ENABLE_X64 says, and promotions of rank and dtype that a user may have forbidden are meant here."""
-
-    @functools.wraps(function)
-    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
-        with jax.enable_x64(False), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return function(*args, **kwargs)
-
-    return traced
 
 
 def default_interpret() -> bool:
@@ -61,14 +48,6 @@ def compiler_params() -> plgpu.CompilerParams:
     )
 
 
-def kernel_name(
-    name: str, query_tokens: int, key_tokens: int, heads: int, kv_heads: int, head_dim: int, tiles: Any
-) -> str:
-    """The name with shapes and tiles (warpgroups x block x stages): it is what errors and profiles of a GPU show."""
-    numbers = "x".join(str(int(x)) for x in dataclasses.astuple(tiles))
-    return f"{name}_T{query_tokens}_U{key_tokens}_N{heads}_K{kv_heads}_H{head_dim}_tiles_{numbers}"
-
-
 def tiled_smem(shape: Sequence[int], dtype: Any) -> Any:
     """SMEM in the layout that both TMA and `wgmma` want: rows of 128 bytes, swizzled."""
     swizzle = min(128, shape[-1] * jnp.dtype(dtype).itemsize)
@@ -76,6 +55,17 @@ def tiled_smem(shape: Sequence[int], dtype: Any) -> Any:
     return plgpu.SMEM(
         tuple(shape), dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
     )
+
+
+def shared_bytes(scratch: dict[str, Any]) -> int:
+    """Bytes of shared memory that a kernel's scratch types ask for: arrays from multiples of 1024, and barriers."""
+    total = 0
+    for entry in scratch.values():
+        if isinstance(entry, plgpu.Barrier):
+            total += 8 * math.prod(entry.num_barriers)
+        elif entry is not None:
+            total += -(-math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize // 1024) * 1024
+    return total
 
 
 def positive_scale(query: jax.Array, scale: float) -> tuple[jax.Array, float]:
@@ -106,22 +96,24 @@ def columns(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     return lax.broadcast_in_dim(x, tuple(shape), [1])
 
 
-def walk_blocks(
-    start: Any,
-    full_start: Any,
-    full_end: Any,
-    end: Any,
-    step: Callable[[Any, Any, bool], Any],
-    carry: Any,
-    *,
-    masked_head: bool,
-    masked_tail: bool,
-) -> Any:
-    """Runs `carry = step(block, carry, masked)` over the blocks [start, end), masked outside of [full_start, full_end).
+class BlockRange(NamedTuple):
+    """The blocks [first, end) that a warpgroup walks, of which [full_start, full_end) need no mask.
 
     `masked_head`, `masked_tail`: whether there can be masked blocks before and behind the full ones; the loops that
     cannot run are not compiled.
     """
+
+    first: Any
+    full_start: Any
+    full_end: Any
+    end: Any
+    masked_head: bool
+    masked_tail: bool
+
+
+def walk_blocks(blocks: BlockRange, step: Callable[[Any, Any, bool], Any], carry: Any) -> Any:
+    """Runs `carry = step(block, carry, masked)` over a range of blocks."""
+    start, full_start, full_end, end, masked_head, masked_tail = blocks
     full_start = jnp.clip(full_start, start, end) if masked_head else start
     full_end = jnp.clip(full_end, full_start, end) if masked_tail else end
     if masked_head:

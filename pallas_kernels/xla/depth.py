@@ -1,4 +1,4 @@
-"""The depth part: every query over the filled slots of its own token, forward and backward."""
+"""The depth part: every query over the seen slots of its own token, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import functools
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.xla.blocks import MASKED, Blocks, TokenBlocks, depth_blocks, dot, loop
+from pallas_kernels.operands import DepthKV, Upstream
+from pallas_kernels.parts import Part
+from pallas_kernels.xla.blocks import MASKED, Blocks, TokenBlocks, depth_blocks, dot, loop, loop_between
 
 
-def forward(
-    query: Array, depth_key: Array, depth_value: Array, depth_length: int | Array | None, scale: float
-) -> tuple[Array, Array]:
-    """(out, lse) of the depth part, float32."""
-    tokens, chunks = depth_blocks(depth_key)
-    grouped = tokens.view(_token_group(query, depth_key))  # the view of [B, T, K, G, H] float32
-    depth_key, depth_value = tokens.view(depth_key), tokens.view(depth_value)
+def forward(query: Array, depth: DepthKV, scale: float) -> Part:
+    """The depth part, in float32."""
+    tokens, chunks = depth_blocks(depth.key)
+    grouped = tokens.view(_token_group(query, depth.key))  # the view of [B, T, K, G, H] float32
+    keys, values = tokens.view(depth.key), tokens.view(depth.value)
 
     def token_block(i: Array | int, results: tuple[Array, Array]) -> tuple[Array, Array]:
         block = tokens.cut(grouped, i)
 
         def chunk(j: Array | int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, acc = state
-            fresh = _fresh_slots(chunks, depth_length, j)
-            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (depth_key, depth_value))
+            fresh = _fresh_slots(chunks, depth, j)
+            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (keys, values))
             logits = _slot_logits(block, key, fresh, scale)
             new_top = jnp.maximum(top, jnp.max(logits, axis=2))
             weights = jnp.exp(logits - new_top[:, :, None])
@@ -35,35 +35,24 @@ def forward(
 
         row = block[..., 0]
         state = jnp.full_like(row, MASKED), jnp.zeros_like(row), jnp.zeros_like(block)
-        top, total, acc = loop(_chunks_filled(chunks, depth_length), chunk, state)
+        top, total, acc = loop_between(*_chunks_seen(chunks, depth), chunk, state)
         empty = total == 0
         out = acc / jnp.where(empty, 1.0, total)[..., None]  # acc is 0 where no chunk was visited
         lse = jnp.where(empty, 0.0, top) + jnp.log(total)  # -inf where empty
         return tokens.put(results[0], out, i), tokens.put(results[1], lse, i)
 
     out, lse = loop(tokens.count, token_block, (jnp.zeros_like(grouped), jnp.zeros_like(grouped[..., 0])))
-    return tokens.flat(out).reshape(query.shape), tokens.flat(lse).reshape(query.shape[:-1])
+    return Part(tokens.flat(out).reshape(query.shape), tokens.flat(lse).reshape(query.shape[:-1]))
 
 
 def backward(
-    query: Array,
-    depth_key: Array,
-    depth_value: Array,
-    depth_length: int | Array | None,
-    dout: Array,
-    lse: Array,
-    delta: Array,
-    scale: float,
-    key_gradient: Array,
-    value_gradient: Array,
+    query: Array, depth: DepthKV, upstream: Upstream, scale: float, buffers: tuple[Array, Array]
 ) -> tuple[Array, Array, Array]:
-    """(dquery float32, key_gradient + ddepth_key, value_gradient + ddepth_value)."""
-    tokens, chunks = depth_blocks(depth_key)
-    grouped, dgrouped = (tokens.view(_token_group(array, depth_key)) for array in (query, dout))
-    lse, delta = (tokens.view(_token_group(array, depth_key)) for array in (lse, delta))
-    depth_key, depth_value, key_gradient, value_gradient = map(
-        tokens.view, (depth_key, depth_value, key_gradient, value_gradient)
-    )
+    """(dquery float32, and the two buffers with the gradients of key and value added)."""
+    dout, lse, delta = upstream
+    tokens, chunks = depth_blocks(depth.key)
+    grouped, dgrouped, lse, delta = (tokens.view(_token_group(array, depth.key)) for array in (query, dout, lse, delta))
+    keys, values, *buffers = map(tokens.view, (depth.key, depth.value, *buffers))
 
     def token_block(i: Array | int, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         block, dout_block, lse_block, delta_block = (tokens.cut(x, i) for x in (grouped, dgrouped, lse, delta))
@@ -72,8 +61,8 @@ def backward(
 
         def chunk(j: Array | int, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dquery, key_gradient, value_gradient = sums
-            fresh = _fresh_slots(chunks, depth_length, j)
-            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (depth_key, depth_value))
+            fresh = _fresh_slots(chunks, depth, j)
+            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (keys, values))
             weights = jnp.exp(_slot_logits(block, key, fresh, scale) - lse_block[:, :, None])  # [B, T, chunk, K, G]
             dlogits = weights * (_slot_logits(dout_block, value) - delta_block[:, :, None]) * scale
             return (
@@ -84,10 +73,10 @@ def backward(
 
         dquery, *buffers = gradients
         sums = jnp.zeros_like(block), *buffers
-        added, *buffers = loop(_chunks_filled(chunks, depth_length), chunk, sums)
+        added, *buffers = loop_between(*_chunks_seen(chunks, depth), chunk, sums)
         return tokens.put(dquery, tokens.cut(dquery, i) + added, i), *buffers
 
-    gradients = jnp.zeros_like(grouped), key_gradient, value_gradient
+    gradients = jnp.zeros_like(grouped), *buffers
     dquery, key_gradient, value_gradient = loop(tokens.count, token_block, gradients)
     return tokens.flat(dquery).reshape(query.shape), tokens.flat(key_gradient), tokens.flat(value_gradient)
 
@@ -99,23 +88,25 @@ def _token_group(array: Array, depth_key: Array) -> Array:
     return array.reshape(batch, tokens, kv_heads, heads // kv_heads, *rest).astype(jnp.float32)
 
 
-def _chunks_filled(chunks: Blocks, depth_length: int | Array | None) -> Array | int:
-    return chunks.count if depth_length is None else (depth_length + chunks.size - 1) // chunks.size
+def _chunks_seen(chunks: Blocks, depth: DepthKV) -> tuple[Array | int, Array | int]:
+    """(first, last): the chunks [first, last) hold all slots that are seen."""
+    if chunks.count == 1:
+        return 0, 1
+    first = 0 if depth.start is None else depth.start // chunks.size
+    return first, chunks.count if depth.length is None else (depth.length + chunks.size - 1) // chunks.size
 
 
-def _fresh_slots(chunks: Blocks, depth_length: int | Array | None, index: Array | int) -> Array | None:
-    """[chunk, 1, 1] bool: filled and not covered by the chunk before; None if that holds for all."""
-    fresh = chunks.fresh(index) if chunks.ragged else None
-    if depth_length is not None:
-        filled = chunks.elements(index) < depth_length
-        fresh = filled if fresh is None else fresh & filled
-    return None if fresh is None else fresh[:, None, None]
+def _fresh_slots(chunks: Blocks, depth: DepthKV, index: Array | int) -> Array | None:
+    """[chunk, 1, 1] bool: seen and not covered by the chunk before; None if that holds for all."""
+    fresh = chunks.fresh(index) if chunks.ragged else True
+    fresh &= depth.seen(chunks.elements(index))
+    return None if fresh is True else fresh[:, None, None]
 
 
 def _slots(
     view: Array, tokens: TokenBlocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None
 ) -> Array:
-    """[B, token block, chunk, K, H] float32, zero where not fresh: an unfilled slot may hold NaN."""
+    """[B, token block, chunk, K, H] float32, zero where not fresh: a slot that is not seen may hold NaN."""
     part = tokens.cut(view, i, chunks.start(j), chunks.size).astype(jnp.float32)
     return part if fresh is None else jnp.where(fresh, part, 0.0)
 

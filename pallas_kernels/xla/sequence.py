@@ -2,54 +2,43 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.xla.blocks import MASKED, Blocks, dot, loop, sequence_blocks
+from pallas_kernels.operands import Call, Mask, Upstream
+from pallas_kernels.parts import Part
+from pallas_kernels.xla.blocks import MASKED, Blocks, dot, few_queries, loop, sequence_blocks
 
 
-class Masks(NamedTuple):
-    """Which keys a query sees; None where there is no such restriction."""
-
-    causal: bool
-    query_positions: Array | None  # [B, T] int32
-    key_positions: Array | None  # [B, U]
-    query_segment_ids: Array | None  # [B, T]
-    key_segment_ids: Array | None  # [B, U]
-    key_length: Array | None  # [B]
-
-
-def _key_blocks_seen(masks: Masks, queries: Blocks, keys: Blocks, index: Array | int) -> Array | int:
+def _key_blocks_seen(mask: Mask, queries: Blocks, keys: Blocks, index: Array | int) -> Array | int:
     """How many leading key blocks the queries of a block can see at most."""
     count = keys.count
     if count == 1:
         return 1
-    if masks.causal and masks.key_positions is None:  # a key's position is its index
-        if masks.query_positions is None:
+    if mask.causal and mask.key_positions is None:  # a key's position is its index
+        if mask.query_positions is None:
             last = queries.start(index) + queries.size - 1
         else:
-            last = jnp.max(queries.slice(masks.query_positions, index, 1))
+            last = jnp.max(queries.slice(mask.query_positions, index, 1))
         count = jnp.minimum(count, last // keys.size + 1)
-    if masks.key_length is not None:
-        count = jnp.minimum(count, (jnp.max(masks.key_length) + keys.size - 1) // keys.size)
+    if mask.key_length is not None:
+        count = jnp.minimum(count, (jnp.max(mask.key_length) + keys.size - 1) // keys.size)
     return count
 
 
-def _visible(masks: Masks, queries: Blocks, keys: Blocks, i: Array | int, j: Array | int) -> Array | None:
+def _visible(mask: Mask, queries: Blocks, keys: Blocks, i: Array | int, j: Array | int) -> Array | None:
     """Bool, broadcastable to [B, 1, 1, query block, key block]; None if every query sees every key."""
     conditions = []
-    if masks.causal:
-        query_positions = _positions(masks.query_positions, queries, i)
-        key_positions = _positions(masks.key_positions, keys, j)
+    if mask.causal:
+        query_positions = _positions(mask.query_positions, queries, i)
+        key_positions = _positions(mask.key_positions, keys, j)
         conditions.append(key_positions[:, None, :] <= query_positions[:, :, None])
-    if masks.query_segment_ids is not None:
-        query_segments = queries.slice(masks.query_segment_ids, i, 1)
-        key_segments = keys.slice(masks.key_segment_ids, j, 1)
+    if mask.query_segment_ids is not None:
+        query_segments = queries.slice(mask.query_segment_ids, i, 1)
+        key_segments = keys.slice(mask.key_segment_ids, j, 1)
         conditions.append(query_segments[:, :, None] == key_segments[:, None, :])
-    if masks.key_length is not None:
-        conditions.append((_positions(None, keys, j) < masks.key_length[:, None])[:, None, :])
+    if mask.key_length is not None:
+        conditions.append((_positions(None, keys, j) < mask.key_length[:, None])[:, None, :])
     if keys.ragged:
         conditions.append(keys.fresh(j)[None, None, :])
     if not conditions:
@@ -67,11 +56,11 @@ def _positions(positions: Array | None, blocks: Blocks, index: Array | int) -> A
     return blocks.slice(positions, index, 1)
 
 
-def _filled_keys(block: Array, masks: Masks, keys: Blocks, index: Array | int) -> Array:
+def _filled_keys(block: Array, mask: Mask, keys: Blocks, index: Array | int) -> Array:
     """A block [B, K, key block, H] of keys or values with zeros at or beyond the key length: NaN may stand there."""
-    if masks.key_length is None:
+    if mask.key_length is None or mask.finite_beyond:
         return block
-    filled = _positions(None, keys, index) < masks.key_length[:, None]  # [B, key block]
+    filled = _positions(None, keys, index) < mask.key_length[:, None]  # [B, key block]
     return jnp.where(filled[:, None, :, None], block, jnp.zeros_like(block))
 
 
@@ -93,10 +82,13 @@ def _ungroup(array: Array) -> Array:
     return jnp.moveaxis(array, 3, 1).reshape(batch, tokens, kv_heads * group, *rest)
 
 
-def forward(query: Array, key: Array, value: Array, scale: float, masks: Masks) -> tuple[Array, Array]:
-    """(out, lse) of the sequence part, float32."""
-    query = _group(query, key.shape[2])  # [B, K, G, T, H]
-    key, value = jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)  # [B, K, U, H]
+def forward(call: Call) -> Part:
+    """The sequence part of a call, in float32."""
+    mask, scale = call.mask, call.scale
+    query = _group(call.query, call.num_kv_heads)  # [B, K, G, T, H]
+    key, value = (jnp.moveaxis(array, 1, 2) for array in (call.key, call.value))  # [B, K, U, H]
+    if few_queries(query):
+        return _in_one_pass(call, query, key, value)
     queries, keys = sequence_blocks(query, key)
 
     def query_block(i: Array | int, results: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -104,8 +96,8 @@ def forward(query: Array, key: Array, value: Array, scale: float, masks: Masks) 
 
         def key_block(j: Array | int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, acc = state
-            k, v = (_filled_keys(keys.slice(x, j, 2), masks, keys, j) for x in (key, value))
-            visible = _visible(masks, queries, keys, i, j)
+            k, v = (_filled_keys(keys.slice(x, j, 2), mask, keys, j) for x in (key, value))
+            visible = _visible(mask, queries, keys, i, j)
             logits = _logits(block, k, scale, visible)
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
             weights = jnp.exp(logits - new_top[..., None])
@@ -121,7 +113,7 @@ def forward(query: Array, key: Array, value: Array, scale: float, masks: Masks) 
             jnp.zeros_like(row, dtype=jnp.float32),
             jnp.zeros_like(block, dtype=jnp.float32),
         )
-        top, total, acc = loop(_key_blocks_seen(masks, queries, keys, i), key_block, state)
+        top, total, acc = loop(_key_blocks_seen(mask, queries, keys, i), key_block, state)
         empty = total == 0  # the largest logit that was seen weighs 1
         out = jnp.where(empty[..., None], 0.0, acc / jnp.where(empty, 1.0, total)[..., None])
         lse = jnp.where(empty, 0.0, top) + jnp.log(total)  # -inf where empty
@@ -129,15 +121,30 @@ def forward(query: Array, key: Array, value: Array, scale: float, masks: Masks) 
 
     results = jnp.zeros_like(query, dtype=jnp.float32), jnp.zeros_like(query[..., 0], dtype=jnp.float32)
     out, lse = loop(queries.count, query_block, results)
-    return _ungroup(out), _ungroup(lse)
+    return Part(_ungroup(out), _ungroup(lse))
 
 
-def backward(
-    query: Array, key: Array, value: Array, dout: Array, lse: Array, delta: Array, scale: float, masks: Masks
-) -> tuple[Array, Array, Array]:
+def _in_one_pass(call: Call, query: Array, key: Array, value: Array) -> Part:
+    """Few queries [B, K, G, T, H] over keys [B, K, U, H]: no loop and no matrix product, all in float32."""
+    queries, keys = (Blocks.of(size, size) for size in (query.shape[3], key.shape[2]))
+    k, v = (_filled_keys(x, call.mask, keys, 0).astype(jnp.float32)[:, :, None, None] for x in (key, value))
+    visible = _visible(call.mask, queries, keys, 0, 0)
+    logits = jnp.sum(query.astype(jnp.float32)[:, :, :, :, None] * k, axis=-1) * call.scale  # [B, K, G, T, U]
+    logits = logits if visible is None else jnp.where(visible, logits, MASKED)
+    top = jnp.max(logits, axis=-1)
+    weights = jnp.exp(logits - top[..., None])
+    weights = weights if visible is None else jnp.where(visible, weights, 0.0)
+    total = jnp.sum(weights, axis=-1)
+    empty = total == 0
+    out = jnp.sum(weights[..., None] * v, axis=-2) / jnp.where(empty, 1.0, total)[..., None]
+    return Part(_ungroup(out), _ungroup(jnp.where(empty, 0.0, top) + jnp.log(total)))
+
+
+def backward(call: Call, upstream: Upstream) -> tuple[Array, Array, Array]:
     """(dquery float32, dkey, dvalue). One pass over the blocks; dkey and dvalue accumulate in float32."""
-    query, dout, lse, delta = (_group(array, key.shape[2]) for array in (query, dout, lse, delta))
-    key, value = jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)  # [B, K, U, H]
+    mask, scale = call.mask, call.scale
+    query, dout, lse, delta = (_group(array, call.num_kv_heads) for array in (call.query, *upstream))
+    key, value = (jnp.moveaxis(array, 1, 2) for array in (call.key, call.value))  # [B, K, U, H]
     queries, keys = sequence_blocks(query, key)
 
     def query_block(i: Array | int, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -147,8 +154,8 @@ def backward(
 
         def key_block(j: Array | int, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dquery, dkey, dvalue = sums
-            k, v = (_filled_keys(keys.slice(x, j, 2), masks, keys, j) for x in (key, value))
-            logits = _logits(block, k, scale, _visible(masks, queries, keys, i, j))
+            k, v = (_filled_keys(keys.slice(x, j, 2), mask, keys, j) for x in (key, value))
+            logits = _logits(block, k, scale, _visible(mask, queries, keys, i, j))
             weights = jnp.exp(logits - lse_block[..., None])
             dweights = dot("bkgth,bkuh->bkgtu", dout_block, v)
             dlogits = (weights * (dweights - delta_block[..., None])).astype(k.dtype)
@@ -162,7 +169,7 @@ def backward(
 
         dquery, dkey, dvalue = gradients
         zeros = jnp.zeros_like(block, dtype=jnp.float32)
-        added, dkey, dvalue = loop(_key_blocks_seen(masks, queries, keys, i), key_block, (zeros, dkey, dvalue))
+        added, dkey, dvalue = loop(_key_blocks_seen(mask, queries, keys, i), key_block, (zeros, dkey, dvalue))
         return queries.update(dquery, queries.slice(dquery, i, 3) + added, i, 3), dkey, dvalue
 
     zeros = (jnp.zeros_like(array, dtype=jnp.float32) for array in (query, key, value))

@@ -17,14 +17,14 @@ def test_a_result_holds_every_form_and_the_floor(tmp_path, monkeypatch, capsys):
     toy = dataclasses.replace(toy, models=models, batches=(9,))
     monkeypatch.setattr(benchmark, "sizes", lambda: {"toy": toy})
     monkeypatch.setattr(benchmark, "LAYOUTS", ("unroll",))
-    options = ["--size=toy", "--rounds=1", "--batches=2", "--products=reduce", f"--output={tmp_path}"]
+    options = ["--size=toy", "--rounds=1", "--batches=2", "--implementations=xla", f"--output={tmp_path}"]
     monkeypatch.setattr("sys.argv", ["decode", *options])
     with quick_inference():
         benchmark.main()
     result = json.loads((tmp_path / "decode_toy.json").read_text())
     assert set(result["environment"]) == {"device", "platform", "jax", "python", "date"}
     assert [(row["model"], row["batch"], row["form"]) for row in result["rows"]] == [
-        ("moda", 2, "unroll reduce"), ("none", 2, "unroll reduce"),
+        ("moda", 2, "unroll xla"), ("none", 2, "unroll xla"),
     ]  # fmt: skip
     for row in result["rows"]:
         config = models[row["model"]]
@@ -34,7 +34,7 @@ def test_a_result_holds_every_form_and_the_floor(tmp_path, monkeypatch, capsys):
         floor = (row["weight_bytes"] + row["cache_bytes"]) / result["copy_bytes_per_second"]
         assert row["floor_milliseconds"] == pytest.approx(floor * 1e3)
         assert row["of_floor"] == pytest.approx(row["floor_milliseconds"] / row["milliseconds_per_step"])
-    assert "unroll reduce" in (tmp_path / "decode_toy.txt").read_text()
+    assert "unroll xla" in (tmp_path / "decode_toy.txt").read_text()
     assert "copy bandwidth" in capsys.readouterr().out
 
 

@@ -3,6 +3,8 @@
 import gzip
 import json
 
+import pytest
+
 from benchmarks import python_corpus
 
 
@@ -25,6 +27,7 @@ def test_documents_are_texts_each_once_up_to_the_limit(tmp_path, monkeypatch):
     assert texts == [long, long + "z\n", long + "w\n"]
 
 
+@pytest.mark.slow
 def test_installed_sources_come_in_one_order():
     files = python_corpus.source_files()
     assert len(files) > 1000

@@ -10,6 +10,8 @@ from support import attention_oracle
 from support.tolerances import assert_close
 
 from pallas_kernels import block
+from pallas_kernels.operands import Call, DepthKV, Mask, Upstream
+from pallas_kernels.parts import Part, delta, merge
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 IMPLEMENTATIONS = ("reference", "xla")
@@ -61,6 +63,13 @@ def _masks(kind: str) -> dict:
     return {"causal": False, "key_length": np.array([U, 0], np.int32)}  # "an empty row"
 
 
+def _call(inputs, length, masks) -> Call:
+    """query, key, value, depth_key, depth_value, of which the latter two pairs may be None."""
+    query, key, value, depth_key, depth_value = inputs
+    depth = None if depth_key is None else DepthKV(depth_key, depth_value, length=length)
+    return Call(query, key, value, Mask(**masks), depth, SCALE)
+
+
 def _delta(expected: dict, dout, dlse) -> np.ndarray:
     return (np.sum(expected["out"] * dout, axis=-1) - dlse).astype(np.float32)
 
@@ -78,10 +87,11 @@ def test_block_matches_the_oracle(implementation, depth, kind):
 
     @jax.jit
     def run(inputs, length, dout, dlse, arrays_of_masks):
-        options = {"scale": SCALE, "causal": masks["causal"], "implementation": implementation} | arrays_of_masks
-        out, lse = block.attention_forward(*inputs, length, **options)
-        delta = jnp.sum(out * dout, axis=-1) - dlse
-        return out, lse, *block.attention_backward(*inputs, length, dout, lse, delta, **options)
+        call = _call(inputs, length, {"causal": masks["causal"]} | arrays_of_masks)
+        part = block.forward(call, implementation=implementation)
+        assert part.rest is None
+        upstream = Upstream(dout, part.lse, delta(dout, part, dlse))
+        return *part[:2], *block.backward(call, upstream, implementation=implementation)
 
     length = None if length is None else jnp.int32(length)
     given = {name: mask for name, mask in masks.items() if name != "causal"}
@@ -104,35 +114,23 @@ def test_two_halves_of_the_keys_merge_to_the_whole(implementation):
     half = 40
     positions = np.tile(np.arange(U, dtype=np.int32), (B, 1))
     parts = [slice(0, half), slice(half, U)]
-    options = {"scale": SCALE, "implementation": implementation}
+    calls = [
+        Call(query, key[:, part], value[:, part], Mask(True, key_positions=positions[:, part]), scale=SCALE)
+        for part in parts
+    ]
+    calls.append(Call(query, depth=DepthKV(depth_key, depth_value, length=FILLED), scale=SCALE))
 
     @jax.jit
     def run():
-        outs, lses = [], []
-        for part in parts:
-            out, lse = block.attention_forward(
-                query, key[:, part], value[:, part], causal=True, key_positions=positions[:, part], **options
-            )
-            outs.append(out), lses.append(lse)
-        out, lse = block.depth_forward(query, depth_key, depth_value, FILLED, **options)
-        outs.append(out), lses.append(lse)
-        lse = jax.nn.logsumexp(jnp.stack(lses), axis=0)
-        out = sum(out * jnp.exp(part - lse)[..., None] for out, part in zip(outs, lses, strict=True))
-        delta = jnp.sum(out * dout, axis=-1) - dlse
-        backward = functools.partial(block.attention_backward, causal=True, **options)
-        gradients = [
-            backward(
-                *(query, key[:, part], value[:, part], None, None, None, dout, lse, delta),
-                key_positions=positions[:, part],
-            )
-            for part in parts
-        ]
-        depth = block.depth_backward(query, depth_key, depth_value, FILLED, dout, lse, delta, **options)
+        whole = functools.reduce(merge, [block.forward(call, implementation=implementation) for call in calls])
+        upstream = Upstream(dout, whole.lse, delta(dout, whole, dlse))
+        *gradients, depth = (block.backward(call, upstream, implementation=implementation) for call in calls)
+        out, lse = whole.out, whole.lse
         return {
-            "out": out, "lse": lse, "dquery": gradients[0][0] + gradients[1][0] + depth[0],
-            "dkey": jnp.concatenate([gradients[0][1], gradients[1][1]], axis=1),
-            "dvalue": jnp.concatenate([gradients[0][2], gradients[1][2]], axis=1),
-            "ddepth_key": depth[1], "ddepth_value": depth[2],
+            "out": out, "lse": lse, "dquery": gradients[0].query + gradients[1].query + depth.query,
+            "dkey": jnp.concatenate([gradients[0].key, gradients[1].key], axis=1),
+            "dvalue": jnp.concatenate([gradients[0].value, gradients[1].value], axis=1),
+            "ddepth_key": depth.depth_key, "ddepth_value": depth.depth_value,
         }  # fmt: skip
 
     assert_close(run(), expected, jnp.dtype("float32"))
@@ -154,11 +152,11 @@ def test_gradient_buffers_are_added_to(implementation, buffer_dtype):
     @jax.jit
     def run(length, buffers):
         q, k, v, dk, dv = (array[:, :T] for array in arrays.values())
-        lse, delta = expected["lse"].astype(np.float32), _delta(expected, dout, dlse)
-        options = {"scale": SCALE, "implementation": implementation}
-        options |= {"depth_key_gradient": buffers[0], "depth_value_gradient": buffers[1]}
-        whole = block.attention_backward(q, k, v, dk, dv, length, dout, lse, delta, causal=True, **options)
-        return whole[3:], block.depth_backward(q, dk, dv, length, dout, lse, delta, **options)[1:]
+        upstream = Upstream(dout, expected["lse"].astype(np.float32), _delta(expected, dout, dlse))
+        call = Call(q, k, v, Mask(True), DepthKV(dk, dv, length=length), SCALE)
+        alone = Call(q, depth=call.depth, scale=SCALE)
+        run = functools.partial(block.backward, buffers=tuple(buffers), implementation=implementation)
+        return run(call, upstream)[3:], run(alone, upstream)[3:]
 
     for results in run(jnp.int32(FILLED), start):
         for result, before, name in zip(results, start, ("ddepth_key", "ddepth_value"), strict=True):
@@ -176,12 +174,65 @@ def test_no_filled_slot_gives_an_empty_depth_part(implementation):
     query, _, _, depth_key, depth_value = _arrays().values()
     dout, _ = _output_gradients()
     for length in (0, jnp.int32(0)):
-        out, lse = block.depth_forward(
-            query, depth_key, depth_value, length, scale=SCALE, implementation=implementation
-        )
+        call = Call(query, depth=DepthKV(depth_key, depth_value, length=length), scale=SCALE)
+        out, lse, _ = block.forward(call, implementation=implementation)
         assert not np.any(np.asarray(out)) and np.all(np.isneginf(np.asarray(lse)))
-        delta = np.full(lse.shape, np.nan, np.float32)  # what becomes of it does not matter
-        gradients = block.depth_backward(
-            query, depth_key, depth_value, length, dout, lse, delta, scale=SCALE, implementation=implementation
-        )
-        assert all(not np.any(np.asarray(gradient)) for gradient in gradients)
+        upstream = Upstream(dout, lse, np.full(lse.shape, np.nan, np.float32))  # what becomes of delta does not matter
+        gradients = block.backward(call, upstream, implementation=implementation)
+        assert gradients.key is None and gradients.value is None
+        assert all(not np.any(np.asarray(gradient)) for gradient in gradients if gradient is not None)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("buffer_dtype", [None, "float32", "bfloat16"])
+def test_a_window_of_slots_is_these_slots_alone(implementation, buffer_dtype):
+    """Slots before `start` and from `length` on: no weight, no gradient, and no bit of their buffers changes."""
+    start, length, (dout, dlse) = 4, 7, _output_gradients()
+    query, key, value, *depth = (array[:, :T].copy() for array in _arrays().values())
+    window = [array[:, :, start:length] for array in depth]
+    expected = attention_oracle.attention(
+        query, key, value, *window, scale=SCALE, causal=True, dout=dout, dlse=dlse
+    )  # fmt: skip
+    for array in depth:
+        array[:, :, :start] = array[:, :, length:] = np.nan
+    buffers = None
+    if buffer_dtype is not None:
+        buffers = np.random.default_rng(3).standard_normal((2, B, T, S, K, H)).astype(buffer_dtype)
+
+    @jax.jit
+    def run(start, length, buffers):
+        call = Call(query, key, value, Mask(True), DepthKV(*depth, start, length), SCALE)
+        part = block.forward(call, implementation=implementation)
+        upstream = Upstream(dout, part.lse, delta(dout, part, dlse))
+        given = None if buffers is None else tuple(buffers)
+        return *part[:2], *block.backward(call, upstream, buffers=given, implementation=implementation)
+
+    names = [*attention_oracle.OUTPUTS, *attention_oracle.GRADIENTS]
+    actual = dict(zip(names, run(jnp.int32(start), jnp.int32(length), buffers), strict=True))
+    outside = [*range(start), *range(length, S)]
+    for i, name in enumerate(("ddepth_key", "ddepth_value")):
+        came = np.asarray(actual[name])
+        before = np.zeros_like(came) if buffers is None else buffers[i]
+        assert came.dtype == before.dtype
+        assert came[:, :, outside].tobytes() == before[:, :, outside].tobytes()
+        actual[name] = came[:, :, start:length].astype(np.float64) - before[:, :, start:length].astype(np.float64)
+        if buffer_dtype == "bfloat16":
+            assert np.abs(actual.pop(name) - expected[name]).max() < 2.0**-6 * np.abs(expected[name]).max()
+    assert_close(actual, {name: expected[name] for name in actual}, jnp.dtype("float32"))
+
+
+def test_parts_merge_by_log_sum_exp_and_an_empty_one_changes_no_bit():
+    draw = np.random.default_rng(0)
+    logits, values = (draw.standard_normal((2, 3, 1, 5, *rest)).astype(np.float32) for rest in ((), (4,)))
+
+    def part(of):
+        weights = np.exp(logits[..., of])
+        out = np.einsum("btns,btnsh->btnh", weights, values[..., of, :]) / weights.sum(-1, keepdims=True)
+        return Part(jnp.asarray(out), jnp.asarray(np.log(weights.sum(-1))))
+
+    both, whole = merge(part(slice(0, 2)), part(slice(2, 5))), part(slice(0, 5))
+    np.testing.assert_allclose(both.out, whole.out, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(both.lse, whole.lse, rtol=1e-5, atol=1e-6)
+    same = merge(whole, Part.of_nothing(jnp.full_like(whole.out, jnp.nan)))
+    assert np.asarray(same.out).tobytes() == np.asarray(whole.out).tobytes()
+    assert np.asarray(same.lse).tobytes() == np.asarray(whole.lse).tobytes()

@@ -4,6 +4,7 @@ In all cases every two values of two axes meet. The quick ones among them hold e
 """
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,15 @@ INTERPRETED = ("mosaic_gpu",)
 SMALL_CASES = tuple(
     c for c in CASES if c.tokens <= 65 and c.slots <= 16 and c.group <= 4 and c.head_dim <= 64 and c.dtype != "float32"
 )[:5]
+# Triton's interpreter is for a whole process, and has a step of CI of its own. It takes about 20 ms for a token and KV
+# head of the depth part, hence few tokens.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED_MARKS = (pytest.mark.timeout(400, method="thread"),)
-QUICK_INTERPRETED = SMALL_CASES[:2]
+QUICK_INTERPRETED = SMALL_CASES[:1]
+
+
+def _depth_tiles(case: Case) -> int:
+    return case.batch * case.tokens * case.kv_heads if case.slots else 0
 
 
 def _runs() -> list:
@@ -38,7 +46,9 @@ def _runs() -> list:
 
     runs = [(name, case, slow_unless(case in QUICK_CASES)) for name in ("reference", "xla") for case in CASES]
     if jax.default_backend() == "gpu":
-        runs += [("mosaic_gpu", case, (pytest.mark.gpu,)) for case in CASES]
+        runs += [(name, case, (pytest.mark.gpu,)) for name in ("mosaic_gpu", "triton") for case in CASES]
+    elif TRITON_INTERPRETED:
+        runs += [("triton", case, ()) for case in CASES if case.dtype != "float32" and _depth_tiles(case) <= 100]
     else:
         runs += [
             (name, case, INTERPRETED_MARKS + slow_unless(case in QUICK_INTERPRETED))
@@ -131,6 +141,57 @@ def test_outputs_and_gradients_match_the_oracle(implementation, case):
     assert_close(actual, _expected(case), dtype, _dense(case))
     for name in ("ddepth_key", "ddepth_value"):
         assert not np.any(np.asarray(actual[name][:, :, case.filled :])), f"{name} is not 0 in unfilled slots"
+
+
+WINDOWED = Case(17, 18, 2, 64, True, False, "bfloat16", None, "all", 1, 1)
+WINDOWS = ((5, 16, True), (17, 18, False), (9, 4, True))  # start, length, whether they are traced; the last is empty
+
+
+@pytest.mark.parametrize(
+    ("implementation", "window"),
+    [("reference", WINDOWS[0])]
+    + [("xla", window) for window in WINDOWS]
+    + [pytest.param("mosaic_gpu", window, marks=(*INTERPRETED_MARKS, pytest.mark.slow)) for window in WINDOWS],
+)
+def test_a_window_of_slots_is_the_slots_that_it_holds(implementation, window):
+    """`depth_start`: slots before it are as those from `depth_length` on, whatever they hold."""
+    start, length, traced = window
+    case = WINDOWED._replace(dtype="float32") if implementation != "mosaic_gpu" else WINDOWED
+    arrays = make_inputs(case)
+    del arrays["segment_ids"]
+    inside = slice(start, max(start, length))
+    held = {name: arrays[name][:, :, inside] for name in ("depth_key", "depth_value")}
+    expected = attention_oracle.attention(**(arrays | held), scale=_scale(case), causal=True)
+    outside = np.delete(np.arange(case.slots), inside)
+    for name in ("depth_key", "depth_value"):
+        arrays[name][:, :, outside] = np.nan
+    ends = {"depth_start": start, "depth_length": length}
+    given, fixed = ({name: jnp.int32(end) for name, end in ends.items()}, {}) if traced else ({}, ends)
+    dout, dlse = arrays.pop("dout"), arrays.pop("dlse")
+
+    @jax.jit
+    def run(given, *primals):
+        op = functools.partial(moda_attention, implementation=implementation, return_lse=True, **given, **fixed)
+        results, pullback = jax.vjp(op, *primals)
+        return *results, *pullback((dout, dlse))
+
+    actual = dict(zip(NAMES, run(given, *arrays.values()), strict=True))
+    for name in ("ddepth_key", "ddepth_value"):
+        assert not np.any(np.asarray(actual[name][:, :, outside])), f"{name} is not 0 outside of the window"
+        actual[name] = actual[name][:, :, inside]
+    dense = None
+    if case.dtype != "float32":
+        primals = [arrays[name] for name in ("query", "key", "value")] + list(held.values())
+        visible = np.tril(np.ones((1, case.tokens, case.tokens), bool))
+        run_dense = functools.partial(
+            dense_attention, visible=visible, filled=np.ones(max(length - start, 0), bool), scale=_scale(case)
+        )
+        results, pullback = jax.vjp(run_dense, *primals)
+        dense = dict(zip(NAMES, (*results, *pullback((jnp.asarray(dout), jnp.asarray(dlse)))), strict=True))
+    if not held["depth_key"].size:
+        for name in ("ddepth_key", "ddepth_value"):
+            assert actual.pop(name).size == expected.pop(name).size == 0
+    assert_close(actual, expected, jnp.dtype(case.dtype), dense)
 
 
 @pytest.mark.parametrize("cases", [CASES, QUICK_CASES], ids=["all", "quick"])

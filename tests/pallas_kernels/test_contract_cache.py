@@ -1,6 +1,7 @@
 """The op's contract with a cache: fewer queries than keys, at any places among them, of which some are filled."""
 
 import functools
+import os
 from typing import NamedTuple
 
 import jax
@@ -59,10 +60,13 @@ INTERPRETED_MARKS = (pytest.mark.timeout(180, method="thread"),)  # see test_con
 def _runs() -> list:
     slow = {case: () if case in QUICK_CASES else (pytest.mark.slow,) for case in CASES}
     runs = [(name, case, slow[case]) for name in ("reference", "xla") for case in CASES]
+    narrow = [case for case in CASES if case.dtype != "float32"]
     if jax.default_backend() == "gpu":
-        runs += [("mosaic_gpu", case, (pytest.mark.gpu,)) for case in CASES if case.dtype != "float32"]
+        runs += [(name, case, (pytest.mark.gpu,)) for name in ("mosaic_gpu", "triton") for case in narrow]
+    elif os.environ.get("TRITON_INTERPRET") == "1":  # see test_contract.py
+        runs += [("triton", case, ()) for case in narrow]
     else:
-        runs += [("mosaic_gpu", case, INTERPRETED_MARKS + slow[case]) for case in CASES[4:6]]
+        runs += [("mosaic_gpu", case, (*INTERPRETED_MARKS, pytest.mark.slow)) for case in CASES[4:6]]
     return [pytest.param(name, case, id=f"{name}-{case}", marks=marks) for name, case, marks in runs]
 
 

@@ -43,7 +43,7 @@ def test_the_choice(monkeypatch, caplog):
     norm._best.cache_clear()
     assert norm._best(jnp.dtype("bfloat16"), 1024, None) == "xla"  # no Hopper here
     norm._best.cache_clear()
-    monkeypatch.setattr(dispatch, "prefers_mosaic_gpu", lambda: True)
+    monkeypatch.setattr(dispatch, "preferred", lambda: ("mosaic_gpu",))
     with caplog.at_level("INFO", logger="pallas_kernels"):
         chosen = [norm._best(jnp.dtype(dtype), 1024, 64) for dtype in ("bfloat16", "float32")]
     norm._best.cache_clear()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block
+from pallas_kernels.operands import Call, Mask
 from pallas_kernels.rounding import rounded
 
 
@@ -30,12 +31,12 @@ def test_float32_and_a_caller_that_does_not_ask_get_no_rest():
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_the_block_returns_it(implementation):
     query, key = (jnp.bfloat16(np.random.default_rng(i).normal(size=(1, 9, 2, 8))) for i in range(2))
-    options = {"scale": 0.3, "causal": True, "implementation": implementation}
-    out, _, rest = block.attention_forward(query, key, key, with_rest=True, **options)
-    exact, _ = block.attention_forward(*(x.astype(jnp.float32) for x in (query, key, key)), **options)
+    call = Call(query, key, key, Mask(True), scale=0.3)
+    out, _, rest = block.forward(call, with_rest=True, implementation=implementation)
+    exact = block.forward(jax.tree.map(lambda x: x.astype(jnp.float32), call), implementation=implementation).out
     narrow = np.abs(np.asarray(out, np.float64) - np.asarray(exact, np.float64)).max()
     wide = np.abs(np.asarray(out, np.float64) + np.asarray(rest, np.float64) - np.asarray(exact, np.float64)).max()
-    assert len(block.attention_forward(query, key, key, **options)) == 2
+    assert block.forward(call, implementation=implementation).rest is None
     assert wide <= narrow
     if implementation == "reference":  # "xla" rounds its probabilities before the second product
         assert wide < narrow / 50

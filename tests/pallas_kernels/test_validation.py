@@ -115,26 +115,27 @@ bad_lengths = st.one_of(
 )  # fmt: skip
 
 
-@given(bad_lengths)
-def test_bad_depth_length(length):
-    _assert_refused(_arguments() | {"depth_length": length}, "depth_length")
+@given(st.sampled_from(["depth_length", "depth_start"]), bad_lengths)
+def test_bad_depth_length_and_start(name, number):
+    _assert_refused(_arguments() | {name: number}, name)
 
 
-def test_depth_length_of_a_call_without_depth():
+@pytest.mark.parametrize("name", ["depth_length", "depth_start"])
+def test_depth_length_and_start_of_a_call_without_depth(name):
     arguments = _arguments(("query", "key", "value"))
-    _assert_refused(arguments | {"depth_length": 1}, "depth_length", ops="moda")
-    assert moda_attention(**arguments, depth_length=0).shape == (B, T, N, H)
+    _assert_refused(arguments | {name: 1}, name, ops="moda")
+    assert moda_attention(**arguments, **{name: 0}).shape == (B, T, N, H)
 
 
 def test_good_depth_lengths():
     for length in (0, 3, S, np.int64(3), np.uint8(3)):
-        checked = validation.checked_depth_length(length, S)
+        checked = validation.checked_slots("depth_length", length, S)
         assert checked == length and type(checked) is int
     for length, clipped in ((-1, 0), (0, 0), (3, 3), (9, S)):
         for array in (jnp.int32(length), np.array(length, np.int32)):
-            assert validation.checked_depth_length(array, S) == clipped
-        assert jax.jit(lambda length: validation.checked_depth_length(length, S))(jnp.int32(length)) == clipped
-    assert validation.checked_depth_length(None, S) is None
+            assert validation.checked_slots("depth_length", array, S) == clipped
+        assert jax.jit(lambda length: validation.checked_slots("depth_length", length, S))(jnp.int32(length)) == clipped
+    assert validation.checked_slots("depth_length", None, S) is None
 
 
 @given(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -27,3 +27,8 @@ def quick_of_named(cases: Mapping[str, tuple[Any, ...]], quick: Collection[str])
         pytest.param(*cases[parameter.values[0]], id=parameter.values[0], marks=parameter.marks)
         for parameter in quick_of(cases, quick)
     ]
+
+
+def quick_first(cases: Sequence[tuple[Any, ...]], quick: int) -> list:
+    """The same for cases without names: those behind the first `quick` are marked `slow`."""
+    return [pytest.param(case, marks=() if i < quick else pytest.mark.slow) for i, case in enumerate(cases)]

@@ -1,4 +1,4 @@
-"""Runs the warp-level code of `pallas_kernels.mosaic_gpu.warp_mma` in NumPy, one warpgroup at a time.
+"""Runs the warp-level code of `pallas_kernels.mosaic_gpu.depth.warp_mma` in NumPy, one warpgroup at a time.
 
 The Pallas interpreter cannot run PTX. This emulator does, for the few instructions that `warp_mma` emits: every MLIR
 value becomes an array over the 128 threads, shared and global memory are byte arrays, and the matrix instructions

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moda_jax.model.depth.stream import Stream, is_traced
-from moda_jax.parallel.attention import Options, attend, attention_backward, attention_forward
+from moda_jax.parallel.attention import attend, attention_backward, attention_forward, causal_mask
+from pallas_kernels.operands import Call, DepthKV, Upstream
+from pallas_kernels.parts import Part, delta
 
 Array = jax.Array
 PyTree = Any
@@ -112,21 +114,14 @@ class SoftmaxAttention(Operation):
     with_lse: bool = False
 
     def __call__(self, request: tuple, stream: Stream, shared: tuple) -> PyTree:
-        query, key, value = request
         if self.with_lse:
             return _with_own_backward(self, request, stream, shared)
-        return attend(
-            query, key, value, *self._depth(stream), segment_ids=self.segment_ids(*shared), scale=self.scale,
-            implementation=self.implementation,
-        )  # fmt: skip
+        return attend(self.call(request, stream, shared), implementation=self.implementation)
 
     def forward(self, request: tuple, stream: Stream, shared: tuple) -> tuple[PyTree, Array | None]:
         """The output, and the log-sum-exp [B, T, N] float32, which may be part of the result."""
-        query, key, value = request
-        results = attention_forward(
-            query, key, value, *self._depth(stream), self.segment_ids(*shared), self._options(query)
-        )
-        return (results, None) if self.with_lse else results
+        part = attention_forward(self.call(request, stream, shared), implementation=self.implementation)
+        return ((part.out, part.lse), None) if self.with_lse else (part.out, part.lse)
 
     def backward(
         self,
@@ -139,31 +134,28 @@ class SoftmaxAttention(Operation):
         dbuffers: tuple[Array, ...],
     ) -> tuple[tuple, tuple[Array, ...]]:
         """As `Operation.backward`; the kernels add to the buffers in place."""
-        query, key, value = request
-        dlse = 0.0
+        dlse = None
         if self.with_lse:
             (result, saved), (dresult, dlse) = result, dresult
         # From the rounded output. The op by itself (`__call__`) adds what rounding took from it, which here would be
         # one more array of the output's size for every layer. It matters in the op's own gradients where a softmax is
         # peaked over few tokens: ten times the error at T <= 3. In a model's bfloat16 gradients it does not show: a
         # relative error of 1.07e-2 both ways at T = 1024, within 3 % of each other with sharpened queries too.
-        delta = jnp.sum(dresult.astype(jnp.float32) * result.astype(jnp.float32), axis=-1) - dlse  # [B, T, N]
-        depth = self._depth(stream)
-        reads = depth[0] is not None
+        upstream = Upstream(dresult, saved, delta(dresult, Part(result, saved), dlse))
+        call = self.call(request, stream, shared)
         dquery, dkey, dvalue, *sums = attention_backward(
-            query, key, value, *depth, self.segment_ids(*shared), dresult, saved, delta,
-            *(dbuffers if reads else (None, None)), self._options(query),
-        )  # fmt: skip
-        return (dquery, dkey, dvalue), tuple(sums) if reads else dbuffers
+            call, upstream, buffers=None if call.depth is None else dbuffers, implementation=self.implementation
+        )
+        return (dquery, dkey, dvalue), dbuffers if call.depth is None else tuple(sums)
 
-    def _depth(self, stream: Stream) -> tuple[Array | None, Array | None, Any]:
-        """The op's depth operands: none without slots, which is plain attention."""
-        if not (self.reads_slots and stream.slots):
-            return None, None, None
-        return stream.key, stream.value, filled_slots(stream)
-
-    def _options(self, query: Array) -> Options:
-        return Options(query.shape[-1] ** -0.5 if self.scale is None else self.scale, self.implementation)
+    def call(self, request: tuple, stream: Stream, shared: tuple) -> Call:
+        """The op's operands: no depth part without slots, which is plain attention."""
+        query, key, value = request
+        depth = None
+        if self.reads_slots and stream.slots:
+            depth = DepthKV(stream.key, stream.value, length=filled_slots(stream))
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return Call(query, key, value, causal_mask(self.segment_ids(*shared)), depth, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -19,7 +19,9 @@ import numpy as np
 
 from moda_jax.model.depth.operations import Operation, filled_slots
 from moda_jax.model.depth.stream import DepthStream, Entry, Stream, empty_slots
-from moda_jax.parallel.attention import Options, depth_backward, depth_forward
+from moda_jax.parallel.attention import attention_backward, attention_forward
+from pallas_kernels.operands import Call, DepthKV, Upstream
+from pallas_kernels.parts import Part, delta
 
 Array = jax.Array
 
@@ -230,22 +232,23 @@ class DepthAttention(Read):
         (query,) = request
         if stream.slots == 0:
             return (jnp.zeros_like(query), jnp.full(query.shape[:-1], -jnp.inf, jnp.float32)), None
-        out = depth_forward(query, stream.key, stream.value, filled_slots(stream), self._options(query))
-        return out, None
+        part = attention_forward(self._call(query, stream), implementation=self.implementation)
+        return (part.out, part.lse), None
 
     def backward(self, request, result, saved, stream, shared, dresult, dbuffers):
         """As `Operation.backward`; the kernels add to the buffers in place."""
         (query,), (out, lse), (dout, dlse) = request, result, dresult
         if stream.slots == 0:
             return (jnp.zeros_like(query),), dbuffers
-        delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
-        dquery, *dbuffers = depth_backward(
-            query, stream.key, stream.value, filled_slots(stream), dout, lse, delta, *dbuffers, self._options(query)
+        upstream = Upstream(dout, lse, delta(dout, Part(out, lse), dlse))
+        gradients = attention_backward(
+            self._call(query, stream), upstream, buffers=dbuffers, implementation=self.implementation
         )
-        return (dquery,), tuple(dbuffers)
+        return (gradients.query,), (gradients.depth_key, gradients.depth_value)
 
-    def _options(self, query: Array) -> Options:
-        return Options(query.shape[-1] ** -0.5, self.implementation)
+    def _call(self, query: Array, stream: DepthStream) -> Call:
+        depth = DepthKV(stream.key, stream.value, length=filled_slots(stream))
+        return Call(query, depth=depth, scale=query.shape[-1] ** -0.5)
 
 
 def _filled(hidden: Array, length: Array | np.int32) -> Array:

@@ -25,7 +25,9 @@ import jax.numpy as jnp
 from moda_jax.model.depth.operations import filled_slots
 from moda_jax.model.depth.reads import Read
 from moda_jax.model.depth.stream import DepthStream
-from moda_jax.parallel.attention import Options, depth_backward, depth_forward
+from moda_jax.parallel.attention import attention_backward, attention_forward
+from pallas_kernels.operands import Call, DepthKV, Upstream
+from pallas_kernels.parts import Part, delta
 
 Array = jax.Array
 
@@ -58,9 +60,10 @@ class SlotAttention(Read):
             nothing = jnp.zeros_like(query), jnp.full(query.shape[:-1], -jnp.inf, jnp.float32)
             return (nothing,) * self.kinds, None
         results = []
-        for place, length in self._places(scores, stream):
+        for place, window in self._places(scores, stream):
             key, value = self._cut(stream.key, place), self._weighed(self._cut(stream.value, place), scores, place)
-            results.append(depth_forward(query, key, value, length, self._options(query)))
+            part = attention_forward(_call(query, key, value, window), implementation=self.implementation)
+            results.append((part.out, part.lse))
         return tuple(results), None
 
     def backward(self, request, result, saved, stream, shared, dresult, dbuffers):
@@ -71,24 +74,26 @@ class SlotAttention(Read):
         if stream.slots == 0:
             return ((dquery.astype(query.dtype), dscores),), dbuffers
         dkeys, dvalues = dbuffers
-        for (place, length), (out, lse), (dout, dlse) in zip(
+        for (place, window), (out, lse), (dout, dlse) in zip(
             self._places(scores, stream), result, dresult, strict=True
         ):
             key, plain = self._cut(stream.key, place), self._cut(stream.value, place)
             value = self._weighed(plain, scores, place)
-            delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
             whole = key is stream.key and value is stream.value
-            more, dkey, dvalue = depth_backward(
-                query, key, value, length, dout, lse, delta,
-                dkeys if whole else jnp.zeros_like(key, dtype=dkeys.dtype),
-                dvalues if whole else jnp.zeros_like(value, dtype=dvalues.dtype), self._options(query),
+            buffers = dkeys, dvalues
+            if not whole:
+                buffers = jnp.zeros_like(key, dtype=dkeys.dtype), jnp.zeros_like(value, dtype=dvalues.dtype)
+            gradients = attention_backward(
+                _call(query, key, value, window), Upstream(dout, lse, delta(dout, Part(out, lse), dlse)),
+                buffers=buffers, implementation=self.implementation,
             )  # fmt: skip
-            dquery += more.astype(jnp.float32)
+            dkey, dvalue = gradients.depth_key, gradients.depth_value
+            dquery += gradients.query.astype(jnp.float32)
             if whole:  # the kernels have added to the buffers in place
                 dkeys, dvalues = dkey, dvalue
                 continue
             if scores is not None:
-                filled = (jnp.arange(plain.shape[2], dtype=jnp.int32) < length)[None, None, :, None, None]
+                filled = (jnp.arange(plain.shape[2], dtype=jnp.int32) < window[1])[None, None, :, None, None]
                 products = jnp.where(filled, dvalue.astype(jnp.float32) * plain.astype(jnp.float32), 0.0)
                 weight = jax.nn.sigmoid(scores[place])
                 slope = 2.0 * weight * (1.0 - weight) * jnp.sum(products, axis=(0, 1, 3, 4))
@@ -97,18 +102,20 @@ class SlotAttention(Read):
             dkeys, dvalues = self._add(dkeys, dkey, place), self._add(dvalues, dvalue, place)
         return ((dquery.astype(query.dtype), dscores),), (dkeys, dvalues)
 
-    def _places(self, scores: Array | None, stream: DepthStream) -> list[tuple[Any, Array]]:
-        """For each kind where its slots are, and how many of those are filled."""
+    def _places(self, scores: Array | None, stream: DepthStream) -> list[tuple[Any, tuple[Array | None, Array]]]:
+        """For each kind where its slots are, and the window [start, length) of those that is read."""
         filled = jnp.asarray(filled_slots(stream), jnp.int32)
         if self.read == "all" or self.slots >= stream.slots:
-            kinds = [(kind, (filled + self.kinds - 1 - kind) // self.kinds) for kind in range(self.kinds)]
-            return kinds if self.read != "top" else [(jnp.arange(len(scores), dtype=jnp.int32), filled)]
-        length = jnp.minimum(filled, self.slots)
-        if self.read != "top":
-            return [(jnp.maximum(filled - (self.slots - self.first), self.first), length)]
+            kinds = [(kind, (None, (filled + self.kinds - 1 - kind) // self.kinds)) for kind in range(self.kinds)]
+            return kinds if self.read != "top" else [(jnp.arange(len(scores), dtype=jnp.int32), (None, filled))]
+        if self.read == "window":
+            return [(0, (jnp.maximum(filled - self.slots, 0), filled))]
+        window = None, jnp.minimum(filled, self.slots)
+        if self.read == "hybrid":
+            return [(jnp.maximum(filled - (self.slots - self.first), self.first), window)]
         known = jnp.arange(len(scores), dtype=jnp.int32)
         ranked = jnp.where(known < filled, jax.lax.stop_gradient(scores), -jnp.inf)[::-1]
-        return [((len(scores) - 1 - jax.lax.top_k(ranked, self.slots)[1]).astype(jnp.int32), length)]
+        return [((len(scores) - 1 - jax.lax.top_k(ranked, self.slots)[1]).astype(jnp.int32), window)]
 
     def _cut(self, buffer: Array, place: Any) -> Array:
         """What is read of a buffer [B, T, S, K, H]."""
@@ -117,7 +124,7 @@ class SlotAttention(Read):
         if isinstance(place, int):
             return buffer if self.kinds == 1 else buffer[:, :, place :: self.kinds]
         last = jax.lax.dynamic_slice_in_dim(buffer, place, self.slots - self.first, axis=2)
-        return jnp.concatenate([buffer[:, :, : self.first], last], axis=2) if self.first else last
+        return jnp.concatenate([buffer[:, :, : self.first], last], axis=2)
 
     def _add(self, buffer: Array, more: Array, place: Any) -> Array:
         """A gradient buffer with what was read of it grown by `more`."""
@@ -127,7 +134,7 @@ class SlotAttention(Read):
             return buffer.at[:, :, place :: self.kinds].add(more)
         size = self.slots - self.first
         last = jax.lax.dynamic_slice_in_dim(buffer, place, size, axis=2) + more[:, :, self.first :]
-        buffer = buffer.at[:, :, : self.first].add(more[:, :, : self.first]) if self.first else buffer
+        buffer = buffer.at[:, :, : self.first].add(more[:, :, : self.first])
         return jax.lax.dynamic_update_slice_in_dim(buffer, last, place, axis=2)
 
     def _weighed(self, value: Array, scores: Array | None, place: Any) -> Array:
@@ -137,5 +144,6 @@ class SlotAttention(Read):
         weight = 2.0 * jax.nn.sigmoid(scores[place])[None, None, :, None, None]
         return (value.astype(jnp.float32) * weight).astype(value.dtype)
 
-    def _options(self, query: Array) -> Options:
-        return Options(query.shape[-1] ** -0.5, self.implementation)
+
+def _call(query: Array, key: Array, value: Array, window: tuple[Array | None, Array]) -> Call:
+    return Call(query, depth=DepthKV(key, value, *window), scale=query.shape[-1] ** -0.5)

@@ -128,6 +128,7 @@ def test_an_error_leaves_nothing(tmp_path):
     assert (tmp_path / "thing").is_dir()
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_and_says_so(tmp_path):
     first = start_python(SLOW_MAKER, tmp_path / "thing")
     assert first.stdout.readline() == "begun\n"

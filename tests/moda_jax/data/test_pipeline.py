@@ -283,6 +283,7 @@ class TestThreads:
         self.wait_until_none()
         assert not self.reading()
 
+    @pytest.mark.slow
     @pytest.mark.timeout(120)
     def test_an_interpreter_ends_with_batches_open(self, prepared):
         code = """

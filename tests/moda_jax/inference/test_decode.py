@@ -104,20 +104,20 @@ def test_prompts_of_different_lengths_give_what_they_give_alone():
 
 
 @pytest.mark.parametrize(
-    ("unroll", "products"),
+    ("unroll", "implementation"),
     [
-        (False, "reduce"),
-        pytest.param(True, "dot", marks=pytest.mark.slow),
-        pytest.param(True, "reduce", marks=pytest.mark.slow),
+        (False, "reference"),
+        pytest.param(True, "xla", marks=pytest.mark.slow),
+        pytest.param(True, "reference", marks=pytest.mark.slow),
     ],
 )
-def test_the_forms_of_a_step_agree(unroll, products):
+def test_the_forms_of_a_step_agree(unroll, implementation):
     config, model, params = build()
     params = decode.inference_params(params, config)
-    expected, expected_logits = greedy(model, params, [SHORT, PROMPT], 24, 8)  # "scan", "dot"
+    expected, expected_logits = greedy(model, params, [SHORT, PROMPT], 24, 8)  # "scan", "xla"
     params = decode.decode_params(params, unroll=unroll)
     assert isinstance(params["layers"], tuple) == unroll
-    tokens, logits = greedy(model, params, [SHORT, PROMPT], 24, 8, products=products)
+    tokens, logits = greedy(model, params, [SHORT, PROMPT], 24, 8, implementation=implementation)
     np.testing.assert_array_equal(tokens, expected)
     np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-5)
 

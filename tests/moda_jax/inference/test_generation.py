@@ -115,6 +115,7 @@ def test_a_stop_string_and_the_length_end_a_completion(model):
     assert shorter.num_tokens == 18 and whole.text.startswith(shorter.text.rstrip("\ufffd"))
 
 
+@pytest.mark.slow
 def test_the_whole_context_can_be_used(model):
     (completion,) = run(model, ["x" * 40], max_tokens=CONFIG.max_sequence_length - 40, sampling=GREEDY)
     assert completion.num_tokens == 24

@@ -103,6 +103,7 @@ def test_windows_over_a_long_text_are_no_cuts(evaluated):
     assert evaluated[0].cuts == harness.Cuts(contexts=9, contexts_cut=1, prompts=2)  # a choice is too long
 
 
+@pytest.mark.slow
 def test_a_generating_task(run, results):
     assert 0 <= results["results"]["keyword_generate"]["exact_match,none"] <= 1
     model = harness.HarnessModel(run)

@@ -59,6 +59,7 @@ def loss_and_gradient(config, params):
     return float(value), norms, float(np.sqrt(sum(n**2 for n in jax.tree.leaves(norms))))
 
 
+@pytest.mark.slow
 def test_the_first_step_is_close_to_the_bases(base):
     expected, _, norm = loss_and_gradient(BASE, base)
     config, params = start(base, **ROWS["row 5"])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from support.selection import quick_of
 
 from moda_jax import DepthStream, MoDAAttention, Transformer, TransformerConfig, depth_scan
 from pallas_kernels.norm import rms_norm_backward
@@ -35,7 +36,7 @@ def cast(params, dtype):
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compute", quick_of(("float32", "bfloat16"), ("bfloat16",)))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     "fields",
@@ -57,7 +58,7 @@ def test_of_the_model(fields, dtype, compute, x64):
 
 
 @pytest.mark.parametrize("loop", ["scan", "remat", "depth_scan"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", quick_of(("float32", "bfloat16", "float16"), ("bfloat16",)))
 def test_of_the_layer(dtype, loop, x64):
     layer = nnx.eval_shape(lambda: MoDAAttention(**SIZES, ffn_kv=True, dtype="bfloat16", rngs=nnx.Rngs(0)))
     graph, params = nnx.split(layer)

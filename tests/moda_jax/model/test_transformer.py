@@ -114,7 +114,8 @@ def test_remat_and_unrolling_change_no_number(name):
     )
 
 
-@pytest.mark.parametrize("name", quick_of(("post-ffn", "pre-none"), ("post-ffn",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["post-ffn", "pre-none"])
 def test_no_logit_depends_on_a_later_token_or_another_document(name):
     # Every token of the row is another one, so that the gradient of the (untied) table tells the positions apart.
     graph, params = build(dataclasses.replace(VARIANTS[name], tie_embeddings=False))
@@ -159,6 +160,7 @@ def test_the_last_layer_has_no_projections_and_the_stream_no_slot_for_it():
     assert config.depth_slots == 2 * (config.num_layers - 1)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_to_float32():
     config = dataclasses.replace(TINY, initializer_range=0.05)
     graph, params = build(config)

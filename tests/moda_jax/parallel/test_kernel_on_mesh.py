@@ -35,13 +35,13 @@ B, T = 8, 1024
     "sizes",
     [
         pytest.param((2, 4, 1, 1), id="data2_fsdp4", marks=pytest.mark.slow),
-        pytest.param((1, 2, 2, 2), id="fsdp2_tensor2_context2"),
+        pytest.param((1, 2, 2, 2), id="fsdp2_tensor2_context2", marks=pytest.mark.slow),
         pytest.param((1, 1, 1, 8), id="context8", marks=pytest.mark.slow),
     ],
 )
 def test_the_train_step_lowers_for_cuda(sizes, monkeypatch):
     monkeypatch.setattr(warpgroup, "default_interpret", lambda: False)
-    monkeypatch.setattr(dispatch, "prefers_mosaic_gpu", lambda: True)
+    monkeypatch.setattr(dispatch, "preferred", lambda: ("mosaic_gpu",))
     norm._best.cache_clear()
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)
     config = TrainConfig(batch_size=B, num_steps=10)
@@ -51,7 +51,7 @@ def test_the_train_step_lowers_for_cuda(sizes, monkeypatch):
     state = jax.eval_shape(functools.partial(initial_state, functools.partial(language_params, MODEL), optimizer, 0))
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state, state_shardings(mesh, state),
+        state, state_shardings(mesh, state, parameter_kinds(MODEL)),
     )  # fmt: skip
     rows = named_sharding(mesh, "batch", "tokens")
     integers = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)

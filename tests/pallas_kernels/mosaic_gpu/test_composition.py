@@ -19,8 +19,9 @@ from moda_jax.tasks.language import LanguageObjective, language_params
 from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from moda_jax.training.state import initial_state
 from moda_jax.training.train_step import make_train_step
-from pallas_kernels import dispatch, moda_attention, mosaic_gpu, norm
-from pallas_kernels.mosaic_gpu import warpgroup
+from pallas_kernels import dispatch, moda_attention, norm
+from pallas_kernels.mosaic_gpu import implementation, warpgroup
+from pallas_kernels.operands import Call, DepthKV, Mask, Upstream
 
 FORWARD = ("moda_depth_forward", "moda_sequence_forward")
 BACKWARD = ("moda_sequence_dq", "moda_sequence_dkv", "moda_depth_backward")
@@ -31,7 +32,7 @@ TOKENS, SLOTS, HEADS, KV_HEADS, HEAD_DIM = 152, 11, 6, 2, 64
 @pytest.fixture(autouse=True)
 def for_the_chip(monkeypatch):
     monkeypatch.setattr(warpgroup, "default_interpret", lambda: False)
-    monkeypatch.setattr(dispatch, "prefers_mosaic_gpu", lambda: True)
+    monkeypatch.setattr(dispatch, "preferred", lambda: ("mosaic_gpu",))
     norm._best.cache_clear()
     yield
     norm._best.cache_clear()
@@ -75,10 +76,8 @@ def test_accumulating_backward_under_scan():
 
     def layers(query, key, depth_key, depth_value, lse, buffers):
         def layer(buffers, length):
-            *gradients, dk, dv = mosaic_gpu.attention_backward(
-                query, key, key, depth_key, depth_value, length, query, lse, lse, scale=0.125, causal=True,
-                depth_key_gradient=buffers[0], depth_value_gradient=buffers[1],
-            )  # fmt: skip
+            call = Call(query, key, key, Mask(True), DepthKV(depth_key, depth_value, length=length), 0.125)
+            *gradients, dk, dv = implementation.backward(call, Upstream(query, lse, lse), buffers)
             return (dk, dv), gradients
 
         return jax.lax.scan(layer, buffers, jnp.arange(SLOTS, 0, -1))

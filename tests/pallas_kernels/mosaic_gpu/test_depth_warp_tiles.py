@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from support.warp_emulator import Emulator, Memory
 
-from pallas_kernels.mosaic_gpu import warp_mma
-from pallas_kernels.mosaic_gpu.depth_tiles import COLUMNS, MAX_SHARED_BYTES, WARPS, DepthShape, DepthTiles
+from pallas_kernels.mosaic_gpu.depth import warp_mma
+from pallas_kernels.mosaic_gpu.depth.tiles import COLUMNS, MAX_SHARED_BYTES, WARPS, DepthShape, DepthTiles
 
-forward = importlib.import_module("pallas_kernels.mosaic_gpu.depth_forward")
-chunk_module = importlib.import_module("pallas_kernels.mosaic_gpu.depth_chunk")
-tile_module = importlib.import_module("pallas_kernels.mosaic_gpu.depth_backward_tile")
+forward = importlib.import_module("pallas_kernels.mosaic_gpu.depth.forward")
+chunk_module = importlib.import_module("pallas_kernels.mosaic_gpu.depth.chunk")
+tile_module = importlib.import_module("pallas_kernels.mosaic_gpu.depth.backward_tile")
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 TOLERANCE = {"bfloat16": 1.2e-2, "float16": 2e-3}  # relative L2 error against float64 on the rounded inputs
@@ -78,14 +78,19 @@ def check(name, got, want, tolerance):
     assert error < tolerance, f"{name}: relative error {error:.2e}, worst at {np.abs(got - want).argmax()}"
 
 
-def chunks_of(length, rows):
-    """(chunk, slot of row 0, first row that is a slot)."""
-    count = -(-length // rows)
-    return [(c, length - (count - c) * rows, max((count - c) * rows - length, 0)) for c in range(count)]
+def chunks_of(start, length, rows):
+    """(chunk, slot of row 0, first row that is a seen slot)."""
+    count = -(-(length - start) // rows)
+    return [(c, length - (count - c) * rows, max((count - c) * rows - length + start, 0)) for c in range(count)]
+
+
+def hidden(start, *arrays):
+    """Tiles [4, S, H] with NaN in the slots before `start`."""
+    return [np.where(np.arange(x.shape[1])[:, None] < start, np.asarray(np.nan, x.dtype), x) for x in arrays]
 
 
 CASES = [
-    # dtype, G of a tile, H, filled slots, rows, heads of a box, gradients
+    # dtype, G of a tile, H, filled slots (or start and length of the window), rows, heads of a box, gradients
     ("bfloat16", 1, 64, 16, 16, 1, "fresh"),
     ("bfloat16", 8, 64, 37, 32, 2, "fresh"),
     ("float16", 2, 128, 50, 32, 2, "16-bit buffers"),
@@ -97,6 +102,10 @@ CASES = [
     ("float16", 16, 80, 39, 32, 1, "fresh"),
     ("float16", 2, 128, 129, 32, 1, "16-bit buffers"),
     ("float16", 8, 128, 63, 32, 2, "fresh"),
+    # A window that does not begin at slot 0: what was loaded of the slots before it is NaN.
+    ("bfloat16", 3, 64, (3, 37), 32, 1, "fresh"),
+    ("float16", 8, 128, (20, 50), 32, 2, "16-bit buffers"),
+    ("bfloat16", 2, 80, (9, 20), 16, 1, "float32 buffers"),
 ]
 
 
@@ -104,20 +113,23 @@ CASES = [
 def test_forward(monkeypatch, dtype, heads, head_dim, length, rows, box, gradients):
     if box == 2 or (gradients == "float32 buffers" and head_dim == 128):
         pytest.skip("a case of the backward")
+    begin, length = length if isinstance(length, tuple) else (0, length)
     shape = DepthShape(1, length, WARPS * heads, WARPS, head_dim, heads)
     tiles = DepthTiles(rows, 2, 1)
     chip = Chip(monkeypatch, shape, tiles, 2)
     (query, _), (key, value), _, _ = make(dtype, shape, 0)
+    loaded = hidden(begin, key, value)
+    key, value = key[:, begin:], value[:, begin:]
     queries = chip.memory.share(2 * 2 * shape.column_blocks * shape.query_rows * COLUMNS)
     out = np.full((WARPS * heads, head_dim), np.nan, DTYPES[dtype])
     lse = np.full(WARPS * heads, np.nan, np.float32)
-    compute = forward.WarpTile(shape, tiles, SCALE, dtype)
+    compute = forward.ForwardWarpTile(shape, tiles, SCALE, dtype, windowed=begin > 0)
     state = compute.start()
-    for chunk, slot, first in chunks_of(length, rows):
+    for chunk, slot, first in chunks_of(begin, length, rows):
         stage = chunk % 2
         chip.put_heads(queries, stage, query.reshape(-1, head_dim))
         start = rows // 2 if first >= rows // 2 and rows == 32 else 0  # `load_chunk` leaves the first half alone
-        for part, x in enumerate((key, value)):
+        for part, x in enumerate(loaded):
             for w in range(WARPS):
                 padded = np.concatenate([np.zeros((rows, head_dim), x.dtype), x[w]])
                 chip.put(chip.cells(stage, part, w)[start:], padded[slot + rows + start : slot + 2 * rows])
@@ -136,11 +148,14 @@ def test_forward(monkeypatch, dtype, heads, head_dim, length, rows, box, gradien
 
 @pytest.mark.parametrize(("dtype", "heads", "head_dim", "length", "rows", "box", "gradients"), CASES)
 def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, box, gradients):
+    begin, length = length if isinstance(length, tuple) else (0, length)
     shape = DepthShape(1, length, WARPS * heads, WARPS, head_dim, heads)
-    tiles = DepthTiles(rows, 1, 1, 0, box)
+    tiles = DepthTiles(rows, 1, 1, box)
     parts = 4 if gradients == "16-bit buffers" else 2
     chip = Chip(monkeypatch, shape, tiles, parts)
     (query, dout), (key, value), lse, delta = make(dtype, shape, 1)
+    operands = hidden(begin, key, value)
+    key, value = key[:, begin:], value[:, begin:]
     queries = chip.memory.share(2 * 2 * shape.column_blocks * shape.query_rows * COLUMNS)
     statistics = chip.memory.share(2 * shape.statistics * 4)
     staging = chip.memory.share(WARPS * shape.column_blocks * 8 * shape.head_blocks * 128)
@@ -154,13 +169,15 @@ def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, box, gradie
     old = [rng.standard_normal((1, length, WARPS, head_dim)).astype(buffer_dtype) for _ in range(2)]
     new = [x.copy() if gradients != "fresh" else np.full_like(x, np.nan) for x in old]
     targets = tuple(chip.memory.place(x) for x in new)
-    compute = tile_module.WarpTile(shape, tiles, SCALE, dtype, gradients)
+    compute = tile_module.BackwardWarpTile(
+        tile_module.DepthVariant(shape, tiles, SCALE, dtype, gradients, windowed=begin > 0, adds=True)
+    )
     added = rng.standard_normal((WARPS * heads, head_dim)).astype(DTYPES[dtype])
     dq = np.full(added.shape, np.nan, DTYPES[dtype])
     state = compute.start()
-    for _, slot, first in chunks_of(length, rows):
+    for _, slot, first in chunks_of(begin, length, rows):
         start = rows // 2 if first >= rows // 2 and rows == 32 else 0
-        loaded = [key, value] + ([x[0].swapaxes(0, 1) for x in old] if parts == 4 else [])
+        loaded = operands + ([x[0].swapaxes(0, 1) for x in old] if parts == 4 else [])
         for part, x in enumerate(loaded):
             for w in range(WARPS):
                 padded = np.concatenate([np.zeros((rows, head_dim), x.dtype), x[w]])
@@ -183,5 +200,7 @@ def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, box, gradie
     want = [np.einsum("wsg,wgh->swh", ds, q)[None] * SCALE, np.einsum("wsg,wgh->swh", p, do)[None]]
     check("dquery", dq, want_dq, TOLERANCE[dtype])
     for name, got, expected, before in zip(("ddepth_key", "ddepth_value"), new, want, old, strict=True):
-        total = expected if gradients == "fresh" else expected + before.astype(np.float64)
-        check(name, got, total, TOLERANCE[dtype])
+        total = expected if gradients == "fresh" else expected + before[:, begin:].astype(np.float64)
+        check(name, got[:, begin:], total, TOLERANCE[dtype])
+        untouched = np.full_like(before, np.nan) if gradients == "fresh" else before
+        np.testing.assert_array_equal(*(x[:, :begin].astype(np.float32) for x in (got, untouched)))

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic_gpu import masks as masks_lib
-from pallas_kernels.mosaic_gpu.sequence_backward import sequence_backward
-from pallas_kernels.mosaic_gpu.sequence_forward import sequence_forward
+from pallas_kernels.mosaic_gpu.sequence.backward import sequence_backward
+from pallas_kernels.mosaic_gpu.sequence.forward import sequence_forward
+from pallas_kernels.operands import Call, Mask, Upstream
+from pallas_kernels.parts import delta
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
 ]
 
-FIELDS = ("query_positions", "key_positions", "query_segment_ids", "key_segment_ids", "key_length")
 SCALE = 0.125
 
 
@@ -50,12 +50,9 @@ def dense(query, key, value, dout, rows, *, causal, dtype):
 @functools.partial(jax.jit, static_argnames=("causal",))
 def kernels(query, key, value, dout, rows, *, causal):
     """(out, lse, dquery, dkey, dvalue) of the kernels."""
-    prepared = masks_lib.prepare(
-        query.shape[0], query.shape[1], key.shape[1], causal, *(rows.get(field) for field in FIELDS)
-    )
-    out, lse, _ = sequence_forward(query, key, value, scale=SCALE, masks=prepared)
-    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-    return out, lse, *sequence_backward(query, key, value, dout, lse, delta, scale=SCALE, masks=prepared)
+    call = Call(query, key, value, Mask(causal, **rows), scale=SCALE)
+    part = sequence_forward(call)
+    return *part[:2], *sequence_backward(call, Upstream(dout, part.lse, delta(dout, part)))
 
 
 def relative_error(got, expected):

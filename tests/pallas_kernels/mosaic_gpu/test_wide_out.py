@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic_gpu
+from pallas_kernels.mosaic_gpu import implementation
+from pallas_kernels.operands import Call, DepthKV, Mask, Upstream
+from pallas_kernels.parts import delta
 
 DTYPE = jnp.bfloat16
 SCALE = 0.125
@@ -46,18 +48,15 @@ def errors(with_rest, arrays):
     """Relative L2 errors of out, dquery, dkey, ddepth_key, and out itself."""
     tokens = arrays[0].shape[1]
     segments = jnp.arange(tokens, dtype=jnp.int32)[None]
-    masks = dict(scale=SCALE, causal=True, query_segment_ids=segments, key_segment_ids=segments)
+    mask = Mask(True, query_segment_ids=segments, key_segment_ids=segments)
 
     @jax.jit
     def run(query, key, value, depth_key, depth_value, dout):
-        out, lse, rest = mosaic_gpu.attention_forward(
-            query, key, value, depth_key, depth_value, None, with_rest=with_rest, **masks
-        )
-        out = out.astype(jnp.float32) + (rest.astype(jnp.float32) if with_rest else 0.0)
-        delta = jnp.sum(out * dout.astype(jnp.float32), axis=-1)
-        dquery, dkey, _, ddepth_key, _ = mosaic_gpu.attention_backward(
-            query, key, value, depth_key, depth_value, None, dout, lse, delta, **masks
-        )
+        call = Call(query, key, value, mask, DepthKV(depth_key, depth_value), SCALE)
+        part = implementation.forward(call, with_rest=with_rest)
+        upstream = Upstream(dout, part.lse, delta(dout, part))
+        dquery, dkey, _, ddepth_key, _ = implementation.backward(call, upstream)
+        out = part.wide
         return out, dquery, dkey, ddepth_key
 
     got = run(*arrays)
@@ -82,7 +81,8 @@ def test_gradients_of_a_peaked_softmax():
 @pytest.mark.timeout(300)
 def test_depth_forward_alone():
     query, *_, depth_key, depth_value, _ = peaked(5, 2, 1, 64)
-    out, lse, rest = mosaic_gpu.depth_forward(query, depth_key, depth_value, scale=SCALE, with_rest=True)
+    call = Call(query, depth=DepthKV(depth_key, depth_value), scale=SCALE)
+    out, lse, rest = implementation.forward(call, with_rest=True)
     assert out.dtype == rest.dtype == DTYPE
     assert lse.dtype == jnp.float32
     out = out.astype(jnp.float32) + rest.astype(jnp.float32)

@@ -21,7 +21,9 @@ def test_every_element_is_fresh_in_exactly_one_block(largest):
         assert blocks.ragged == (blocks.count * blocks.size != length)
 
 
-@pytest.mark.parametrize("largest", [1, 2, 5, 64])
+@pytest.mark.parametrize(
+    "largest", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 5, 64]
+)
 def test_blocks_of_tokens_put_back_what_they_cut(largest):
     for length in (1, 2, 7, 10, 63, 64, 65):
         blocks = TokenBlocks.of(length, largest)

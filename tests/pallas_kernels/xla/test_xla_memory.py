@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import block, moda_attention
+from pallas_kernels.operands import Call, DepthKV, Mask, Upstream
 
 
 def _largest_array(jaxpr) -> int:
@@ -74,13 +75,12 @@ def test_gradient_buffers_are_carried_in_place(operation, dtype):
 
     def run(query, key, depth, buffers):
         def layer(buffers, index):
-            options = {"scale": 0.1, "implementation": "xla"}
-            options |= dict(zip(("depth_key_gradient", "depth_value_gradient"), buffers, strict=True))
-            tail = (depth, depth, 8 * index, query, statistics, statistics)
-            if operation == "attention":
-                dquery, *_, dk, dv = block.attention_backward(query, key, key, *tail, causal=True, **options)
-            else:
-                dquery, dk, dv = block.depth_backward(query, *tail, **options)
+            slots = DepthKV(depth, depth, length=8 * index)
+            call = Call(query, key, key, Mask(True), slots, 0.1)
+            if operation == "depth":
+                call = Call(query, depth=slots, scale=0.1)
+            upstream = Upstream(query, statistics, statistics)
+            dquery, *_, dk, dv = block.backward(call, upstream, buffers=buffers, implementation="xla")
             return (dk, dv), dquery
 
         return jax.lax.scan(layer, buffers, jnp.arange(layers), reverse=True)

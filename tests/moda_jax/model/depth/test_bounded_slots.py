@@ -12,9 +12,11 @@ from support.quick_compile import QUICK
 from moda_jax import forward_flops
 from moda_jax.config import TransformerConfig
 from moda_jax.inference import decode
+from moda_jax.model.depth import slot_reads
 from moda_jax.model.depth.slot_reads import SlotAttention
 from moda_jax.model.depth.stream import DepthStream
 from moda_jax.model.function import model_function, split_model
+from moda_jax.parallel.attention import attention_forward
 
 LAYERS, READ, TOKENS = 24, 4, 64  # 46 slots; two rows of 32, or 64 of one
 POLICIES = {
@@ -52,8 +54,9 @@ def compiled(name, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["training", "decoding"])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "window"])
 def test_a_layer_reads_fewer_bytes(name, way):
+    """Of what is cut out of the stream. A window is not cut out: see below."""
     read, whole = (compiled(which, way).cost_analysis()["bytes accessed"] for which in (name, "all"))
     config = config_of(name)
     slots = 2 * (LAYERS - 1) * TOKENS * 2 * config.num_kv_heads * config.head_dim * 4  # keys and values, once
@@ -73,6 +76,23 @@ def test_a_bound_lowers_the_flops():
     layers = np.arange(LAYERS)
     saved = np.sum(2 * layers - np.minimum(2 * layers, READ))
     assert whole - bounded == pytest.approx(32 * 4 * 4 * 4 * saved)
+
+
+def test_a_window_is_read_where_it_lies(monkeypatch):
+    """The op gets the stream's own buffers and the window's bounds: nothing is copied."""
+    calls = []
+
+    def forward(call, *, implementation):
+        calls.append(call.depth)
+        return attention_forward(call, implementation=implementation)
+
+    monkeypatch.setattr(slot_reads, "attention_forward", forward)
+    query, key = jnp.ones((1, 3, 2, 8)), jnp.ones((1, 3, 7, 2, 8))
+    for filled, start in ((2, 0), (5, 2), (7, 4)):
+        stream = DepthStream(key, key, jnp.int32(filled))
+        SlotAttention("window", 3, implementation="xla").forward(((query, None),), stream, ())
+        assert calls[-1].key is stream.key and calls[-1].value is stream.value
+        assert (int(calls[-1].start), int(calls[-1].length)) == (start, filled)
 
 
 @pytest.mark.parametrize("name", ["window", "hybrid", "top"])

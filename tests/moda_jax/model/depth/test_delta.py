@@ -11,23 +11,22 @@ from support.quick_compile import QUICK
 from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.function import model_function
 from moda_jax.parallel.attention import attention_backward, attention_forward
+from pallas_kernels.operands import Upstream
+from pallas_kernels.parts import Part, delta
 
 
 def exact_forward(self, request, stream, shared):
     """As the op's own: the log-sum-exp, and what rounding took from the output."""
-    options = self._options(request[0])._replace(with_rest=True)
-    out, lse, rest = attention_forward(*request, *self._depth(stream), self.segment_ids(*shared), options)
-    return out, (lse, rest)
+    part = attention_forward(self.call(request, stream, shared), with_rest=True, implementation=self.implementation)
+    return part.out, (part.lse, part.rest)
 
 
 def exact_backward(self, request, result, saved, stream, shared, dresult, dbuffers):
     lse, rest = saved
-    exact = result.astype(jnp.float32) + rest.astype(jnp.float32)
-    delta = jnp.sum(dresult.astype(jnp.float32) * exact, axis=-1)
+    upstream = Upstream(dresult, lse, delta(dresult, Part(result, lse, rest)))
     dquery, dkey, dvalue, *sums = attention_backward(
-        *request, *self._depth(stream), self.segment_ids(*shared), dresult, lse, delta, *dbuffers,
-        self._options(request[0]),
-    )  # fmt: skip
+        self.call(request, stream, shared), upstream, buffers=dbuffers, implementation=self.implementation
+    )
     return (dquery, dkey, dvalue), tuple(sums)
 
 

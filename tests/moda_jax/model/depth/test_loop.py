@@ -110,6 +110,8 @@ CASES = {
     "parted, kv stored": (dataclasses.replace(PARTED, writes_own_key_value=False), {"remat": "none"}),
 }
 
+QUICK_CASES = ("any block", "parted, full remat", "parted, no remat", "parted, kv stored")
+
 
 @functools.cache
 def expected_gradients():
@@ -118,7 +120,13 @@ def expected_gradients():
 
 @pytest.mark.parametrize(
     ("case", "traced_length"),
-    [*((case, False) for case in CASES), ("any block", True), ("parted", True), ("parted, no remat", True)],
+    [
+        *((case, False) for case in QUICK_CASES),
+        *(pytest.param(case, False, marks=pytest.mark.slow) for case in CASES if case not in QUICK_CASES),
+        pytest.param("any block", True, marks=pytest.mark.slow),
+        ("parted", True),
+        pytest.param("parted, no remat", True, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_equal_plain_autodiff(case, traced_length):
     block, options = CASES[case]
@@ -324,7 +332,8 @@ def test_bad_arguments_are_named():
         depth_scan(lambda p, x, s: (x[:, :-1], s), params, x, stream)
 
 
-@pytest.mark.parametrize("num_layers", [4, pytest.param(36, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [4, 36])
 def test_a_bfloat16_gradient_buffer_adds_little_error(num_layers):
     """36 accumulations in the compute dtype, against the same in float32 and all in float32.
 

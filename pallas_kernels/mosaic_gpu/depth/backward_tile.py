@@ -1,11 +1,12 @@
-"""The arithmetic of the depth backward, one chunk of slots at a time: see `depth_backward`, whose kernel calls it.
+"""The arithmetic of the depth backward, one chunk of slots at a time: see `backward.py`, whose kernel calls it.
 
-`WarpTile` is what runs on the chip, `InterpretedTile` what runs under the Pallas interpreter; both read the same
-chunk from shared memory and leave the gradients there (or, for float32 buffers, in global memory).
+`BackwardWarpTile` is what runs on the chip, `BackwardInterpretedTile` what runs under the Pallas interpreter; both read
+the same chunk from shared memory and leave the gradients there (or, for float32 buffers, in global memory).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,11 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import warp_mma as wm
-from pallas_kernels.mosaic_gpu.depth_chunk import (
+from pallas_kernels.mosaic_gpu.depth import warp_mma as wm
+from pallas_kernels.mosaic_gpu.depth.chunk import (
     LOG2E,
     SCALAR,
-    SWIZZLE,
+    clear_rows,
     filled_rows,
     flat,
     group_queries,
@@ -33,22 +34,46 @@ from pallas_kernels.mosaic_gpu.depth_chunk import (
     thread_values,
     write_heads,
 )
-from pallas_kernels.mosaic_gpu.depth_tiles import (
+from pallas_kernels.mosaic_gpu.depth.tiles import (
     COLUMNS,
+    FLOAT_BUFFERS,
+    SMALL_BUFFERS,
+    SWIZZLE,
     THREADS,
     WARPS,
     DepthShape,
     DepthTiles,
+    ring_parts,
 )
 
-FRESH, SMALL_BUFFERS, FLOAT_BUFFERS = "fresh", "16-bit buffers", "float32 buffers"
+
+@dataclasses.dataclass(frozen=True)
+class DepthVariant:
+    """What is compiled into the backward kernel of a call.
+
+    Attributes:
+        shape, tiles: its geometry.
+        scale, dtype: of the logits, and of the inputs.
+        gradients: FRESH, SMALL_BUFFERS or FLOAT_BUFFERS.
+        windowed: the window of seen slots has a start.
+        adds: there is an array to which the query's gradient is added.
+    """
+
+    shape: DepthShape
+    tiles: DepthTiles
+    scale: float
+    dtype: Any
+    gradients: str
+    windowed: bool = False
+    adds: bool = False
 
 
-class WarpTile:
+class BackwardWarpTile:
     """The arithmetic of a chunk on the chip; one warp, one tile. The carried state is dq^T."""
 
-    def __init__(self, shape: DepthShape, tiles: DepthTiles, scale: float, dtype: Any, gradients: str) -> None:
-        self.shape, self.tiles, self.scale, self.dtype, self.gradients = shape, tiles, scale, dtype, gradients
+    def __init__(self, spec: DepthVariant) -> None:
+        self.spec, self.shape, self.tiles, self.scale, self.dtype = spec, spec.shape, spec.tiles, spec.scale, spec.dtype
+        self.gradients, shape, tiles = spec.gradients, spec.shape, spec.tiles
         self.count = 4 * shape.steps * shape.head_blocks
         self.layout = registers(self.count)
         self.tile_bytes = shape.column_blocks * tiles.rows * wm.ROW_BYTES
@@ -112,6 +137,10 @@ class WarpTile:
             query_rows, cotangent_rows = self._head_rows(lane, query), self._head_rows(lane, cotangent)
             factor, zero, scale = wm.real(self.scale * LOG2E), wm.real(0.0), wm.real(self.scale)
             share = self._share(lane)
+            if self.spec.windowed:
+                for tile in (keys, values):
+                    clear_rows(lane, shape, rows, tile, first, share)
+                wm.warp_barrier()
             straight, transposed = lane.a_operand(*share), lane.a_transposed_operand(*share)
 
             def differentiate(block, dq):
@@ -203,7 +232,7 @@ class WarpTile:
 
     def _tile(self, lane: wm.Lane, ring: Any, stage: Any) -> Any:
         """Shared-memory address of the box that holds this warp's K in a stage."""
-        parts = 4 if self.gradients == SMALL_BUFFERS else 2
+        parts = ring_parts(self.gradients)
         base = wm.add(wm.shared_address(ring), wm.multiply(stage, parts * WARPS * self.tile_bytes))
         box = wm.divide(lane.warp, self.tiles.box_heads)
         return wm.add(base, wm.multiply(box, self.tiles.box_heads * self.tile_bytes))
@@ -289,7 +318,7 @@ class WarpTile:
     def store(self, ring: Any, place: tuple[Any, Any, Any, Any], targets: tuple[Any, Any]) -> None:
         """Writes the rows of a chunk that are slots, without TMA: rows of 128 bytes, four at once."""
         shape, rows = self.shape, self.tiles.rows
-        parts = 4 if self.gradients == SMALL_BUFFERS else 2
+        parts = ring_parts(self.gradients)
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType((SWIZZLE,)), SCALAR, SCALAR, SCALAR, SCALAR, (plgpu.RefType(),) * 2)
@@ -353,11 +382,12 @@ class WarpTile:
         ]
 
 
-class InterpretedTile:
-    """`WarpTile` for the interpreter: the same chunk from and to the same shared memory, in jax.numpy."""
+class BackwardInterpretedTile:
+    """`BackwardWarpTile` for the interpreter: the same chunk from and to the same shared memory, in jax.numpy."""
 
-    def __init__(self, shape: DepthShape, tiles: DepthTiles, scale: float, dtype: Any, gradients: str) -> None:
-        self.shape, self.tiles, self.scale, self.dtype, self.gradients = shape, tiles, scale, dtype, gradients
+    def __init__(self, spec: DepthVariant) -> None:
+        self.spec, self.shape, self.tiles, self.scale, self.dtype = spec, spec.shape, spec.tiles, spec.scale, spec.dtype
+        self.gradients = spec.gradients
 
     def start(self) -> Any:
         """The state before the first chunk."""
@@ -407,7 +437,7 @@ class InterpretedTile:
         """Writes the rows of a chunk that are slots, without TMA."""
         stage, first, slot, group = place
         shape = self.shape
-        parts = 4 if self.gradients == SMALL_BUFFERS else 2
+        parts = ring_parts(self.gradients)
         for i, target in enumerate(targets):
             gradient = group_tiles(ring[stage, i + parts - 2])
             for w in range(WARPS):

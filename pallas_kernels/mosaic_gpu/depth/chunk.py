@@ -1,6 +1,6 @@
 """What the depth kernels share: how a chunk reaches shared memory, and the fragments that a warp makes of it.
 
-Used by `depth_forward` and `depth_backward`, which explain the chunks, tiles and groups. Functions that take a
+Used by `depth/forward.py` and `depth/backward.py`, which explain the chunks, tiles and groups. Functions that take a
 `wm.Lane` run inside `plgpu.inline_mgpu`, on the values of one thread; the others run in the kernel's body or around
 the kernel.
 """
@@ -20,8 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
-from pallas_kernels.mosaic_gpu import warp_mma as wm
-from pallas_kernels.mosaic_gpu.depth_tiles import (
+from pallas_kernels.mosaic_gpu.depth import warp_mma as wm
+from pallas_kernels.mosaic_gpu.depth.tiles import (
     COLUMNS,
     THREADS,
     WARPS,
@@ -29,10 +29,10 @@ from pallas_kernels.mosaic_gpu.depth_tiles import (
     DepthTiles,
     padded_group,
 )
+from pallas_kernels.operands import DepthKV
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-SWIZZLE = plgpu.SwizzleTransform(128)
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
@@ -163,6 +163,50 @@ def write_heads(
                     sums.append(wm.pack(wm.arith.addf(x[0], y[0]), wm.arith.addf(x[1], y[1]), dtype))
                 words = sums
             wm.store_global_16_bytes(place_in(address), words, predicate)
+
+
+def clear_rows(
+    lane: wm.Lane, shape: DepthShape, rows: int, tile: Any, first: Any, share: tuple[int, Any] = (1, None)
+) -> None:
+    """Zeros what of a tile comes before row `first` in its block of 16 rows: slots that are not seen, which were loaded
+    beside others. Blocks before that one are not read at all.
+
+    Args:
+        rows: of a tile. tile: its shared-memory address.
+        first: the first row that is a seen slot.
+        share: (heads of a box, which of them this tile is).
+    """
+    heads, head = share
+    row = wm.add(wm.shift_left(wm.shift_right(first, 4), 4), wm.shift_right(lane.lane, 1))
+    line = row if heads == 1 else wm.add(wm.multiply(row, heads), head)
+    start = wm.add(tile, wm.add(wm.shift_left(line, 7), wm.shift_left(wm.bit_and(lane.lane, 1), 6)))
+    hidden = wm.less(row, first)
+    for block in range(shape.column_blocks):
+        for i in range(4):
+            offset = block * rows * heads * wm.ROW_BYTES + 16 * i
+            wm.store_shared_16_bytes(wm.add(start, offset), [wm.integer(0)] * 4, hidden)
+
+
+def window_operand(depth: DepthKV) -> jax.Array:
+    """int32 [length], or [length, start] of a window that does not begin at slot 0."""
+    length = jnp.asarray(depth.slots if depth.length is None else depth.length, jnp.int32)
+    if depth.start is None:
+        return length.reshape(1)
+    return jnp.stack([length, jnp.minimum(jnp.asarray(depth.start, jnp.int32), length)])
+
+
+class Window:
+    """The seen slots [start, length), as a kernel's body knows them."""
+
+    def __init__(self, ref: Any) -> None:
+        self.length = ref[0]
+        self.start = ref[1] if ref.shape[0] == 2 else None
+        self.count = self.length if self.start is None else self.length - self.start
+
+    def hidden_rows(self, slot: jax.Array, slot_offset: int) -> jax.Array:
+        """How many leading rows of a chunk are no seen slots. slot: of row 0; slot_offset: of slot 0 in the array."""
+        first = slot_offset if self.start is None else self.start + slot_offset
+        return lax.max(first - slot, 0)
 
 
 def group_queries(shape: DepthShape, staged: jax.Array) -> jax.Array:

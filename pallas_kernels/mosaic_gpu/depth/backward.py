@@ -6,16 +6,16 @@ outside and may be merged over other keys):
     dV[t, s] = sum_g P[s, g] dout[t, g];  dK[t, s] = scale * sum_g dS[s, g] q[t, g];
     dq[t, g] = scale * sum_s dS[s, g] K[t, s]
 
-Grid, tiles, groups and chunks: as in `depth_forward`; up to 16 query heads a tile, larger groups in several passes that
+Grid, tiles, groups and chunks: as in `forward.py`; up to 16 query heads a tile, larger groups in several passes that
     accumulate.
-Blocks (TMA boxes): as in `depth_forward`, and dout like q, lse and delta [32 or 64]; the gradients' boxes are K's and
+Blocks (TMA boxes): as in `forward.py`, and dout like q, lse and delta [32 or 64]; the gradients' boxes are K's and
     V's.
 Loop order: groups, then chunks. Nothing is summed over tokens, so no block waits for another: deterministic.
 Residents: a ring of `stages` chunks (K, V, q, dout, lse, delta). Every 16 rows of dV (dK) overwrite the rows of V (K)
     from which they came, and the chunk is stored by TMA from where it was loaded. A first chunk that begins before
     slot 0 is stored by the threads, row by row: TMA cannot store at negative slots.
 Gradients come in three ways:
-    fresh            arrays of their own; the slots from n on are stored as zeros from one shared-memory tile.
+    fresh            arrays of their own; slots that are not seen are stored as zeros from one shared-memory tile.
     16-bit buffers   the old gradient is loaded beside K and V, the sum is stored in place; only n slots are touched.
     float32 buffers  read, added and written by the threads, 16 bytes each; only n slots are touched.
 Arithmetic: warp-level mma, slots on the M side: S^T = K q^T and dP^T = V dout^T (accumulators float32); P^T and dS^T,
@@ -25,12 +25,13 @@ Bytes: n*B*T*K*H*2 * (4 fresh, 6 accumulating) + 2*B*T*N*H*3 + 8*B*T*N; fresh al
 FLOPs: 10*B*T*N*n*H. Memory-bound on an H200: its copies run at about 4.2 TB/s.
 Benchmark: T = 16384, K = 8, H = 64, S = 64, G = 8: 4.8 GB, 1.15 ms at 4.2 TB/s; measured 1.29 ms.
 
-Interpreted on a CPU, the lines that differ are those of `depth_forward`: padding instead of out-of-range boxes, and
-`InterpretedTile` instead of PTX.
+Interpreted on a CPU, the lines that differ are those of `forward.py`: padding instead of out-of-range boxes, and
+`BackwardInterpretedTile` instead of PTX.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -41,49 +42,55 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import warpgroup
-from pallas_kernels.mosaic_gpu.depth_backward_tile import FLOAT_BUFFERS, FRESH, SMALL_BUFFERS, InterpretedTile, WarpTile
-from pallas_kernels.mosaic_gpu.depth_chunk import (
-    SWIZZLE,
+from pallas_kernels.mosaic_gpu.depth.backward_tile import BackwardInterpretedTile, BackwardWarpTile, DepthVariant
+from pallas_kernels.mosaic_gpu.depth.chunk import (
+    Window,
     compiler_params,
     depth_boxes,
     load_chunk,
     pad_for_interpreter,
     pad_group,
     unpad_group,
+    window_operand,
 )
-from pallas_kernels.mosaic_gpu.depth_tiles import (
+from pallas_kernels.mosaic_gpu.depth.tiles import (
     COLUMNS,
+    FLOAT_BUFFERS,
+    FRESH,
+    SMALL_BUFFERS,
     WARPS,
     DepthShape,
     DepthTiles,
-    backward_bytes,
+    backward_scratch,
     backward_tiles,
     check_shared_memory,
+    gradient_kind,
     multiprocessors,
     padded_group,
     tile_heads,
 )
+from pallas_kernels.operands import Call, Upstream
 
 
-def _body(
-    shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, gradients: str, adds: bool, slot_offset: int
-):
+def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
+    shape, tiles, gradients = spec.shape, spec.tiles, spec.gradients
     rows, stages = tiles.rows, tiles.stages
     group_rows = WARPS * shape.tile_heads
-    distance = stages - 1 - tiles.draining  # chunks that are loaded ahead
+    distance = stages - 1  # chunks that are loaded ahead
     zeros = plgpu.OOBFillMode.ZEROS
 
     def depth_backward_kernel(*refs):
-        q_ref, do_ref, k_ref, v_ref, lse_ref, delta_ref, length_ref, *refs = refs
-        added_ref = refs.pop(0) if adds else None
+        q_ref, do_ref, k_ref, v_ref, lse_ref, delta_ref, window_ref, *refs = refs
+        added_ref = refs.pop(0) if spec.adds else None
         if gradients == FRESH:
             dq_ref, dk_ref, dv_ref, *refs = refs
         else:
             dk_ref, dv_ref, dq_ref, *refs = refs
         ring, queries, statistics, staging, loaded, *blank = refs
         block = lax.axis_index("block")
-        length = length_ref[0]
-        chunks = lax.div(length + (rows - 1), rows)
+        window = Window(window_ref)
+        length = window.length
+        chunks = lax.div(window.count + (rows - 1), rows)
         groups = lax.div(shape.groups - block + (blocks - 1), blocks)  # of this block; 0 beyond the last one
         units = groups * chunks
         column = length * 0  # a traced 0: a box may then reach beyond H
@@ -99,7 +106,7 @@ def _body(
         def load(unit):
             stage, group, slot = locate(unit)
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=loaded.at[stage], oob_mode=zeros)
-            first = lax.max(slot_offset - slot, 0)
+            first = window.hidden_rows(slot, slot_offset)
             for i, ref in enumerate((lse_ref, delta_ref)):
                 copy(ref.at[pl.ds(group * group_rows, shape.statistics)], statistics.at[stage, i])
             for c in range(shape.column_blocks):
@@ -122,14 +129,20 @@ def _body(
                     )
 
         def store_zeros(group):
-            def one_chunk(i, _):
+            def one_chunk(first, i, _):
                 for ref in (dk_ref, dv_ref):
                     for _, _, index in boxes(group):
-                        slot = length + i * rows + slot_offset
+                        slot = first + i * rows + slot_offset
                         plgpu.copy_smem_to_gmem(blank[0], ref.at[index(slot, rows)], commit_group=False)
                 return None
 
-            lax.fori_loop(0, lax.div(shape.slots - length + (rows - 1), rows), one_chunk, None)
+            if spec.windowed:  # the last chunk reaches into the window: it has to be there before the gradients are
+                before = lax.div(window.start + (rows - 1), rows)
+                lax.fori_loop(0, before, functools.partial(one_chunk, 0), None)
+                plgpu.commit_smem_to_gmem_group()
+                plgpu.wait_smem_to_gmem(0)
+            behind = lax.div(shape.slots - length + (rows - 1), rows)
+            lax.fori_loop(0, behind, functools.partial(one_chunk, length), None)
 
         if gradients == FRESH:
             compute.clear(blank[0])
@@ -148,10 +161,10 @@ def _body(
                 if gradients == FLOAT_BUFFERS:
                     plgpu.commit_smem()  # every warp has left the stage that is loaded next
                 else:
-                    plgpu.wait_smem_to_gmem(tiles.draining, wait_read_only=True)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 pl.when(unit + distance < units)(functools.partial(load, unit + distance))
                 plgpu.barrier_wait(loaded.at[stage])
-                first = lax.max(slot_offset - slot, 0)  # rows of the first chunk before slot 0
+                first = window.hidden_rows(slot, slot_offset)  # rows of the first chunk before the window
                 place = (stage, first, slot, group)
                 buffers = (dk_ref, dv_ref) if gradients == FLOAT_BUFFERS else ()
                 state = compute.step(ring, queries, statistics, place, buffers, state)
@@ -176,62 +189,50 @@ def _body(
 
 
 def depth_backward(
-    query: jax.Array,
-    depth_key: jax.Array,
-    depth_value: jax.Array,
-    depth_length: int | jax.Array | None,
-    dout: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
+    call: Call,
+    upstream: Upstream,
+    buffers: tuple[jax.Array, jax.Array] | None = None,
     *,
-    scale: float,
-    depth_key_gradient: jax.Array | None = None,
-    depth_value_gradient: jax.Array | None = None,
     dquery: jax.Array | None = None,
     tiles: DepthTiles | None = None,
     blocks: int | None = None,
     interpret: bool | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of the depth part of an attention whose lse and delta may cover other keys too.
+    """Gradients of the depth part of a call whose lse and delta may cover other keys too.
 
     Args:
-        query, dout: [B, T, N, H], bfloat16 or float16.
-        depth_key, depth_value: [B, T, S, K, H], same dtype. Slots from `depth_length` on are never read.
-        depth_length: filled slots, int or int32 scalar in 0..S; None: all.
-        lse, delta: [B, T, N] float32; delta = rowsum(dout * out) - dlse.
-        scale: factor of the logits.
-        depth_key_gradient, depth_value_gradient: [B, T, S, K, H], the inputs' dtype or float32: the gradients are
-            added to their first `depth_length` slots, in place where the caller's value is not needed any more.
+        call: query [B, T, N, H], bfloat16 or float16, and depth part. Slots from `length` on are never read.
+        upstream: see `pallas_kernels.operands.Upstream`.
+        buffers: [B, T, S, K, H], the inputs' dtype or float32: the gradients are added to their seen slots, in place
+            where the caller's value is not needed any more.
         dquery: [B, T, N, H], an array to which the query's gradient is added (the sequence part's), or None.
         tiles: overrides the tile choice. blocks: overrides the number of thread blocks.
         interpret: run under the Pallas GPU interpreter; None: where there is no GPU.
 
     Returns:
         (dquery [B, T, N, H], ddepth_key, ddepth_value [B, T, S, K, H]): fresh arrays, in the inputs' dtype, have
-        zeros in unfilled slots; given buffers come back with their dtype.
+        zeros in slots that are not seen; given buffers come back with their dtype.
     """
+    query, depth = call.query, call.depth
     num_heads, head_dim = query.shape[2:]
-    slots, num_kv_heads = depth_key.shape[2:4]
-    buffers = (depth_key_gradient, depth_value_gradient)
-    if slots == 0:
-        nothing = jnp.zeros_like(depth_key)
+    num_kv_heads = depth.key.shape[3]
+    if depth.slots == 0:
         dq = jnp.zeros_like(query) if dquery is None else dquery
-        return (dq, *(nothing if b is None else b for b in buffers))
+        return (dq, *((jnp.zeros_like(depth.key), jnp.zeros_like(depth.value)) if buffers is None else buffers))
     if interpret is None:
         interpret = warpgroup.default_interpret()
-    run = functools.partial(_run, scale=scale, tiles=tiles, blocks=blocks, interpret=interpret)
     group_size = num_heads // num_kv_heads
     if padded_group(group_size) != group_size:
         wider = functools.partial(pad_group, num_kv_heads=num_kv_heads)
         dq, *gradients = depth_backward(
-            wider(query), depth_key, depth_value, depth_length, wider(dout), wider(lse), wider(delta),
-            scale=scale, depth_key_gradient=buffers[0], depth_value_gradient=buffers[1],
+            dataclasses.replace(call, query=wider(query)), Upstream(*map(wider, upstream)), buffers,
             dquery=None if dquery is None else wider(dquery), tiles=tiles, blocks=blocks, interpret=interpret,
         )  # fmt: skip
         return (unpad_group(dq, num_kv_heads, group_size), *gradients)
     heads = tile_heads(group_size)
+    run = functools.partial(_run, call, tiles=tiles, blocks=blocks, interpret=interpret)
     if heads == group_size:
-        return run(query, depth_key, depth_value, depth_length, dout, lse, delta, buffers, dquery)
+        return run(query, upstream, buffers, dquery)
 
     def split(x):
         """Query heads of each KV head in parts of a tile: a list of [B, T, K * heads, ...]."""
@@ -240,62 +241,47 @@ def depth_backward(
 
     pieces = []
     added = [None] * (group_size // heads) if dquery is None else split(dquery)
-    for q, do, stats, d, dq in zip(split(query), split(dout), split(lse), split(delta), added, strict=True):
-        dq, *buffers = run(q, depth_key, depth_value, depth_length, do, stats, d, tuple(buffers), dq)
+    for q, *piece, dq in zip(split(query), *map(split, upstream), added, strict=True):
+        dq, *buffers = run(q, Upstream(*piece), buffers, dq)
         pieces.append(dq.reshape(*dq.shape[:2], num_kv_heads, 1, heads, head_dim))
     return (jnp.concatenate(pieces, axis=3).reshape(query.shape), *buffers)
 
 
-def _run(
-    query, depth_key, depth_value, depth_length, dout, lse, delta, buffers, dquery, *, scale, tiles, blocks, interpret
-):
+def _run(call, query, upstream, buffers, dquery, *, tiles, blocks, interpret):
+    """One pass, over as many query heads of each KV head as a tile has: [B, T, K * heads, ...]."""
+    depth, dtype = call.depth, query.dtype
     num_heads, head_dim = query.shape[2:]
-    slots, num_kv_heads = depth_key.shape[2:4]
+    slots, num_kv_heads = depth.key.shape[2:4]
     tokens = query.shape[0] * query.shape[1]
     shape = DepthShape(tokens, slots, num_heads, num_kv_heads, head_dim, num_heads // num_kv_heads)
-    if buffers[0] is None:
-        gradients, gradient_dtype = FRESH, None
-    else:
-        gradient_dtype = buffers[0].dtype
-        gradients = FLOAT_BUFFERS if gradient_dtype == jnp.float32 else SMALL_BUFFERS
-    tiles = tiles or backward_tiles(shape, gradient_dtype)
-    check_shared_memory("depth backward", shape, tiles, backward_bytes(shape, tiles, gradient_dtype))
+    gradients = gradient_kind(None if buffers is None else buffers[0].dtype)
+    tiles = tiles or backward_tiles(shape, gradients)
+    scratch = backward_scratch(shape, tiles, dtype, gradients)
+    check_shared_memory("depth backward", shape, tiles, scratch)
     blocks = blocks or min(shape.groups, 2 if interpret else multiprocessors() * tiles.blocks)
-    heads_flat = [x.reshape(-1, head_dim) for x in (query, dout)]
-    depth = [x.reshape(tokens, *x.shape[2:]) for x in (depth_key, depth_value)]
-    statistics = [x.reshape(-1).astype(jnp.float32) for x in (lse, delta)]
+    heads_flat = [x.reshape(-1, head_dim) for x in (query, upstream.dout)]
+    arrays = [x.reshape(tokens, *x.shape[2:]) for x in (depth.key, depth.value)]
+    statistics = [x.reshape(-1).astype(jnp.float32) for x in (upstream.lse, upstream.delta)]
     targets = [] if gradients == FRESH else [x.reshape(tokens, *x.shape[2:]) for x in buffers]
-    filled = jnp.asarray(slots if depth_length is None else depth_length, jnp.int32).reshape(1)
     depth_shape = (tokens, slots, num_kv_heads, head_dim)
     offset = 0
     if interpret:
         offset = tiles.rows
-        heads_flat, padded = pad_for_interpreter(shape, tiles, heads_flat, depth + targets)
-        depth, targets = padded[:2], padded[2:]
-        depth_shape = depth[0].shape
+        heads_flat, padded = pad_for_interpreter(shape, tiles, heads_flat, arrays + targets)
+        arrays, targets = padded[:2], padded[2:]
+        depth_shape = arrays[0].shape
         missing = shape.groups * WARPS * shape.tile_heads + shape.statistics - tokens * num_heads
         statistics = [jnp.pad(x, (0, missing)) for x in statistics]
-    compute = (InterpretedTile if interpret else WarpTile)(shape, tiles, scale, query.dtype, gradients)
-
-    columns, dtype = shape.column_blocks, query.dtype
-    parts = 4 if gradients == SMALL_BUFFERS else 2
-    swizzled = functools.partial(plgpu.SMEM, dtype=dtype, transforms=(SWIZZLE,))
-    scratch = [
-        swizzled(shape.ring_shape(tiles, parts)),
-        swizzled((tiles.stages, 2, columns, shape.query_rows, COLUMNS)),
-        plgpu.SMEM((tiles.stages, 2, shape.statistics), jnp.float32),
-        swizzled((WARPS, columns, 8 * shape.head_blocks, COLUMNS)),
-        plgpu.Barrier(num_arrivals=2 + (2 + parts * WARPS // tiles.box_heads) * columns, num_barriers=tiles.stages),
-    ]
+    spec = DepthVariant(shape, tiles, call.scale, dtype, gradients, depth.start is not None, dquery is not None)
+    compute = (BackwardInterpretedTile if interpret else BackwardWarpTile)(spec)
     out_type = [jax.ShapeDtypeStruct((tokens * num_heads, head_dim), dtype)]
     if gradients == FRESH:
-        scratch.append(swizzled(shape.ring_shape(tiles, parts)[4:]))
         out_type += [jax.ShapeDtypeStruct(depth_shape, dtype)] * 2
     name = {FRESH: "", SMALL_BUFFERS: "_accumulate", FLOAT_BUFFERS: "_accumulate_float32"}[gradients]
     kernel = plgpu.kernel(
-        _body(shape, tiles, blocks, compute, gradients, dquery is not None, offset),
+        _body(spec, blocks, compute, offset),
         out_type=tuple(out_type),
-        scratch_types=tuple(scratch),
+        scratch_types=tuple(scratch.values()),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=1,
@@ -304,7 +290,7 @@ def _run(
         compiler_params=compiler_params(),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
-    operands = [*heads_flat, *depth, *statistics, filled]
+    operands = [*heads_flat, *arrays, *statistics, window_operand(depth)]
     if dquery is not None:
         operands.append(dquery.reshape(-1, head_dim))
     if gradients == FRESH:
@@ -315,4 +301,4 @@ def _run(
         results = [jax.freeze(r) for r in refs]
     if interpret:
         results = [x[:tokens, tiles.rows : tiles.rows + slots, :, :head_dim] for x in results]
-    return (dq.reshape(query.shape), *(x.reshape(depth_key.shape) for x in results))
+    return (dq.reshape(query.shape), *(x.reshape(depth.key.shape) for x in results))

@@ -257,11 +257,9 @@ def global_address(ref: Value) -> Value:
     return llvm.ptrtoint(i64(), mgpu_utils.memref_ptr(ref))
 
 
-def advance(address: Value, index: Value, scale: int, offset: int = 0) -> Value:
-    """i64 address + index * scale + offset, the index widened first."""
-    wide = arith.muli(arith.extsi(i64(), index), arith.constant(i64(), scale))
-    total = arith.addi(address, wide)
-    return total if offset == 0 else arith.addi(total, arith.constant(i64(), offset))
+def advance(address: Value, index: Value, scale: int) -> Value:
+    """i64 address + index * scale, the index widened first."""
+    return arith.addi(address, arith.muli(arith.extsi(i64(), index), arith.constant(i64(), scale)))
 
 
 def load_shared(address: Value) -> Value:

@@ -1,6 +1,6 @@
 """Depth attention forward on Hopper: every query reads the slots of its own token.
 
-Equation (one token t, one KV head, its G query heads g, n = depth_length filled slots s):
+Equation (one token t, one KV head, its G query heads g, the n seen slots s of the window [start, length)):
     logits[g, s] = scale * q[t, g] . K[t, s];  out[t, g] = softmax_s(logits) @ V[t]
     lse[t, g] = log sum_s exp(logits[g, s])
 
@@ -10,9 +10,10 @@ Grid: (blocks,), persistent: `multiprocessors * tiles.blocks` thread blocks of o
 Blocks (TMA boxes): K, V [1 token, rows slots, 1 KV head, 64 columns] of [B*T, S, K, H], one for each tile, operand and
     column block; q [query_rows, 64] of [B*T*N, H], one for each group and column block. The depth arrays are read where
     they lie; columns beyond H and tokens beyond B*T are zero-filled by TMA.
-Loop order: groups, then chunks of `rows` slots. Chunks end at slot n, so the first one may begin at a negative slot:
-    TMA fills those rows with zeros without reading memory (half a chunk is not even filled where it can be left out).
-    Hence exactly n slots are read, whatever S is, and no unfilled slot is ever touched.
+Loop order: groups, then chunks of `rows` slots. Chunks end at slot `length`, so the first one may begin at a negative
+    slot: TMA fills those rows with zeros without reading memory (half a chunk is not even filled where it can be left
+    out). Hence exactly n slots are read, whatever S is, and no unfilled slot is ever touched. With a start (its own
+    variant of the kernel) the first chunk may begin before it: what was loaded of slots that are not seen is zeroed.
 Residents: a ring of `stages` chunks (K, V of four tiles, q of the group). `out` goes through the tile's own K rows
     after their last use.
 Arithmetic: warp-level mma with the slots on the M side and the heads (padded to 8) on the N side: S^T = K q^T, then
@@ -23,12 +24,13 @@ FLOPs: 4*B*T*N*n*H, 2*G for each byte of K and V: memory-bound on an H200 (206 F
 Benchmark: T = 16384, K = 8, H = 64, S = 64, G = 8: 2.42 GB, 0.58 ms at 4.2 TB/s; measured 0.59 ms.
 
 Interpreted on a CPU, these lines differ: the interpreter neither fills out-of-range TMA boxes (the wrapper pads the
-arrays, with zeros in front of slot 0) nor runs PTX (`InterpretedTile` computes a chunk from the same shared memory with
-jax.numpy; tests run `WarpTile` itself in `tests/support/warp_emulator.py`).
+arrays, with zeros in front of slot 0) nor runs PTX (`ForwardInterpretedTile` computes a chunk from the same shared
+memory with jax.numpy; tests run `ForwardWarpTile` itself in `tests/support/warp_emulator.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -38,13 +40,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import warp_mma as wm
 from pallas_kernels.mosaic_gpu import warpgroup
-from pallas_kernels.mosaic_gpu.depth_chunk import (
+from pallas_kernels.mosaic_gpu.depth import warp_mma as wm
+from pallas_kernels.mosaic_gpu.depth.chunk import (
     LN2,
     LOG2E,
     SCALAR,
-    SWIZZLE,
+    Window,
+    clear_rows,
     compiler_params,
     depth_boxes,
     filled_rows,
@@ -63,28 +66,32 @@ from pallas_kernels.mosaic_gpu.depth_chunk import (
     thread_array,
     thread_values,
     unpad_group,
+    window_operand,
     write_heads,
 )
-from pallas_kernels.mosaic_gpu.depth_tiles import (
+from pallas_kernels.mosaic_gpu.depth.tiles import (
     COLUMNS,
+    SWIZZLE,
     THREADS,
     WARPS,
     DepthShape,
     DepthTiles,
     check_shared_memory,
-    forward_bytes,
+    forward_scratch,
     forward_tiles,
     multiprocessors,
     padded_group,
     tile_heads,
 )
+from pallas_kernels.operands import Call
+from pallas_kernels.parts import Part
 
 
-class WarpTile:
+class ForwardWarpTile:
     """The arithmetic of a chunk on the chip; one warp, one tile."""
 
-    def __init__(self, shape: DepthShape, tiles: DepthTiles, scale: float, dtype: Any) -> None:
-        self.shape, self.tiles, self.scale, self.dtype = shape, tiles, scale, dtype
+    def __init__(self, shape: DepthShape, tiles: DepthTiles, scale: float, dtype: Any, windowed: bool = False) -> None:
+        self.shape, self.tiles, self.scale, self.dtype, self.windowed = shape, tiles, scale, dtype, windowed
         heads = 2 * shape.head_blocks  # of one thread
         self.count = 2 * heads + 4 * shape.steps * shape.head_blocks
         self.layout = registers(self.count)
@@ -122,6 +129,10 @@ class WarpTile:
             )
             values = wm.add(keys, WARPS * self.tile_bytes)
             query = wm.add(wm.shared_address(queries), wm.multiply(stage, self.query_bytes))
+            if self.windowed:
+                for tile in (keys, values):
+                    clear_rows(lane, shape, rows, tile, first)
+                wm.warp_barrier()
             highest, total, accumulators = self._unflatten(thread_values(state))
 
             fragments = query_fragments(lane, shape, query)
@@ -251,10 +262,11 @@ class WarpTile:
         return values[:heads], values[heads : 2 * heads], accumulators
 
 
-class InterpretedTile:
-    """`WarpTile` for the interpreter: the same chunk from the same shared memory, in jax.numpy."""
+class ForwardInterpretedTile:
+    """`ForwardWarpTile` for the interpreter: the same chunk from the same shared memory, in jax.numpy."""
 
-    def __init__(self, shape: DepthShape, tiles: DepthTiles, scale: float, dtype: Any) -> None:
+    def __init__(self, shape: DepthShape, tiles: DepthTiles, scale: float, dtype: Any, windowed: bool = False) -> None:
+        del windowed  # rows that are not seen are zeroed in any case
         self.shape, self.tiles, self.scale, self.dtype = shape, tiles, scale, dtype
 
     def start(self) -> Any:
@@ -306,11 +318,12 @@ def _body(shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_
     rows, stages = tiles.rows, tiles.stages
     group_rows = WARPS * shape.tile_heads
 
-    def depth_forward_kernel(q_ref, k_ref, v_ref, length_ref, *refs):
+    def depth_forward_kernel(q_ref, k_ref, v_ref, window_ref, *refs):
         *out_refs, ring, queries, loaded = refs
         block = lax.axis_index("block")
-        length = length_ref[0]
-        chunks = lax.div(length + (rows - 1), rows)
+        window = Window(window_ref)
+        length = window.length
+        chunks = lax.div(window.count + (rows - 1), rows)
         groups = lax.div(shape.groups - block + (blocks - 1), blocks)  # of this block; 0 beyond the last one
         units = groups * chunks
         column = length * 0  # a traced 0: a box may then reach beyond H
@@ -327,7 +340,7 @@ def _body(shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_
             for c in range(shape.column_blocks):
                 columns = pl.ds(column + c * COLUMNS, COLUMNS)
                 copy(q_ref.at[pl.ds(group * group_rows, shape.query_rows), columns], queries.at[stage, c])
-            first = lax.max(slot_offset - slot, 0)
+            first = window.hidden_rows(slot, slot_offset)
             for operand, ref in enumerate((k_ref, v_ref)):
                 for box, c, index in depth_boxes(shape, group, column):
                     load_chunk(copy, ref, index, ring.at[stage, operand, box, c], rows, slot, first)
@@ -343,7 +356,7 @@ def _body(shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_
                 refill = unit + (stages - 1)
                 pl.when(jnp.logical_and(unit > 0, refill < units))(functools.partial(load, refill))
                 plgpu.barrier_wait(loaded.at[stage])
-                first = lax.max(chunks * rows - length - chunk * rows, 0)  # rows of the first chunk before slot 0
+                first = lax.max(chunks * rows - window.count - chunk * rows, 0)  # rows before the window
                 return compute.step(ring, queries, stage, first, state)
 
             state = lax.fori_loop(0, chunks, chunk_loop, compute.start())
@@ -357,58 +370,43 @@ def _body(shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_
 
 
 def depth_forward(
-    query: jax.Array,
-    depth_key: jax.Array,
-    depth_value: jax.Array,
-    depth_length: int | jax.Array | None = None,
+    call: Call,
     *,
-    scale: float,
     with_rest: bool = False,
     tiles: DepthTiles | None = None,
     blocks: int | None = None,
     interpret: bool | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """softmax(scale * q . K_depth) @ V_depth over the first `depth_length` slots of each token.
+) -> Part:
+    """softmax(scale * q . K_depth) @ V_depth over the seen slots of each token: the depth part of a call.
 
     Args:
-        query: [B, T, N, H], bfloat16 or float16.
-        depth_key, depth_value: [B, T, S, K, H], same dtype. Slots from `depth_length` on are never read.
-        depth_length: filled slots, int or int32 scalar in 0..S; None: all.
-        scale: factor of the logits.
+        call: query [B, T, N, H], bfloat16 or float16, and depth part. Slots from `length` on are never read.
         with_rest: also return what rounding took from out.
         tiles: overrides the tile choice. blocks: overrides the number of thread blocks.
         interpret: run under the Pallas GPU interpreter; None: where there is no GPU.
-
-    Returns:
-        (out [B, T, N, H], lse [B, T, N] float32, natural logarithm, rest [B, T, N, H] in the inputs' dtype, or None);
-        no filled slot: out 0, lse -inf.
     """
+    query, depth, num_kv_heads = call.query, call.depth, call.depth.key.shape[3]
     batch, length, num_heads, head_dim = query.shape
-    slots, num_kv_heads = depth_key.shape[2:4]
     if interpret is None:
         interpret = warpgroup.default_interpret()
-    if slots == 0:
-        nothing = jnp.zeros_like(query)
-        return nothing, jnp.full(query.shape[:3], -jnp.inf, jnp.float32), nothing if with_rest else None
+    if depth.slots == 0:
+        return Part.of_nothing(query, with_rest=with_rest)
     group_size = num_heads // num_kv_heads
     if padded_group(group_size) != group_size:
-        wider = pad_group(query, num_kv_heads)
-        options = {
-            "scale": scale, "with_rest": with_rest, "tiles": tiles, "blocks": blocks, "interpret": interpret
-        }  # fmt: skip
-        results = depth_forward(wider, depth_key, depth_value, depth_length, **options)
-        return tuple(None if x is None else unpad_group(x, num_kv_heads, group_size) for x in results)
-    shape = DepthShape(batch * length, slots, num_heads, num_kv_heads, head_dim, tile_heads(group_size))
+        wider = dataclasses.replace(call, query=pad_group(query, num_kv_heads))
+        part = depth_forward(wider, with_rest=with_rest, tiles=tiles, blocks=blocks, interpret=interpret)
+        return jax.tree.map(lambda x: unpad_group(x, num_kv_heads, group_size), part)
+    shape = DepthShape(batch * length, depth.slots, num_heads, num_kv_heads, head_dim, tile_heads(group_size))
     tiles = tiles or forward_tiles(shape)
-    check_shared_memory("depth forward", shape, tiles, forward_bytes(shape, tiles))
+    scratch = forward_scratch(shape, tiles, query.dtype)
+    check_shared_memory("depth forward", shape, tiles, scratch)
     blocks = blocks or min(shape.groups, 2 if interpret else multiprocessors() * tiles.blocks)
     q = query.reshape(-1, head_dim)
-    depth = [x.reshape(shape.tokens, *x.shape[2:]) for x in (depth_key, depth_value)]
-    filled = jnp.asarray(slots if depth_length is None else depth_length, jnp.int32).reshape(1)
+    arrays = [x.reshape(shape.tokens, *x.shape[2:]) for x in (depth.key, depth.value)]
     if interpret:
-        [q], depth = pad_for_interpreter(shape, tiles, [q], depth)
-    compute = (InterpretedTile if interpret else WarpTile)(shape, tiles, scale, query.dtype)
-    columns, copies = shape.column_blocks, (1 + 2 * WARPS) * shape.column_blocks
+        [q], arrays = pad_for_interpreter(shape, tiles, [q], arrays)
+    tile = ForwardInterpretedTile if interpret else ForwardWarpTile
+    compute = tile(shape, tiles, call.scale, query.dtype, depth.start is not None)
     out_type = jax.ShapeDtypeStruct((shape.tokens * num_heads, head_dim), query.dtype)
     kernel = plgpu.kernel(
         _body(shape, tiles, blocks, compute, tiles.rows if interpret else 0),
@@ -417,11 +415,7 @@ def depth_forward(
             jax.ShapeDtypeStruct((shape.tokens * num_heads,), jnp.float32),
             *([out_type] if with_rest else []),
         ),
-        scratch_types=(
-            plgpu.SMEM(shape.ring_shape(tiles, 2), query.dtype, transforms=(SWIZZLE,)),
-            plgpu.SMEM((tiles.stages, columns, shape.query_rows, COLUMNS), query.dtype, transforms=(SWIZZLE,)),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
-        ),
+        scratch_types=tuple(scratch.values()),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=1,
@@ -430,9 +424,6 @@ def depth_forward(
         compiler_params=compiler_params(),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
-    out, lse, *rest = kernel(q, *depth, filled)
-    return (
-        out.reshape(query.shape),
-        lse.reshape(batch, length, num_heads),
-        rest[0].reshape(query.shape) if rest else None,
-    )
+    out, lse, *rest = kernel(q, *arrays, window_operand(depth))
+    rest = rest[0].reshape(query.shape) if rest else None
+    return Part(out.reshape(query.shape), lse.reshape(batch, length, num_heads), rest)

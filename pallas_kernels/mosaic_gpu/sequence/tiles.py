@@ -1,4 +1,4 @@
-"""Tile choice of the sequence kernels, in one place: head_dim and compute capability in, block sizes out.
+"""Tile choice of the sequence kernels, in one place: head_dim in, block sizes out.
 
 The numbers are from one day of trials on an H200 (November 2026, JAX 0.11.2, bf16, causal, B=1, K=8);
 benchmarks/attention.py times what is chosen here; every kernel takes `tiles=` to override it. What else was tried at
@@ -12,6 +12,11 @@ At H=128 only correctness was measured.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+from pallas_kernels.block_masks import MaskSpec
+from pallas_kernels.mosaic_gpu.warpgroup import shared_bytes
+from pallas_kernels.operands import Call
 
 # What one CTA may ask for on sm_90, less barriers, alignment and the reduction scratch.
 SHARED_BYTES = 227 * 1024 - 8 * 1024
@@ -30,10 +35,51 @@ def _check_blocks(name: str, warpgroups: int, block: int, stages: int) -> None:
         raise ValueError(f"{name}: stages={stages}: expected at least 2")
 
 
-def _check_shared(name: str, tiles: object, needed: int, head_dim: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class SequenceShape:
+    """The geometry of one call's sequence part, from static shapes alone.
+
+    Attributes:
+        batch, query_tokens, key_tokens, num_heads, num_kv_heads, head_dim: B, T, U, N, K, H.
+        dtype: of the inputs.
+        mask: what of the mask is compiled in.
+    """
+
+    batch: int
+    query_tokens: int
+    key_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: Any
+    mask: MaskSpec
+
+    @classmethod
+    def of(cls, call: Call) -> SequenceShape:
+        """Of a call's sequence part."""
+        batch, query_tokens, num_heads, head_dim = call.query.shape
+        sizes = batch, query_tokens, call.key.shape[1], num_heads, call.key.shape[2], head_dim
+        return cls(*sizes, call.query.dtype, MaskSpec.of(call.mask))
+
+    @property
+    def group(self) -> int:
+        """G, query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def kernel_name(self, name: str, tiles: ForwardTiles | BackwardTiles) -> str:
+        """The name with shapes and tiles (warpgroups x block x stages): what errors and profiles of a GPU show."""
+        numbers = "x".join(str(int(x)) for x in dataclasses.astuple(tiles))
+        heads = f"N{self.num_heads}_K{self.num_kv_heads}_H{self.head_dim}"
+        return f"{name}_T{self.query_tokens}_U{self.key_tokens}_{heads}_tiles_{numbers}"
+
+
+def check_shared(name: str, variant: ForwardVariant | BackwardVariant, scratch: dict[str, Any]) -> None:
+    """Raises ValueError if a kernel's scratch does not fit into shared memory."""
+    needed = shared_bytes(scratch)
     if needed > SHARED_BYTES:
         raise ValueError(
-            f"{name}: {tiles} at head_dim={head_dim} needs {needed} bytes of shared memory: {SHARED_BYTES=}"
+            f"{name}: {variant.tiles} at head_dim={variant.shape.head_dim} needs {needed} bytes of shared memory: "
+            f"{SHARED_BYTES=}"
         )
 
 
@@ -62,15 +108,6 @@ class ForwardTiles:
         """Query rows of a CTA."""
         return 64 * self.warpgroups
 
-    def check(self, head_dim: int, itemsize: int, mask_channels: int, second: bool) -> None:
-        """Raises ValueError if the blocks do not fit into shared memory.
-
-        `second`: there is a second tile beside the query's, for another block's out or for the rest of out.
-        """
-        own = self.query_block * (1 + second) * (head_dim * itemsize + 4) + self.query_block * mask_channels * 4
-        stage = self.key_block * (2 * head_dim * itemsize + mask_channels * 4)
-        _check_shared("sequence forward", self, own + self.stages * stage, head_dim)
-
 
 @dataclasses.dataclass(frozen=True)
 class BackwardTiles:
@@ -96,11 +133,6 @@ class BackwardTiles:
         """Rows that a CTA owns."""
         return 64 * self.warpgroups
 
-    def check(self, head_dim: int, itemsize: int, mask_channels: int, kernel: str) -> None:
-        """Raises ValueError if the blocks do not fit into shared memory."""
-        row = 2 * head_dim * itemsize + (2 + mask_channels) * 4
-        _check_shared(f"sequence {kernel}", self, (self.owned_block + self.stages * self.block) * row, head_dim)
-
 
 @dataclasses.dataclass(frozen=True)
 class SequenceTiles:
@@ -111,9 +143,37 @@ class SequenceTiles:
     dkv: BackwardTiles
 
 
+@dataclasses.dataclass(frozen=True)
+class ForwardVariant:
+    """What is compiled into the forward kernel of a call.
+
+    Attributes:
+        shape, tiles, scale: geometry, and the factor of the logits, above zero.
+        merge: another part of the same softmax is merged in.
+        with_rest: what rounding takes from out is kept.
+        interpret: the kernel is interpreted.
+    """
+
+    shape: SequenceShape
+    tiles: ForwardTiles
+    scale: float
+    merge: bool
+    with_rest: bool
+    interpret: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardVariant:
+    """What is compiled into one of the two backward kernels of a call: as in `ForwardVariant`."""
+
+    shape: SequenceShape
+    tiles: BackwardTiles
+    scale: float
+    interpret: bool
+
+
 def choose_tiles(
     head_dim: int,
-    compute_capability: tuple[int, int] = (9, 0),
     *,
     query_tokens: int | None = None,
     cache_only: bool = False,
@@ -123,7 +183,7 @@ def choose_tiles(
     """Tiles for a padded head_dim of 64 or 128.
 
     Args:
-        head_dim, compute_capability: of the call and the device.
+        head_dim: of the call.
         query_tokens: of a forward, for the interpreter alone; None: many.
         cache_only: of a forward: few queries over a long cache and nothing else, as in decoding. It then waits for
             memory, not for the tensor cores, and has one consumer warpgroup.
@@ -133,10 +193,8 @@ def choose_tiles(
         interpret: for the interpreter, which runs every warp in Python.
 
     Raises:
-        NotImplementedError: another head_dim or compute capability.
+        NotImplementedError: another head_dim.
     """
-    if compute_capability != (9, 0):
-        raise NotImplementedError(f"compute capability {compute_capability}: the kernels are for (9, 0), Hopper")
     if interpret and head_dim in (64, 128):  # three consumers starve each other of two cores until it hangs
         forward = ForwardTiles(1 if query_tokens is not None and query_tokens <= 64 else 2, 64, 2)
         return SequenceTiles(forward, BackwardTiles(2, 64, 2), BackwardTiles(2, 64, 2))

@@ -1,7 +1,7 @@
 """Sequence attention, forward, for Hopper.
 
 Equation, per batch row b, query head n (KV head n // G), query t:
-    s_u = scale * <query_t, key_u>,  u visible (masks.py)
+    s_u = scale * <query_t, key_u>,  u visible (pallas_kernels/block_masks.py)
     lse = log sum_u exp(s_u);  out = sum_u exp(s_u - lse) value_u
 and, if `other_out`, `other_lse` are given (another block of the same softmax, such as the depth part):
     lse' = log(exp(lse) + exp(other_lse));  out' = exp(lse - lse') out + exp(other_lse - lse') other_out.
@@ -30,21 +30,35 @@ and `_release` waits for the blocks that it gives back, because there every phas
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import masks as masks_lib
-from pallas_kernels.mosaic_gpu import tiles as tiles_lib
+from pallas_kernels.block_masks import MaskRows, pad_rows
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
+from pallas_kernels.mosaic_gpu.sequence.tiles import (
+    REGISTERS,
+    ForwardTiles,
+    ForwardVariant,
+    SequenceShape,
+    check_shared,
+    choose_tiles,
+)
+from pallas_kernels.operands import Call
+from pallas_kernels.parts import Part
 
 
-def _scratch(tiles, head_dim, dtype, spec, merge, with_rest, interpret):
-    """Scratch shapes by name; None where a variant does not need it."""
+def _scratch(variant: ForwardVariant) -> dict[str, Any]:
+    """Scratch types by name; None where a variant does not need it."""
+    tiles, head_dim, dtype, mask = variant.tiles, variant.shape.head_dim, variant.shape.dtype, variant.shape.mask
     warpgroups, key_block, stages = tiles.warpgroups, tiles.key_block, tiles.stages
-    tile = wg_lib.tiled_smem
+    merge, with_rest, tile = variant.merge, variant.with_rest, wg_lib.tiled_smem
     return dict(
         query_smem=tile((warpgroups, 64, head_dim), dtype),
         key_smem=tile((stages, key_block, head_dim), dtype),
@@ -52,26 +66,27 @@ def _scratch(tiles, head_dim, dtype, spec, merge, with_rest, interpret):
         lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32),
         other_smem=tile((warpgroups, 64, head_dim), dtype) if merge or with_rest else None,
         other_lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32) if merge else None,
-        query_rows_smem=plgpu.SMEM((warpgroups, spec.channels, 64), jnp.int32) if spec.explicit else None,
-        key_rows_smem=plgpu.SMEM((stages, spec.channels, key_block), jnp.int32) if spec.explicit else None,
-        p_stage=tile((warpgroups, 64, key_block), dtype) if interpret else None,
-        query_ready=plgpu.Barrier(num_arrivals=2 if spec.explicit else 1, num_barriers=warpgroups),
+        query_rows_smem=plgpu.SMEM((warpgroups, mask.channels, 64), jnp.int32) if mask.explicit else None,
+        key_rows_smem=plgpu.SMEM((stages, mask.channels, key_block), jnp.int32) if mask.explicit else None,
+        p_stage=tile((warpgroups, 64, key_block), dtype) if variant.interpret else None,
+        query_ready=plgpu.Barrier(num_arrivals=2 if mask.explicit else 1, num_barriers=warpgroups),
         other_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups) if merge else None,
         other_rest_ready=plgpu.Barrier(num_barriers=warpgroups) if merge and with_rest else None,
-        key_ready=plgpu.Barrier(num_arrivals=2 if spec.explicit else 1, num_barriers=stages),
+        key_ready=plgpu.Barrier(num_arrivals=2 if mask.explicit else 1, num_barriers=stages),
         value_ready=plgpu.Barrier(num_barriers=stages),
         key_consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         value_consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     )
 
 
-def _make_body(
-    *, tiles, spec, merge, with_rest, scale, query_tokens, key_tokens, heads_per_kv_head, head_dim, dtype, interpret
-):
+def _make_body(variant: ForwardVariant):
     """The kernel body: operands, outputs, scratch."""
+    sizes, tiles, interpret = variant.shape, variant.tiles, variant.interpret
+    spec, merge, with_rest = sizes.mask, variant.merge, variant.with_rest
+    query_tokens, key_tokens, head_dim, dtype = sizes.query_tokens, sizes.key_tokens, sizes.head_dim, sizes.dtype
     warpgroups, key_block, stages = tiles.warpgroups, tiles.key_block, tiles.stages
     query_blocks = pl.cdiv(query_tokens, tiles.query_block)
-    scale2 = scale * wg_lib.LOG2E  # the softmax runs in base 2
+    scale2 = variant.scale * wg_lib.LOG2E  # the softmax runs in base 2
     shape = (64, key_block)
     masked_end = spec.causal or spec.explicit or spec.limit or key_tokens % key_block != 0
 
@@ -110,8 +125,8 @@ def _make_body(
         @pl.when(warpgroup == warpgroups)
         def _producer():
             if not tiles.paired:
-                plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][1], action="decrease")
-            kv_head = lax.div(head, jnp.int32(heads_per_kv_head))
+                plgpu.set_max_registers(REGISTERS[warpgroups][1], action="decrease")
+            kv_head = lax.div(head, jnp.int32(sizes.group))
 
             def fetch(step, wait):
                 slot = lax.rem(step - first, jnp.int32(stages))
@@ -143,7 +158,7 @@ def _make_body(
         @pl.when(warpgroup < warpgroups)
         def _consumer():
             if not tiles.paired:
-                plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][0], action="increase")
+                plgpu.set_max_registers(REGISTERS[warpgroups][0], action="increase")
             row_start = query_start + warpgroup * 64
             row_window = pl.ds(row_start, 64)
             query_smem = s.query_smem.at[warpgroup]
@@ -224,11 +239,9 @@ def _make_body(
             total = wg_lib.full((64,), 0.0, wg_lib.ROW)
             out = wg_lib.full((64, head_dim), 0.0, wg_lib.TILE)
 
-            out, maximum, total = _walk(
-                s, query_smem, p_stage, slot_of, load_key_rows, softmax, out, maximum, total,
-                first, full_start, full_end, own_end, last,
-                shape=shape, dtype=dtype, masked_start=spec.explicit, masked_end=masked_end, interpret=interpret,
-            )  # fmt: skip
+            consumer = _Consumer(variant, s, query_smem, p_stage, slot_of, load_key_rows, softmax)
+            blocks = wg_lib.BlockRange(first, full_start, full_end, own_end, spec.explicit, masked_end)
+            out, maximum, total = _walk(consumer, blocks, last, (out, maximum, total))
 
             if merge and with_rest:
                 plgpu.commit_smem()  # all warps are done with the queries, which make room
@@ -270,11 +283,27 @@ def _make_body(
     return body
 
 
-def _walk(
-    s, query_smem, p_stage, slot_of, load_key_rows, softmax, out, maximum, total,
-    first, full_start, full_end, own_end, last, *, shape, dtype, masked_start, masked_end, interpret,
-):  # fmt: skip
-    """Walks the key blocks; Q K^T of a block runs together with P V of the block before."""
+class _Consumer(NamedTuple):
+    """What a consumer warpgroup works with: its scratch, its queries, and what it does with a block of keys."""
+
+    variant: ForwardVariant
+    scratch: Any
+    query_smem: Any
+    p_stage: Any
+    slot_of: Callable[[Any], Any]
+    load_key_rows: Callable[[Any], list]
+    softmax: Callable[..., tuple]
+
+
+def _walk(consumer: _Consumer, blocks: wg_lib.BlockRange, last: Any, state: tuple) -> tuple:
+    """(out, maximum, sum) after the blocks; Q K^T of a block runs together with P V of the block before.
+
+    last: the end of the blocks of all warpgroups of the CTA.
+    """
+    variant, s, query_smem, p_stage, slot_of, load_key_rows, softmax = consumer
+    shape, dtype, interpret = (64, variant.tiles.key_block), variant.shape.dtype, variant.interpret
+    first, own_end = blocks.first, blocks.end
+    out, maximum, total = state
     slot = slot_of(first)
     plgpu.barrier_wait(s.key_ready.at[slot])
     (logits,), _ = wg_lib.accumulate(
@@ -282,7 +311,7 @@ def _walk(
     )
     key_values = load_key_rows(slot)
     plgpu.barrier_arrive(s.key_consumed.at[slot])
-    p, _, maximum, total = softmax(logits, maximum, total, first, key_values, masked_end)
+    p, _, maximum, total = softmax(logits, maximum, total, first, key_values, blocks.masked_tail)
     p = p.astype(dtype)
 
     def step_body(step, carry, masked):
@@ -310,10 +339,7 @@ def _walk(
         )
         return out * wg_lib.rows(rescale, out.shape), p, maximum, total
 
-    out, p, maximum, total = wg_lib.walk_blocks(
-        first + 1, full_start, full_end, own_end, step_body, (out, p, maximum, total),
-        masked_head=masked_start, masked_tail=masked_end,
-    )  # fmt: skip
+    out, p, maximum, total = wg_lib.walk_blocks(blocks._replace(first=first + 1), step_body, (out, p, maximum, total))
 
     slot = slot_of(own_end - 1)
     plgpu.barrier_wait(s.value_ready.at[slot])
@@ -338,96 +364,73 @@ def _walk(
 
 
 def sequence_forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    other_out: jax.Array | None = None,
-    other_lse: jax.Array | None = None,
-    other_rest: jax.Array | None = None,
+    call: Call,
+    other: Part | None = None,
     *,
-    scale: float,
-    masks: masks_lib.Masks,
     with_rest: bool = False,
-    tiles: tiles_lib.ForwardTiles | None = None,
+    tiles: ForwardTiles | None = None,
     interpret: bool | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """softmax(scale * query key^T) value over the visible keys, merged with another block if one is given.
+) -> Part:
+    """softmax(scale * query key^T) value over the visible keys, merged with another part if one is given.
 
     Args:
-        query: [B, T, N, H], bfloat16 or float16, H 64 or 128.
-        key, value: [B, U, K, H], K divides N.
-        other_out, other_lse: [B, T, N, H] and float32 [B, T, N] (natural log) of another block of the same softmax.
-        other_rest: [B, T, N, H], the other block's rest; goes with other_out where `with_rest`.
-        scale: factor of the logits.
-        masks: from `masks.prepare`.
+        call: its sequence part, bfloat16 or float16, H 64 or 128; keys and values that are hidden are finite.
+        other: another part of the same softmax; where `with_rest`, with its rest.
         with_rest: also return what rounding took from out.
         tiles: overrides `tiles.choose_tiles`.
         interpret: run on the CPU; None: where there is no GPU.
 
     Raises:
-        ValueError: tiles that do not fit into shared memory.
-
-    Returns:
-        (out [B, T, N, H], lse float32 [B, T, N], natural log, -inf where nothing is visible, rest [B, T, N, H] or None)
+        ValueError: tiles that do not fit into shared memory, or another part without its rest.
     """
-    batch, query_tokens, heads, head_dim = query.shape
-    key_tokens, kv_heads = key.shape[1:3]
     interpret = wg_lib.default_interpret() if interpret is None else interpret
-    query, scale = wg_lib.positive_scale(query, scale)
-    spec, merge = masks.spec, other_out is not None
-    tiles = tiles or tiles_lib.choose_tiles(
-        head_dim, query_tokens=query_tokens, explicit_masks=spec.explicit, interpret=interpret,
-        cache_only=query_tokens <= 64 and not (spec.causal or merge or with_rest),
+    query, scale = wg_lib.positive_scale(call.query, call.scale)
+    shape, merge = SequenceShape.of(call), other is not None
+    rows = MaskRows.of(call.mask, shape.batch, shape.query_tokens, shape.key_tokens)
+    tiles = tiles or choose_tiles(
+        shape.head_dim, query_tokens=shape.query_tokens, explicit_masks=shape.mask.explicit, interpret=interpret,
+        cache_only=shape.query_tokens <= 64 and not (shape.mask.causal or merge or with_rest),
     ).forward  # fmt: skip
-    tiles.check(head_dim, query.dtype.itemsize, spec.channels, merge or with_rest)
-    if with_rest and merge and other_rest is None:
-        raise ValueError("other_rest=None: expected an array, because with_rest=True and other_out is given")
-    query_blocks = pl.cdiv(query_tokens, tiles.query_block)
+    variant = ForwardVariant(shape, tiles, scale, merge, with_rest, interpret)
+    check_shared("sequence forward", variant, _scratch(dataclasses.replace(variant, interpret=False)))
+    if with_rest and merge and other.rest is None:
+        raise ValueError("other.rest=None: expected an array, because with_rest=True and another part is given")
+    query_blocks = pl.cdiv(shape.query_tokens, tiles.query_block)
     padded_tokens = query_blocks * tiles.query_block
 
-    query, key, value = (wg_lib.pad_tokens(x) for x in (query, key, value))
-    operands = [query, key, value]
+    operands = [wg_lib.pad_tokens(x) for x in (query, call.key, call.value)]
+    query = operands[0]
     if merge:
-        other_out = wg_lib.pad_tokens(other_out)
-        other_lse = jnp.pad(other_lse.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded_tokens - query_tokens)))
-        operands += [other_out, other_lse, *([wg_lib.pad_tokens(other_rest)] if with_rest else [])]
-    if spec.limit:
-        operands.append(masks.limit)
-    if spec.explicit:
+        other_out = wg_lib.pad_tokens(other.out)
+        other_lse = jnp.pad(other.lse.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded_tokens - shape.query_tokens)))
+        operands += [other_out, other_lse, *([wg_lib.pad_tokens(other.rest)] if with_rest else [])]
+    if shape.mask.limit:
+        operands.append(rows.limit)
+    if shape.mask.explicit:
         operands += [
-            masks_lib.pad_rows(masks.query_rows, tiles.query_block),
-            masks_lib.pad_rows(masks.key_rows, tiles.key_block),
-            masks_lib.block_bounds(
-                masks, batch, query_tokens, key_tokens, tiles.query_block, tiles.key_block, per="query"
-            ),
+            pad_rows(rows.query_rows, tiles.query_block),
+            pad_rows(rows.key_rows, tiles.key_block),
+            rows.block_bounds(tiles.query_block, tiles.key_block, per="query"),
         ]
-    body = _make_body(
-        tiles=tiles, spec=spec, merge=merge, with_rest=with_rest, scale=scale,
-        query_tokens=query_tokens, key_tokens=key_tokens,
-        heads_per_kv_head=heads // kv_heads, head_dim=head_dim, dtype=query.dtype, interpret=interpret,
-    )  # fmt: skip
-    scratch = _scratch(tiles, head_dim, query.dtype, spec, merge, with_rest, interpret)
     like_query = jax.ShapeDtypeStruct(query.shape, query.dtype)
     kernel = plgpu.kernel(
-        body,
+        _make_body(variant),
         out_type=(
             like_query,
-            jax.ShapeDtypeStruct((batch, heads, padded_tokens), jnp.float32),
+            jax.ShapeDtypeStruct((shape.batch, shape.num_heads, padded_tokens), jnp.float32),
             *([like_query] if with_rest else []),
         ),
-        grid=(batch, query_blocks, heads),
+        grid=(shape.batch, query_blocks, shape.num_heads),
         grid_names=("batch", "query_block", "head"),
         num_threads=tiles.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types={name: entry for name, entry in scratch.items() if entry is not None},
+        scratch_types={name: entry for name, entry in _scratch(variant).items() if entry is not None},
         compiler_params=wg_lib.compiler_params(),
         interpret=wg_lib.interpret_params(interpret),
-        kernel_name=wg_lib.kernel_name(
-            "moda_sequence_forward", query_tokens, key_tokens, heads, kv_heads, head_dim, tiles
-        ),
+        kernel_name=shape.kernel_name("moda_sequence_forward", tiles),
     )
     # XLA would run the kernel a second time to write a stacked copy of `out` (what a scan keeps for its backward) in
     # place: its dynamic-slice fusion clones a custom call whose result has other users too. Not through a barrier.
     out, lse, *rest = lax.optimization_barrier(kernel(*operands))
-    rest = rest[0][:, :query_tokens] if with_rest else None
-    return out[:, :query_tokens], lse[..., :query_tokens].swapaxes(1, 2), rest
+    rest = rest[0][:, : shape.query_tokens] if with_rest else None
+    return Part(out[:, : shape.query_tokens], lse[..., : shape.query_tokens].swapaxes(1, 2), rest)

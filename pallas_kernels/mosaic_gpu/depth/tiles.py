@@ -1,4 +1,4 @@
-"""Tile choices of the depth kernels, and their geometry: the one place where shapes become blocks."""
+"""Tile choices of the depth kernels, their geometry and their scratch: the one place where shapes become blocks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu.warpgroup import shared_bytes
 
 WARPS = 4  # of a warpgroup; each owns one tile of a group
 THREADS = 128
@@ -16,6 +19,8 @@ MAX_SHARED_BYTES = 227 * 1024  # of one multiprocessor, for all its blocks
 BLOCK_OVERHEAD_BYTES = 2048  # reserved by CUDA, barriers, alignment
 MAX_TILE_HEADS = 16  # query heads of a tile: two n = 8 blocks of an mma
 COLUMNS = 64  # columns of a swizzled shared-memory row: 128 bytes
+SWIZZLE = plgpu.SwizzleTransform(128)
+FRESH, SMALL_BUFFERS, FLOAT_BUFFERS = "fresh", "16-bit buffers", "float32 buffers"  # how gradients come
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +31,12 @@ class DepthTiles:
         rows: slots of a chunk, a multiple of 16 and at most 256.
         stages: chunks of a block that are in flight at once.
         blocks: thread blocks of a multiprocessor, all resident (the grid is persistent).
-        draining: stored chunks whose shared memory is not waited for when the next chunk is loaded (backward only).
         box_heads: neighbouring KV heads of a TMA box, 1 or 2: fewer and wider copies, a few more bank conflicts.
     """
 
     rows: int
     stages: int
     blocks: int
-    draining: int = 0
     box_heads: int = 1
 
 
@@ -101,12 +104,6 @@ class DepthShape:
         return (tiles.stages, parts, WARPS // tiles.box_heads, self.column_blocks, *box)
 
 
-def check_shared_memory(name: str, shape: DepthShape, tiles: DepthTiles, needed: int) -> None:
-    """Raises ValueError, with shape and tiles, if one block of a kernel does not fit into shared memory."""
-    if needed > MAX_SHARED_BYTES:
-        raise ValueError(f"{name}: {tiles} for {shape} needs {needed} bytes of shared memory: {MAX_SHARED_BYTES=}")
-
-
 def tile_heads(group_size: int) -> int:
     """Query heads of a tile: the largest divisor of G that one warp's fragments hold."""
     return max(d for d in range(1, min(group_size, MAX_TILE_HEADS) + 1) if group_size % d == 0)
@@ -127,10 +124,54 @@ def multiprocessors() -> int:
     return jax.devices()[0].core_count
 
 
-def forward_bytes(shape: DepthShape, tiles: DepthTiles) -> int:
-    """Shared memory of one block of the forward kernel (16-bit inputs)."""
-    row = 2 * COLUMNS * shape.column_blocks
-    return tiles.stages * row * (2 * WARPS * tiles.rows + shape.query_rows) + BLOCK_OVERHEAD_BYTES
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory in rows of 128 bytes, swizzled as TMA and the matrix loads have it."""
+    return plgpu.SMEM(shape, dtype, transforms=(SWIZZLE,))
+
+
+def forward_scratch(shape: DepthShape, tiles: DepthTiles, dtype: Any) -> dict[str, Any]:
+    """Scratch types of one block of the forward kernel."""
+    copies = (1 + 2 * WARPS) * shape.column_blocks
+    return {
+        "ring": swizzled(shape.ring_shape(tiles, 2), dtype),
+        "queries": swizzled((tiles.stages, shape.column_blocks, shape.query_rows, COLUMNS), dtype),
+        "loaded": plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
+    }
+
+
+def backward_scratch(shape: DepthShape, tiles: DepthTiles, dtype: Any, gradients: str) -> dict[str, Any]:
+    """Scratch types of one block of the backward kernel; `gradients`: FRESH, SMALL_BUFFERS or FLOAT_BUFFERS."""
+    columns, parts = shape.column_blocks, ring_parts(gradients)
+    copies = 2 + (2 + parts * WARPS // tiles.box_heads) * columns
+    scratch = {
+        "ring": swizzled(shape.ring_shape(tiles, parts), dtype),
+        "queries": swizzled((tiles.stages, 2, columns, shape.query_rows, COLUMNS), dtype),
+        "statistics": plgpu.SMEM((tiles.stages, 2, shape.statistics), jnp.float32),
+        "staging": swizzled((WARPS, columns, 8 * shape.head_blocks, COLUMNS), dtype),
+        "loaded": plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
+    }
+    if gradients == FRESH:
+        scratch["blank"] = swizzled(shape.ring_shape(tiles, parts)[4:], dtype)
+    return scratch
+
+
+def ring_parts(gradients: str) -> int:
+    """Operands of a chunk in the backward's ring: K and V, and old gradients that are loaded beside them."""
+    return 4 if gradients == SMALL_BUFFERS else 2
+
+
+def gradient_kind(buffer_dtype: Any | None) -> str:
+    """How gradients come, by the dtype of the buffers that they are added to; None: there are none."""
+    if buffer_dtype is None:
+        return FRESH
+    return FLOAT_BUFFERS if jnp.dtype(buffer_dtype) == jnp.float32 else SMALL_BUFFERS
+
+
+def check_shared_memory(name: str, shape: DepthShape, tiles: DepthTiles, scratch: dict[str, Any]) -> None:
+    """Raises ValueError, with shape and tiles, if one block of a kernel does not fit into shared memory."""
+    needed = _block_bytes(scratch)
+    if needed > MAX_SHARED_BYTES:
+        raise ValueError(f"{name}: {tiles} for {shape} needs {needed} bytes of shared memory: {MAX_SHARED_BYTES=}")
 
 
 def forward_tiles(shape: DepthShape) -> DepthTiles:
@@ -138,28 +179,28 @@ def forward_tiles(shape: DepthShape) -> DepthTiles:
     rows = 16 if shape.slots <= 16 else 32
     for blocks, stages in ((3, 4), (3, 3), (3, 2), (2, 2), (1, 3), (1, 2)):
         tiles = DepthTiles(rows, stages, blocks)
-        if blocks * forward_bytes(shape, tiles) <= MAX_SHARED_BYTES:
+        if _fits(tiles, forward_scratch(shape, tiles, jnp.bfloat16)):
             return tiles
     raise NotImplementedError(f"no tiles of the depth forward fit into shared memory for {shape}")
 
 
-def backward_bytes(shape: DepthShape, tiles: DepthTiles, gradient_dtype: Any | None) -> int:
-    """Shared memory of one block of the backward; `gradient_dtype`: of given buffers, None for fresh arrays."""
-    row = 2 * COLUMNS * shape.column_blocks
-    staged = 4 if gradient_dtype is not None and jnp.dtype(gradient_dtype).itemsize == 2 else 2
-    stage = row * (staged * WARPS * tiles.rows + 2 * shape.query_rows) + 1024
-    fixed = row * WARPS * 8 * shape.head_blocks + 2 * COLUMNS * tiles.rows * tiles.box_heads
-    return tiles.stages * stage + fixed + BLOCK_OVERHEAD_BYTES
-
-
-def backward_tiles(shape: DepthShape, gradient_dtype: Any | None, box_heads: int = 1) -> DepthTiles:
+def backward_tiles(shape: DepthShape, gradients: str, box_heads: int = 1) -> DepthTiles:
     """Tiles of the backward: a stage is loaded, overwritten by its gradients and stored, beside others that are loaded.
 
     Measured on an H200 (T = 16384, K = 8, H = 64, S = 64): fresh 1.23 ms with (32, 2, 2), 1.21 to 1.44 with others;
     accumulating in bfloat16 1.71 ms with (32, 3, 1), 1.67 to 1.87 with others. `box_heads=2` awaits its measurement.
     """
     for rows, stages, blocks in ((32, 2, 2), (32, 3, 1), (16, 3, 2), (32, 2, 1), (16, 3, 1), (16, 2, 1)):
-        tiles = DepthTiles(16 if shape.slots <= 16 else rows, stages, blocks, 0, box_heads)
-        if blocks * backward_bytes(shape, tiles, gradient_dtype) <= MAX_SHARED_BYTES:
+        tiles = DepthTiles(16 if shape.slots <= 16 else rows, stages, blocks, box_heads)
+        if _fits(tiles, backward_scratch(shape, tiles, jnp.bfloat16, gradients)):
             return tiles
     raise NotImplementedError(f"no tiles of the depth backward fit into shared memory for {shape}")
+
+
+def _fits(tiles: DepthTiles, scratch: dict[str, Any]) -> bool:
+    return tiles.blocks * _block_bytes(scratch) <= MAX_SHARED_BYTES
+
+
+def _block_bytes(scratch: dict[str, Any]) -> int:
+    """Shared memory of one block."""
+    return shared_bytes(scratch) + BLOCK_OVERHEAD_BYTES

@@ -1,4 +1,4 @@
-"""`moda_sequence_dkv`: the key and value gradients of sequence attention, for Hopper (host side: sequence_backward.py).
+"""`moda_sequence_dkv`: the key and value gradients of sequence attention, for Hopper (host side: backward.py).
 
 Equation: P_tu = exp(scale * <query_t, key_u> - lse_t);  dS_tu = P_tu * (<dout_t, value_u> - delta_t)
     dvalue_u = sum_{g,t} P_tu dout_t;  dkey_u = scale * sum_{g,t} dS_tu query_t     (g over the G heads of the KV head)
@@ -26,20 +26,23 @@ with A in registers is not simulated.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import tiles as tiles_lib
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
+from pallas_kernels.mosaic_gpu.sequence.tiles import REGISTERS, BackwardVariant
 
 
-def scratch_types(tiles, head_dim, dtype, spec, interpret):
+def scratch_types(variant: BackwardVariant) -> dict[str, Any]:
     """Scratch shapes by name; None where a variant does not need it."""
+    tiles, head_dim, dtype, spec = variant.tiles, variant.shape.head_dim, variant.shape.dtype, variant.shape.mask
     warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
-    tile = wg_lib.tiled_smem
+    tile, interpret = wg_lib.tiled_smem, variant.interpret
     return dict(
         key_smem=tile((warpgroups, 64, head_dim), dtype),
         value_smem=tile((warpgroups, 64, head_dim), dtype),
@@ -56,8 +59,11 @@ def scratch_types(tiles, head_dim, dtype, spec, interpret):
     )
 
 
-def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, dtype, interpret):
+def make_body(variant: BackwardVariant):
     """The kernel body: operands, outputs, scratch."""
+    sizes, tiles, scale, interpret = variant.shape, variant.tiles, variant.scale, variant.interpret
+    spec, dtype, group = sizes.mask, sizes.dtype, sizes.group
+    query_tokens, key_tokens = sizes.query_tokens, sizes.key_tokens
     warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
     query_blocks = pl.cdiv(query_tokens, block)
     scale2 = scale * wg_lib.LOG2E
@@ -94,7 +100,7 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
 
         @pl.when(warpgroup == warpgroups)
         def _producer():
-            plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][1], action="decrease")
+            plgpu.set_max_registers(REGISTERS[warpgroups][1], action="decrease")
 
             def fetch(step, wait):
                 slot = slot_of(step)
@@ -117,7 +123,7 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
 
         @pl.when(warpgroup < warpgroups)
         def _consumer():
-            plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][0], action="increase")
+            plgpu.set_max_registers(REGISTERS[warpgroups][0], action="increase")
             row_start = key_start + warpgroup * 64
             window = pl.ds(row_start, 64)
             own = s.own_ready.at[warpgroup]
@@ -187,12 +193,9 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
                 delta = plgpu.load(s.statistics_smem.at[slot, 1], layout=wg_lib.COLUMN)
                 return p * (wg_lib.load_after(dp_acc, outstanding) - wg_lib.columns(delta, shape))
 
-            zeros = wg_lib.full((64, head_dim), 0.0, wg_lib.TILE)
-            dk, dv = _walk(
-                s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of, zeros,
-                first, full_start, full_end, last, group,
-                masked_start=masked_start, masked_end=spec.explicit, shape=shape, dtype=dtype, interpret=interpret,
-            )  # fmt: skip
+            consumer = _Consumer(variant, s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of)
+            blocks = wg_lib.BlockRange(first, full_start, full_end, last, masked_start, spec.explicit)
+            dk, dv = _walk(consumer, blocks)
 
             dk = dk * scale
             if spec.limit:
@@ -209,17 +212,31 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
     return body
 
 
-def _walk(
-    s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of, zeros,
-    first, full_start, full_end, last, group, *, masked_start, masked_end, shape, dtype, interpret,
-):  # fmt: skip
+class _Consumer(NamedTuple):
+    """What a consumer warpgroup works with: its scratch, and what it does with a block of queries."""
+
+    variant: BackwardVariant
+    scratch: Any
+    first_products: Callable[..., None]
+    probability: Callable[..., Any]
+    logits_gradient: Callable[..., Any]
+    p_stage: Any
+    ds_stage: Any
+    slot_of: Callable[[Any], Any]
+
+
+def _walk(consumer: _Consumer, blocks: wg_lib.BlockRange) -> tuple[Any, Any]:
     """(dK, dV): the second products of a step run together with the first products of the next one."""
+    variant, s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of = consumer
+    shape, dtype, interpret = (64, variant.tiles.block), variant.shape.dtype, variant.interpret
+    zeros = wg_lib.full((64, variant.shape.head_dim), 0.0, wg_lib.TILE)
+    first, last, group = blocks.first, blocks.end, variant.shape.group
     steps = last - first
     plgpu.barrier_wait(s.ready.at[0])
 
     def prologue(logits_acc, dp_acc):
         first_products(logits_acc, dp_acc, 0)
-        p = probability(logits_acc, 0, first, 1, masked_start)
+        p = probability(logits_acc, 0, first, 1, blocks.masked_head)
         return p.astype(dtype), logits_gradient(dp_acc, p, 0, 0).astype(dtype)
 
     empty = plgpu.layout_cast(jnp.zeros(shape, dtype), wg_lib.TILE)
@@ -248,10 +265,7 @@ def _walk(
 
     def head_body(index, carry):
         start = first + jnp.where(index == 0, 1, 0)  # the prologue did the very first step
-        return wg_lib.walk_blocks(
-            start, full_start, full_end, last, functools.partial(step_body, index * steps), carry,
-            masked_head=masked_start, masked_tail=masked_end,
-        )  # fmt: skip
+        return wg_lib.walk_blocks(blocks._replace(first=start), functools.partial(step_body, index * steps), carry)
 
     dk, dv, p, ds = lax.fori_loop(0, group, head_body, (zeros, zeros, p, ds))
     slot = slot_of(steps * group - 1)

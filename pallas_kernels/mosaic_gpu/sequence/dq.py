@@ -1,4 +1,4 @@
-"""`moda_sequence_dq`: the query gradient of sequence attention, for Hopper (host side: sequence_backward.py).
+"""`moda_sequence_dq`: the query gradient of sequence attention, for Hopper (host side: backward.py).
 
 Equation: dS_tu = exp(scale * <query_t, key_u> - lse_t) * (<dout_t, value_u> - delta_t)
     dquery_t = scale * sum_u dS_tu key_u
@@ -19,19 +19,22 @@ Interpreted on a CPU, dS goes through SMEM (`ds_stage`): `wgmma` with A in regis
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import tiles as tiles_lib
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
+from pallas_kernels.mosaic_gpu.sequence.tiles import REGISTERS, BackwardVariant
 
 
-def scratch_types(tiles, head_dim, dtype, spec, interpret):
+def scratch_types(variant: BackwardVariant) -> dict[str, Any]:
     """Scratch shapes by name; None where a variant does not need it."""
+    tiles, head_dim, dtype, spec = variant.tiles, variant.shape.head_dim, variant.shape.dtype, variant.shape.mask
     warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
-    tile = wg_lib.tiled_smem
+    tile, interpret = wg_lib.tiled_smem, variant.interpret
     return dict(
         query_smem=tile((warpgroups, 64, head_dim), dtype),
         dout_smem=tile((warpgroups, 64, head_dim), dtype),
@@ -47,8 +50,11 @@ def scratch_types(tiles, head_dim, dtype, spec, interpret):
     )
 
 
-def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, dtype, interpret):
+def make_body(variant: BackwardVariant):
     """The kernel body: operands, outputs, scratch."""
+    sizes, tiles, scale, interpret = variant.shape, variant.tiles, variant.scale, variant.interpret
+    spec, head_dim, dtype, group = sizes.mask, sizes.head_dim, sizes.dtype, sizes.group
+    query_tokens, key_tokens = sizes.query_tokens, sizes.key_tokens
     warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
     query_blocks = pl.cdiv(query_tokens, tiles.owned_block)
     scale2 = scale * wg_lib.LOG2E
@@ -80,7 +86,7 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
 
         @pl.when(warpgroup == warpgroups)
         def _producer():
-            plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][1], action="decrease")
+            plgpu.set_max_registers(REGISTERS[warpgroups][1], action="decrease")
             kv_head = lax.div(head, jnp.int32(group))
 
             def fetch(step, wait):
@@ -101,7 +107,7 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
 
         @pl.when(warpgroup < warpgroups)
         def _consumer():
-            plgpu.set_max_registers(tiles_lib.REGISTERS[warpgroups][0], action="increase")
+            plgpu.set_max_registers(REGISTERS[warpgroups][0], action="increase")
             row_start = query_start + warpgroup * 64
             window = pl.ds(row_start, 64)
             own = s.own_ready.at[warpgroup]
@@ -190,10 +196,8 @@ def make_body(*, tiles, spec, scale, query_tokens, key_tokens, group, head_dim, 
                 (dq, _, _), ds = wg_lib.accumulate(issue, [dq, shape, shape], ds, interpret=interpret)
                 return dq, ds
 
-            dq, ds = wg_lib.walk_blocks(
-                first + 1, full_start, full_end, own_end, step_body, (dq, ds),
-                masked_head=spec.explicit, masked_tail=masked_end,
-            )  # fmt: skip
+            blocks = wg_lib.BlockRange(first + 1, full_start, full_end, own_end, spec.explicit, masked_end)
+            dq, ds = wg_lib.walk_blocks(blocks, step_body, (dq, ds))
 
             slot = slot_of(own_end - 1)
 

@@ -1,0 +1,121 @@
+"""Hopper kernels in Pallas Mosaic GPU: the implementation "mosaic_gpu" of the internal block (`pallas_kernels.block`).
+
+Two parts under one softmax, tuned apart: the sequence part is compute-bound (`sequence/`), the depth part
+memory-bound (`depth/`).
+    forward   depth first; the sequence kernel merges the depth part's (out, lse) in its epilogue.
+    backward  both parts on the merged lse and delta; the depth kernel adds the sequence part's dquery to its own.
+On a CPU the same kernels run under the Pallas GPU interpreter, with race detection: for tests of small shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.modes import in_default_modes
+from pallas_kernels.mosaic_gpu import warpgroup
+from pallas_kernels.mosaic_gpu.depth import tiles
+from pallas_kernels.mosaic_gpu.depth.backward import depth_backward
+from pallas_kernels.mosaic_gpu.depth.forward import depth_forward
+from pallas_kernels.mosaic_gpu.sequence.backward import sequence_backward
+from pallas_kernels.mosaic_gpu.sequence.forward import sequence_forward
+from pallas_kernels.mosaic_gpu.sequence.split import split_forward, splits
+from pallas_kernels.operands import Call, Gradients, Upstream
+from pallas_kernels.parts import Part
+
+COMPUTE_CAPABILITY = "9.0"
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 128)  # of the sequence kernels; others are padded
+MAX_SLOTS = 512
+
+
+def check_supported(call: Call) -> None:
+    """Raises NotImplementedError, with the reason, if the kernels do not take such a call; they take every mask."""
+    batch, tokens, num_heads, head_dim = call.query.shape
+    name = jnp.dtype(call.query.dtype).name
+    if name not in DTYPES:
+        raise NotImplementedError(f"mosaic_gpu: dtype={name}: the tensor cores' kernels take {' or '.join(DTYPES)}")
+    if not 0 < head_dim <= HEAD_DIMS[-1] or head_dim % 8:
+        raise NotImplementedError(f"mosaic_gpu: head_dim={head_dim}: expected a multiple of 8 up to {HEAD_DIMS[-1]}")
+    if call.slots > MAX_SLOTS:
+        raise NotImplementedError(f"mosaic_gpu: {call.slots} depth slots: expected at most {MAX_SLOTS}")
+    if jax.default_backend() == "gpu":
+        capability = str(jax.devices()[0].compute_capability)
+        if capability != COMPUTE_CAPABILITY:
+            raise NotImplementedError(
+                f"mosaic_gpu: compute capability {capability}: the kernels are for {COMPUTE_CAPABILITY} (Hopper)"
+            )
+    if call.slots:
+        heads = tiles.tile_heads(num_heads // call.num_kv_heads)
+        shape = tiles.DepthShape(batch * tokens, call.slots, num_heads, call.num_kv_heads, head_dim, heads)
+        tiles.forward_tiles(shape)
+        tiles.backward_tiles(shape, tiles.SMALL_BUFFERS)
+
+
+@in_default_modes
+def forward(call: Call, *, with_rest: bool = False, interpret: bool | None = None) -> Part:
+    """See `pallas_kernels.dispatch`."""
+    depth = None
+    if call.sees_slots:
+        depth = depth_forward(call, with_rest=with_rest, interpret=interpret)
+    if call.key is None:
+        return Part.of_nothing(call.query, with_rest=with_rest) if depth is None else depth
+    other = None if depth is None else jax.tree.map(_pad_head, depth._replace(lse=None))._replace(lse=depth.lse)
+    if splits(call):
+        part = split_forward(_for_kernels(call), with_rest=with_rest, interpret=interpret)
+    else:
+        part = sequence_forward(_for_kernels(call), other, with_rest=with_rest, interpret=interpret)
+    head_dim = call.query.shape[-1]
+    rest = None if part.rest is None else part.rest[..., :head_dim]
+    return Part(part.out[..., :head_dim], part.lse, rest)
+
+
+@in_default_modes
+def backward(
+    call: Call,
+    upstream: Upstream,
+    buffers: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    interpret: bool | None = None,
+) -> Gradients:
+    """See `pallas_kernels.dispatch`."""
+    dquery = dkey = dvalue = None
+    if call.key is not None:
+        dquery, dkey, dvalue = _sequence_gradients(call, upstream, interpret)
+    if call.sees_slots:
+        dquery, *depth = depth_backward(call, upstream, buffers, dquery=dquery, interpret=interpret)
+    elif call.depth is not None:
+        depth = (jnp.zeros_like(call.depth.key), jnp.zeros_like(call.depth.value)) if buffers is None else buffers
+    else:
+        depth = (None, None)
+    return Gradients(jnp.zeros_like(call.query) if dquery is None else dquery, dkey, dvalue, *depth)
+
+
+def _sequence_gradients(
+    call: Call, upstream: Upstream, interpret: bool | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dquery, dkey, dvalue) of the sequence part."""
+    query, scale = warpgroup.positive_scale(call.query, call.scale)
+    positive = _for_kernels(dataclasses.replace(call, query=query, scale=scale))
+    upstream = upstream._replace(dout=_pad_head(upstream.dout))
+    gradients = sequence_backward(positive, upstream, interpret=interpret)
+    dquery, dkey, dvalue = (x[..., : call.query.shape[-1]] for x in gradients)
+    if call.scale <= 0:  # the kernel saw -query, or zeros
+        dquery = -dquery if call.scale < 0 else jnp.zeros_like(dquery)
+    return dquery, dkey, dvalue
+
+
+def _for_kernels(call: Call) -> Call:
+    """With a head_dim of the sequence kernels, and with finite keys and values: they multiply what is hidden by 0."""
+    key, value = (_pad_head(call.mask.cleared(x)) for x in (call.key, call.value))
+    return dataclasses.replace(call, query=_pad_head(call.query), key=key, value=value)
+
+
+def _pad_head(x: jax.Array | None) -> jax.Array | None:
+    """[..., H] with zeros up to the next head_dim of the sequence kernels."""
+    if x is None or x.shape[-1] in HEAD_DIMS:
+        return x
+    missing = next(h for h in HEAD_DIMS if h > x.shape[-1]) - x.shape[-1]
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),))
