@@ -15,12 +15,13 @@ Tests marked `gpu` are skipped, with a reason, where JAX sees no NVIDIA GPU. Tho
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.quick_compile import QUICK_XLA_FLAGS
+from support.quick_compile import NO_MLIR_XLA_FLAGS, QUICK_XLA_FLAGS
 
 XLA_THREADS = 6  # a kernel of three warpgroups, whoever waits for it, and two to spare
 MOST_WORKERS = 8  # each holds up to 2 GB
@@ -40,7 +41,10 @@ def _share_compiled_programs() -> None:
 
 if not HAS_GPU:
     os.environ.setdefault("NPROC", str(max(XLA_THREADS, os.cpu_count() or 1)))  # XLA's name for it
-    os.environ["XLA_FLAGS"] = f"{QUICK_XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()  # the last of a name holds
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits them
+        # The slow tests have the cases that come nearest to their bounds: they are compiled with XLA's own emitters.
+        flags = QUICK_XLA_FLAGS if any("slow" in argument for argument in sys.argv) else NO_MLIR_XLA_FLAGS
+        os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()  # the last of a name holds
     _share_compiled_programs()
 
 import jax  # noqa: E402  reads the environment

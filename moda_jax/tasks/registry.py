@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
+from moda_jax.class_path import find_class
 from moda_jax.config import Config
 from moda_jax.task_config import TASKS
 from moda_jax.tasks.task import Task
@@ -18,14 +17,7 @@ def find_task(name: str) -> type[Task]:
     Raises:
         ValueError: there is no such class, or it is no `Task`.
     """
-    module_name, _, class_name = TASKS.get(name, name).partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"train.task={name!r}: cannot be imported ({error})") from error
-    if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ValueError(f"train.task={name!r}: expected a subclass of Task, got {found!r}")
-    return found
+    return find_class("train.task", name, TASKS, Task)
 
 
 def make_task(config: Config) -> Task:

@@ -16,7 +16,6 @@ def forward(query: Array, depth: DepthKV, scale: float) -> Part:
     """The depth part, in float32."""
     tokens, chunks = depth_blocks(depth.key)
     grouped = tokens.view(_token_group(query, depth.key))  # the view of [B, T, K, G, H] float32
-    keys, values = tokens.view(depth.key), tokens.view(depth.value)
 
     def token_block(i: Array | int, results: tuple[Array, Array]) -> tuple[Array, Array]:
         block = tokens.cut(grouped, i)
@@ -24,7 +23,7 @@ def forward(query: Array, depth: DepthKV, scale: float) -> Part:
         def chunk(j: Array | int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, acc = state
             fresh = _fresh_slots(chunks, depth, j)
-            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (keys, values))
+            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (depth.key, depth.value))
             logits = _slot_logits(block, key, fresh, scale)
             new_top = jnp.maximum(top, jnp.max(logits, axis=2))
             weights = jnp.exp(logits - new_top[:, :, None])
@@ -52,7 +51,7 @@ def backward(
     dout, lse, delta = upstream
     tokens, chunks = depth_blocks(depth.key)
     grouped, dgrouped, lse, delta = (tokens.view(_token_group(array, depth.key)) for array in (query, dout, lse, delta))
-    keys, values, *buffers = map(tokens.view, (depth.key, depth.value, *buffers))
+    buffers = tuple(map(tokens.view, buffers))
 
     def token_block(i: Array | int, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         block, dout_block, lse_block, delta_block = (tokens.cut(x, i) for x in (grouped, dgrouped, lse, delta))
@@ -62,7 +61,7 @@ def backward(
         def chunk(j: Array | int, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dquery, key_gradient, value_gradient = sums
             fresh = _fresh_slots(chunks, depth, j)
-            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (keys, values))
+            key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (depth.key, depth.value))
             weights = jnp.exp(_slot_logits(block, key, fresh, scale) - lse_block[:, :, None])  # [B, T, chunk, K, G]
             dlogits = weights * (_slot_logits(dout_block, value) - delta_block[:, :, None]) * scale
             return (
@@ -104,10 +103,13 @@ def _fresh_slots(chunks: Blocks, depth: DepthKV, index: Array | int) -> Array | 
 
 
 def _slots(
-    view: Array, tokens: TokenBlocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None
+    array: Array, tokens: TokenBlocks, i: Array | int, chunks: Blocks, j: Array | int, fresh: Array | None
 ) -> Array:
-    """[B, token block, chunk, K, H] float32, zero where not fresh: a slot that is not seen may hold NaN."""
-    part = tokens.cut(view, i, chunks.start(j), chunks.size).astype(jnp.float32)
+    """[B, token block, chunk, K, H] float32, zero where not fresh: a slot that is not seen may hold NaN.
+
+    The view is taken here, inside of the loops: before them XLA would write the layer's slot once more, into the view.
+    """
+    part = tokens.cut(tokens.view(array), i, chunks.start(j), chunks.size).astype(jnp.float32)
     return part if fresh is None else jnp.where(fresh, part, 0.0)
 
 

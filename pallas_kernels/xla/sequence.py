@@ -7,7 +7,7 @@ from jax import Array
 
 from pallas_kernels.operands import Call, Mask, Upstream
 from pallas_kernels.parts import Part
-from pallas_kernels.xla.blocks import MASKED, Blocks, dot, few_queries, loop, sequence_blocks
+from pallas_kernels.xla.blocks import MASKED, Blocks, by_sums, dot, loop, sequence_blocks
 
 
 def _key_blocks_seen(mask: Mask, queries: Blocks, keys: Blocks, index: Array | int) -> Array | int:
@@ -66,8 +66,20 @@ def _filled_keys(block: Array, mask: Mask, keys: Blocks, index: Array | int) -> 
 
 def _logits(query: Array, key: Array, scale: float, visible: Array | None) -> Array:
     """[B, K, G, query block, key block] float32."""
-    logits = dot("bkgth,bkuh->bkgtu", query, key) * scale
+    logits = _over_head_dim(query, key) * scale
     return logits if visible is None else jnp.where(visible, logits, MASKED)
+
+
+def _over_head_dim(query: Array, key: Array) -> Array:
+    """query [B, K, G, T, H] . key [B, K, U, H] -> [B, K, G, T, U] float32.
+
+    Where G or T is 1 the product has no second axis of rows: on a CPU XLA would make a transposed copy of the keys.
+    """
+    *_, group, tokens, head_dim = query.shape
+    if 1 not in (group, tokens):
+        return dot("bkgth,bkuh->bkgtu", query, key)
+    rows = query.reshape(*query.shape[:2], group * tokens, head_dim)
+    return dot("bkrh,bkuh->bkru", rows, key).reshape(*query.shape[:4], key.shape[2])
 
 
 def _group(array: Array, num_kv_heads: int) -> Array:
@@ -87,8 +99,8 @@ def forward(call: Call) -> Part:
     mask, scale = call.mask, call.scale
     query = _group(call.query, call.num_kv_heads)  # [B, K, G, T, H]
     key, value = (jnp.moveaxis(array, 1, 2) for array in (call.key, call.value))  # [B, K, U, H]
-    if few_queries(query):
-        return _in_one_pass(call, query, key, value)
+    if by_sums(query):
+        return _by_sums(call, query, key, value)
     queries, keys = sequence_blocks(query, key)
 
     def query_block(i: Array | int, results: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -124,7 +136,7 @@ def forward(call: Call) -> Part:
     return Part(_ungroup(out), _ungroup(lse))
 
 
-def _in_one_pass(call: Call, query: Array, key: Array, value: Array) -> Part:
+def _by_sums(call: Call, query: Array, key: Array, value: Array) -> Part:
     """Few queries [B, K, G, T, H] over keys [B, K, U, H]: no loop and no matrix product, all in float32."""
     queries, keys = (Blocks.of(size, size) for size in (query.shape[3], key.shape[2]))
     k, v = (_filled_keys(x, call.mask, keys, 0).astype(jnp.float32)[:, :, None, None] for x in (key, value))
@@ -157,7 +169,7 @@ def backward(call: Call, upstream: Upstream) -> tuple[Array, Array, Array]:
             k, v = (_filled_keys(keys.slice(x, j, 2), mask, keys, j) for x in (key, value))
             logits = _logits(block, k, scale, _visible(mask, queries, keys, i, j))
             weights = jnp.exp(logits - lse_block[..., None])
-            dweights = dot("bkgth,bkuh->bkgtu", dout_block, v)
+            dweights = _over_head_dim(dout_block, v)
             dlogits = (weights * (dweights - delta_block[..., None])).astype(k.dtype)
             dv = dot("bkgtu,bkgth->bkuh", weights.astype(v.dtype), dout_block)
             dk = dot("bkgtu,bkgth->bkuh", dlogits, block)

@@ -22,7 +22,7 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
-def run_module(module: str, *arguments: object, devices: int = 8, timeout: float = 500) -> str:
+def run_module(module: str, *arguments: object, devices: int = 8, timeout: float = 1500) -> str:
     """Runs `python -m module arguments` and returns its stdout; an AssertionError with its stderr if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],

@@ -83,7 +83,8 @@ def depth_scan(
             again; "none": all that autodiff of the parts needs; "ffn": the same here, `Transformer`'s blocks then
             compute the FFN's hidden activations again. Other blocks are always recomputed from their input.
         unroll: compile every layer by itself instead of one loop body: on a GPU faster to run (nothing is copied into
-            stacks over layers and out of them), slower to compile; the memory is the same.
+            stacks over layers and out of them), slower to compile; the memory is the same. For a CPU XLA orders the
+            reverse pass of unrolled layers as it likes: reads of a stream by sums may then hold O(S^2).
         gradient_dtype: dtype in which the stream's gradient accumulates over the layers; None: the stream's.
         check: also check, while it runs, that no entry was lost for want of a slot and that the block left the slots
             of others as they were. The call has to be under `jax.experimental.checkify.checkify`, which reports it.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
+from moda_jax.class_path import find_class
 from moda_jax.depth_config import MECHANISMS
 from moda_jax.model.depth.mechanism import DepthMechanism
 
@@ -17,11 +16,4 @@ def find_mechanism(name: str) -> type[DepthMechanism]:
     Raises:
         ValueError: there is no such class, or it is no `DepthMechanism`.
     """
-    module_name, _, class_name = MECHANISMS.get(name, name).partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model.depth={name!r}: cannot be imported ({error})") from error
-    if not (isinstance(found, type) and issubclass(found, DepthMechanism)):
-        raise ValueError(f"model.depth={name!r}: expected a subclass of DepthMechanism, got {found!r}")
-    return found
+    return find_class("model.depth", name, MECHANISMS, DepthMechanism)

@@ -39,7 +39,7 @@ def test_a_moda_run_starts_from_an_exported_model_and_trains(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     values = json.loads((tmp_path / "moda" / "config.json").read_text())["model"]
-    assert (values["width"], values["depth"], values["depth_ffn_kv"]) == (32, "moda", True)
+    assert (values["width"], values["depth"], values["moda"]["ffn_kv"]) == (32, "moda", True)
     done = call("train.py", f"--workdir={tmp_path / 'moda'}")
     assert done.returncode == 0, done.stderr
     assert "resuming from step 0 of 3" in done.stderr and "finished, step 3 of 3" in done.stdout

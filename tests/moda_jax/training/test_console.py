@@ -201,6 +201,8 @@ def test_a_run_goes_on_without_its_log(monkeypatch):
     os.close(reader)
     with os.fdopen(writer, "w", buffering=1) as closed:
         monkeypatch.setattr("sys.stderr", closed)
+        with pytest.raises(BrokenPipeError):
+            os.write(writer, b"x")  # nothing gets through
         handler = _LineSafeHandler()
         handler.emit(logging.makeLogRecord({"msg": "lost"}))
         with contextlib.suppress(BrokenPipeError):

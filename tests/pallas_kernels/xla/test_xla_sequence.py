@@ -39,7 +39,7 @@ def test_a_permutation_of_the_queries_permutes_the_result():
 
 def test_as_many_key_blocks_as_the_latest_query_needs():
     masks = Mask(True, jnp.asarray([[0, 5, 63, 2], [7, 64, 300, 1]], jnp.int32))
-    queries, keys = sequence_blocks(jnp.zeros((64, 8, 1, 4, 8)), jnp.zeros((64, 8, 512, 8)))
+    queries, keys = sequence_blocks(jnp.zeros((64, 8, 5, 4, 8)), jnp.zeros((64, 8, 512, 8)))
     assert (keys.size, keys.count, queries.count) == (64, 8, 1)
     assert int(sequence._key_blocks_seen(masks, queries, keys, 0)) == 5  # keys 0..300
     early = dataclasses.replace(masks, query_positions=masks.query_positions[:1])
@@ -48,16 +48,17 @@ def test_as_many_key_blocks_as_the_latest_query_needs():
     assert sequence._key_blocks_seen(unknown, queries, keys, 0) == 8
 
 
+@pytest.mark.parametrize("by_sums", [False, True], ids=["products", "sums"])
 @pytest.mark.parametrize("masked", ["positions and length", "segments", "nothing"])
-def test_few_queries_take_all_keys_at_once(monkeypatch, masked):
-    """As on a GPU; hidden keys and values are NaN."""
-    B, T, U, K, G, H = 2, 2, 37, 2, 3, 8
+def test_few_queries_take_all_keys_at_once(monkeypatch, masked, by_sums):
+    """By matrix products as on a CPU, by sums as on a GPU; hidden keys and values are NaN."""
+    B, T, U, K, G, H = 2, 2, 300, 2, 3, 8
     draw = np.random.default_rng(0)
     query, key, value = (draw.standard_normal(s).astype(np.float32) for s in ((B, T, K * G, H), *2 * [(B, U, K, H)]))
     mask = Mask()
     if masked == "positions and length":
-        length = np.array([20, 0], np.int32)
-        mask = Mask(True, query_positions=np.array([[17, 18], [30, 3]], np.int32), key_length=length)
+        length = np.array([270, 0], np.int32)
+        mask = Mask(True, query_positions=np.array([[17, 280], [30, 3]], np.int32), key_length=length)
         for array in (key, value):
             array[np.arange(U) >= length[:, None]] = np.nan
     if masked == "segments":
@@ -66,7 +67,7 @@ def test_few_queries_take_all_keys_at_once(monkeypatch, masked):
     call = Call(query, key, value, mask, scale=0.3)
     expected = block.forward(call, implementation="reference")
     for platform in ("cpu", "gpu"):
-        monkeypatch.setitem(blocks.FEW_QUERIES, platform, 6)
+        monkeypatch.setitem(blocks.BY_SUMS, platform, by_sums)
     assert "while" not in str(jax.make_jaxpr(lambda call: block.forward(call, implementation="xla"))(call))
     part = block.forward(call, implementation="xla")
     np.testing.assert_allclose(part.out, expected.out, rtol=1e-5, atol=1e-6)

