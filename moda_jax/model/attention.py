@@ -75,10 +75,8 @@ class Attention(nnx.Module):
         `key_input` and `value_input` [B, T, D] stand in x's place for key and value where they are given.
         """
         query = self._placed(self.query(x), self.query_norm, positions)
-        key, value = (
-            self.key(x if key_input is None else key_input),
-            self.value(x if value_input is None else value_input),
-        )
+        key = self.key(x if key_input is None else key_input)
+        value = self.value(x if value_input is None else value_input)
         return query, self.place_key(key, positions), value
 
     def place_key(self, key: Array, positions: Array) -> Array:

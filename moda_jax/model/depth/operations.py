@@ -115,7 +115,7 @@ class SoftmaxAttention(Operation):
 
     def __call__(self, request: tuple, stream: Stream, shared: tuple) -> PyTree:
         if self.with_lse:
-            return _with_own_backward(self, request, stream, shared)
+            return with_own_backward(self, request, stream, shared)
         return attend(self.call(request, stream, shared), implementation=self.implementation)
 
     def forward(self, request: tuple, stream: Stream, shared: tuple) -> tuple[PyTree, Array | None]:
@@ -159,7 +159,8 @@ class SoftmaxAttention(Operation):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_own_backward(operation: Operation, request: tuple, stream: Stream, shared: tuple) -> PyTree:
+def with_own_backward(operation: Operation, request: tuple, stream: Stream, shared: tuple) -> PyTree:
+    """An operation's result outside of the layer loop, with its own backward; `shared` gets no gradient."""
     return operation.forward(request, stream, shared)[0]
 
 
@@ -175,4 +176,4 @@ def _own_backward(operation: Operation, residuals: tuple, dresult: PyTree) -> tu
     return drequest, stream.with_buffers(dbuffers, np.zeros((), jax.dtypes.float0)), None
 
 
-_with_own_backward.defvjp(_own_forward, _own_backward)
+with_own_backward.defvjp(_own_forward, _own_backward)

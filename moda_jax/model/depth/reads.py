@@ -10,14 +10,13 @@ Axes: B batch, T tokens, S slots, D model width, K key/value heads, H head_dim.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moda_jax.model.depth.operations import Operation, filled_slots
+from moda_jax.model.depth.operations import Operation, filled_slots, with_own_backward
 from moda_jax.model.depth.stream import DepthStream, Entry, Stream, empty_slots
 from moda_jax.parallel.attention import attention_backward, attention_forward
 from pallas_kernels.operands import Call, DepthKV, Upstream
@@ -54,27 +53,7 @@ class Read(Operation):
 
     def __call__(self, request: tuple, stream: Stream, shared: tuple) -> tuple:
         del shared  # a read is of the stream alone
-        return _read(self, request, stream)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _read(read: Read, request: tuple, stream: Stream) -> tuple:
-    return read.forward(request, stream, ())[0]
-
-
-def _read_forward(read: Read, request: tuple, stream: Stream) -> tuple:
-    result, saved = read.forward(request, stream, ())
-    return result, (request, result, saved, stream)
-
-
-def _read_backward(read: Read, residuals: tuple, dresult: tuple) -> tuple:
-    request, result, saved, stream = residuals
-    zeros = tuple(jnp.zeros_like(buffer) for buffer in stream.buffers)
-    drequest, dbuffers = read.backward(request, result, saved, stream, (), dresult, zeros)
-    return drequest, stream.with_buffers(dbuffers, np.zeros((), jax.dtypes.float0))
-
-
-_read.defvjp(_read_forward, _read_backward)
+        return with_own_backward(self, request, stream, ())
 
 
 @dataclasses.dataclass(frozen=True)
