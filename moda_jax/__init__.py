@@ -9,6 +9,8 @@ from moda_jax.model.depth.stream import DepthStream
 from moda_jax.model.moda_attention import MoDAAttention
 from moda_jax.model.transformer import Transformer
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AttentionCache",
     "DepthStream",

@@ -23,6 +23,7 @@ LAYERS = (
     ("moda_jax.tasks",),
     ("moda_jax.training",),
     ("moda_jax.inference", "moda_jax.interop"),
+    ("moda_jax.commands",),
 )  # fmt: skip
 # Of one layer, and strangers to each other.
 APART = (("moda_jax.model", "moda_jax.data"), ("moda_jax.numerics", "moda_jax.config"))

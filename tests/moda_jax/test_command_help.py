@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from moda_jax import command_help
+from moda_jax.commands import evaluate, generate, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_field_has_a_meaning_and_a_default():
     text = command_help.fields_text()
     assert "--config.train.num_steps (int, default 10000)\n    optimizer steps of the whole run." in text
-    assert "--config.model.mhc.streams (int, default 4)\n    n, residual streams." in text
+    assert "--config.model.mhc.streams (int, default 4)\n    n, residual streams, at least 2." in text
     assert "--config.model.rope_theta (float | None, default " in text
     for entry in text.split("--config.")[1:]:
         assert entry.partition("\n")[2].strip(), entry
@@ -31,16 +33,34 @@ def test_one_section():
     [(["--fields=eval"], "eval"), (["--fields", "eval"], "eval"), (["--fields"], ""), (["-fields", "--x"], "")],
 )
 def test_fields_are_asked_for_in_each_form(arguments, section):
-    assert command_help.asked_for(arguments, "") == command_help.fields_text(section)
+    assert command_help.asked_for(arguments, "", flags.FlagValues()) == command_help.fields_text(section)
 
 
 def test_an_unknown_section_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"--fields=modle: no such section; known: model, model\.denseformer, "):
-        command_help.asked_for(["--fields=modle"], "")
+        command_help.asked_for(["--fields=modle"], "", flags.FlagValues())
 
 
 def test_nothing_is_asked_for():
-    assert command_help.asked_for(["--config=quickstart", "--workdir=help"], "") is None
+    assert command_help.asked_for(["--config=quickstart", "--workdir=help"], "", flags.FlagValues()) is None
+
+
+@pytest.mark.parametrize("command", [train, generate, evaluate], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("argument", ["-h", "--help"])
+def test_help_shows_the_description_and_every_flag(command, argument):
+    text = command_help.asked_for([argument], command.__doc__, command.FLAGS)
+    assert text.startswith(command.__doc__.splitlines()[0])
+    shown = [line.split()[0].replace("[no]", "") for line in text.splitlines() if line.startswith("--")]
+    assert {f"--{name}" for name in command.FLAGS} | {"--debug"} <= set(shown)
+    assert ("Configs by name: base, " in text) == (command is train)
+    assert ("--fields [SECTION] lists" in text) == (command is train)
+
+
+def test_a_flag_is_shown_with_its_type_its_default_and_its_meaning():
+    text = command_help.help_text("", generate.FLAGS)
+    assert "\n--max-tokens (int, default 200)\n    Tokens per continuation.\n" in text
+    assert "\n--prompt (multi string)\n    Text to continue; may be given several times.\n" in text
+    assert "\n--[no]attention-maps (bool, default False)\n" in command_help.help_text("", evaluate.FLAGS)
 
 
 @pytest.mark.slow

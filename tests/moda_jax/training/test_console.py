@@ -148,20 +148,19 @@ def test_stdout_holds_results_only_and_log_files_hold_lines_only():
     assert "\r" not in errors
 
 
-def test_a_remote_place_is_refused_in_every_command(monkeypatch):
+def test_a_remote_place_is_refused_in_every_command():
     from absl import flags
 
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_multi_string("data", [], "", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "", flag_values=values)
-    monkeypatch.setattr(flags, "FLAGS", values)
     values(["x", "--workdir=runs/a", "--data=wiki=wiki.txt", "--prompt=s3://bucket"])
-    console._check_places()
+    console._check_places(values)
     for argument in ("--workdir=gs://b/run", "--data=wiki=s3://b/wiki.txt"):
         values(["x", argument])
         with pytest.raises(ValueError, match=rf"^--{argument[2:6]}\w*='\w+://.*': is remote"):
-            console._check_places()
+            console._check_places(values)
         values.unparse_flags()
         values["workdir"].value = None
 
