@@ -51,7 +51,8 @@ def help_text(description: str, values: flags.FlagValues) -> str:
     rows.append(("--[no]debug (bool, default False)", "show the traceback of an error, and every library's log lines"))
     text = f"{description.strip()}\n\nFlags:\n\n{_listing(rows)}\n"
     if "config" in values:
-        text += f"\nConfigs by name: {', '.join(config_files.names())}; or the path of a file of your own.\n"
+        configs = f"Configs by name: {', '.join(config_files.names())}; or the path of a file of your own."
+        text += f"\n{textwrap.fill(configs, _WIDTH)}\n"
         text += "--fields [SECTION] lists every --config.SECTION.KEY with its type, default and meaning.\n"
     return text
 

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from moda_jax.data.cache import cache_directory
 from moda_jax.exit_codes import ExitCode
-from moda_jax.parallel.launch import start_processes
+from moda_jax.parallel import launch
 from moda_jax.training import runtime
 from moda_jax.training.console import config_from_flags, print_result, run_command, user_errors
 from moda_jax.training.signals import stops_before_training
@@ -24,6 +24,8 @@ from moda_jax.training.trainer import TrainingRun
 from moda_jax.training.workdir import read_run_config
 
 FLAGS = flags.FlagValues()
+for _name in launch.FLAGS:
+    FLAGS[_name] = flags.FLAGS[_name]
 
 config_flags.DEFINE_config_file(
     "config", None, "Config: a name, or a file of your own; its argument after a colon: moda_700m:row4.",
@@ -45,7 +47,7 @@ def train() -> ExitCode:
         if FLAGS["config"].value is None and _WORKDIR.value is not None:
             read_run_config(_WORKDIR.value)  # says what is wrong: a run's own config is read as --config
         config, name = config_from_flags(FLAGS)
-        start_processes(config.train.peer_timeout_seconds)
+        launch.start_processes(config.train.peer_timeout_seconds)
         runtime.prepare(cache_directory(config.data), deterministic=config.train.deterministic)
         runtime.require_device()
         run = TrainingRun(config, _WORKDIR.value or Path("runs") / name)

@@ -24,7 +24,9 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
+from moda_jax import command_help
 from moda_jax.config import Config, TransformerConfig
+from moda_jax.exit_codes import ExitCode
 from moda_jax.inference.load import load_run, restore_params
 from moda_jax.interop.depth_init import OPEN_FIELDS, add_depth
 from moda_jax.interop.exchange import TOKENIZER_FILE, export_model, is_olmo2, load_model
@@ -130,7 +132,12 @@ def main() -> None:
     commands = {"export": export_run, "import": import_model}
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in commands:
-        sys.exit(f"error: {command!r}: expected one of {', '.join(commands)}\n{__doc__}")
+        text = command_help.asked_for(sys.argv[1:], __doc__, FLAGS)
+        if text is not None:
+            print(text)
+            sys.exit(int(ExitCode.FINISHED))
+        sys.stderr.write(f"error: {command!r}: expected one of {', '.join(commands)}; see --help\n")
+        sys.exit(int(ExitCode.USER_ERROR))
     sys.argv = [f"python -m moda_jax.interop {command}", *sys.argv[2:]]
     run_command(commands[command], FLAGS, __doc__)
 

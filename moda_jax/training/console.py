@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import faulthandler
 import functools
 import logging
@@ -21,7 +20,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from moda_jax import command_help, config_files
+from moda_jax import command_help, config_files, other_names
 from moda_jax.config import Config, check_local
 from moda_jax.exit_codes import ExitCode, RunStoppedError
 from moda_jax.parallel import peers
@@ -187,10 +186,10 @@ def check_config_arguments(arguments: Sequence[str], flag: str = "config") -> No
             continue
         if path in sections:
             raise ValueError(f"--{flag}.{path}: is a section; set one of its keys, as in --{flag}.{path}.KEY=VALUE")
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+        meant = other_names.did_you_mean(path, known, other_names.FIELDS)
         section = next((name for name in _prefixes(path) if name in sections), None)
         others = [name for name in (*sections, *known) if name.rpartition(".")[0] == (section or "")]
-        hint = f"did you mean --{flag}.{near[0]}?" if near else f"known: {', '.join(others)}"
+        hint = f"did you mean --{flag}.{meant}?" if meant else f"known: {', '.join(others)}"
         raise ValueError(f"--{flag}.{path}: unknown config key; {hint}")
 
 
@@ -229,11 +228,16 @@ def _parse_flags(arguments: Sequence[str], *, values: flags.FlagValues, descript
         if "config" in values:
             config_files.make_importable()
             arguments = config_files.with_found_config(with_run_config(arguments))
+        arguments = [arguments[0], *(_with_hyphens(argument, values) for argument in arguments[1:])]
         check_config_arguments(arguments[1:])
+        own = [name for name in values if "." not in name]
         for name, flag in ((name, flags.FLAGS[name]) for name in flags.FLAGS):  # absl's, and `parallel.launch`'s
             if name not in values and name == flag.name:  # a flag with a short name stands under both
                 values[name] = flag
-        rest = values(arguments)
+        try:
+            rest = values(arguments)
+        except flags.UnrecognizedFlagError as error:
+            raise ValueError(_unknown_flag(error.flagname, own)) from None
         flags.FLAGS.mark_as_parsed()
         _check_places(values)
         if len(rest) > 1:
@@ -246,6 +250,29 @@ def _parse_flags(arguments: Sequence[str], *, values: flags.FlagValues, descript
             traceback.print_exc()
         _fail(lines[-1].removeprefix("ValueError: ") if lines else repr(error))
         sys.exit(int(ExitCode.USER_ERROR))
+
+
+def _with_hyphens(argument: str, values: flags.FlagValues) -> str:
+    """An argument with its flag as we spell it: with hyphens. Underscores are understood, as some flags had them."""
+    dashes = argument[: len(argument) - len(argument.lstrip("-"))]
+    name, equals, value = argument[len(dashes) :].partition("=")
+    hyphens = name.replace("_", "-")
+    known = hyphens in values or hyphens.removeprefix("no") in values
+    return f"{dashes}{hyphens}{equals}{value}" if dashes and known else argument
+
+
+def _unknown_flag(name: str, known: Sequence[str]) -> str:
+    """What to say of a flag that a command does not have."""
+    meant = other_names.did_you_mean(name.replace("_", "-"), known, other_names.FLAGS)
+    if meant is None and "config" in known:
+        field = other_names.did_you_mean(name.replace("-", "_"), config_fields(Config)[1], other_names.FIELDS)
+        meant = None if field is None else f"config.{field}"
+    hint = (
+        f"did you mean --{meant}?"
+        if meant
+        else f"known: {', '.join(f'--{flag}' for flag in sorted(known))}; see --help"
+    )
+    return f"--{name}: unknown flag; {hint}"
 
 
 def _check_places(values: flags.FlagValues) -> None:
