@@ -18,12 +18,12 @@ LAYERS = (
     ),
     ("moda_jax.parallel",),
     ("moda_jax.model", "moda_jax.data"),
-    ("=moda_jax",),
     ("moda_jax.inference.decode", "moda_jax.inference.generation", "moda_jax.inference.sampling"),
     ("moda_jax.tasks",),
     ("moda_jax.training",),
     ("moda_jax.inference", "moda_jax.interop"),
     ("moda_jax.commands",),
+    ("=moda_jax",),
 )  # fmt: skip
 # Of one layer, and strangers to each other.
 APART = (("moda_jax.model", "moda_jax.data"), ("moda_jax.numerics", "moda_jax.config"))

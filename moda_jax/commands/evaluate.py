@@ -13,7 +13,6 @@ from pathlib import Path
 
 from absl import flags
 
-from moda_jax.data.cache import cache_directory
 from moda_jax.inference.depth_probes import PROBE_TOKENS
 from moda_jax.inference.evaluation import (
     check_perplexity,
@@ -22,14 +21,13 @@ from moda_jax.inference.evaluation import (
     run_perplexity,
     run_tasks,
 )
-from moda_jax.inference.load import load_run
+from moda_jax.inference.language_model import cache_of, load
 from moda_jax.training import runtime
 from moda_jax.training.console import print_result, run_command, user_errors
-from moda_jax.training.workdir import read_run_config
 
 FLAGS = flags.FlagValues()
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.", flag_values=FLAGS)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run or of an exported model.", flag_values=FLAGS)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.", flag_values=FLAGS)
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Where the run's tokenizer.json is, if it was moved.", flag_values=FLAGS
@@ -79,9 +77,15 @@ def evaluate() -> None:
                 "nothing to do; give --data=NAME=PATH, --tasks=NAME,..., --attention-maps or --depth-probes"
             )
         domains = check_perplexity(_DATA.value, _FEATURE.value)
-        runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
+        runtime.prepare(cache_of(_WORKDIR.value))
         runtime.require_device()
-        run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
+        model = load(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
+        if model.is_export and (_PROBES.value or (_MAPS.value and not domains)):
+            raise ValueError(
+                f"--workdir={_WORKDIR.value}: an exported model has no validation split; give --attention-maps a text "
+                "by --data=NAME=PATH, and --depth-probes the run"
+            )
+        run = model.run
         output, context = Path(_OUTPUT.value or run.workdir / "evaluation"), _CONTEXT.value
         if domains:
             print_result(run_perplexity(run, domains, output, context=context, stride=_STRIDE.value))

@@ -4,20 +4,17 @@ The text comes as it is generated; of several prompts one after the other, thoug
 the repository `python generate.py` is the same as `moda-generate`.
 """
 
-import jax
 from absl import flags
 
-from moda_jax.data.cache import cache_directory
-from moda_jax.inference.generation import OrderedText, generate
-from moda_jax.inference.load import load_run
+from moda_jax.inference.generation import OrderedText
+from moda_jax.inference.language_model import cache_of, load
 from moda_jax.inference.sampling import SamplingConfig
 from moda_jax.training import runtime
 from moda_jax.training.console import result_stream, run_command, user_errors
-from moda_jax.training.workdir import read_run_config
 
 FLAGS = flags.FlagValues()
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.", flag_values=FLAGS)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run or of an exported model.", flag_values=FLAGS)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.", flag_values=FLAGS)
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Where the run's tokenizer.json is, if it was moved.", flag_values=FLAGS
@@ -47,12 +44,12 @@ def generate_text() -> None:
     with user_errors():
         if _WORKDIR.value is None:
             raise ValueError("--workdir: missing; name the directory of a run, as in --workdir=runs/quickstart")
-        sampling = SamplingConfig(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-        runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
+        SamplingConfig(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)  # says what is wrong before anything is loaded
+        runtime.prepare(cache_of(_WORKDIR.value))
         runtime.require_device()
-        run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
+        model = load(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
         shown = OrderedText(_PROMPT.value, result_stream())
-        generate(
-            run.model, run.params, run.tokenizer, _PROMPT.value, max_tokens=_MAX_TOKENS.value, sampling=sampling,
-            stop=_STOP.value, key=jax.random.key(_SEED.value), on_text=shown.add, on_end=shown.end,
+        model.generate(
+            *_PROMPT.value, max_tokens=_MAX_TOKENS.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
+            top_p=_TOP_P.value, stop=_STOP.value, seed=_SEED.value, on_text=shown.add, on_end=shown.end,
         )  # fmt: skip
