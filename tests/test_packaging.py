@@ -21,6 +21,9 @@ import moda_jax
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = ("moda_jax", "pallas_kernels", "configs", "experiments", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+OWN_WARNING = re.compile(
+    r"(?:moda_jax|pallas_kernels|configs|experiments)/\S*:\d+: \w*Warning.*"
+)  # libraries have theirs
 MAPPED = ("configs", "experiments")  # of the repository's top level, inside of moda_jax in a wheel
 
 
@@ -60,21 +63,27 @@ def test_every_folder_of_modules_is_a_package():
     assert [folder for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy of what a clone holds, so that nothing is left in this one."""
-    place = tmp_path_factory.mktemp("wheel")
-    copy = place / "clone"
-    copy.mkdir()
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        else:
-            shutil.copyfile(source, copy / name)
-    command = ("-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", place, copy)
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+def pip(*arguments):
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """What a clone holds of it, so that a build leaves nothing in this one."""
+    copy = tmp_path_factory.mktemp("clone")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copyfile(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(clone, tmp_path_factory):
+    place = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", place, clone)
     (path,) = place.glob("*.whl")
     return path
 
@@ -93,28 +102,32 @@ def test_a_wheel_holds_the_packages_and_takes_no_other_name(wheel):
     assert held == expected
 
 
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
-    """A fresh environment with the wheel in it, and this one's libraries behind it; nothing of this clone."""
-    place = tmp_path_factory.mktemp("installed")
+def environment_with(place, *arguments):
+    """A fresh environment with what pip is told to install, and this one's libraries behind it; nothing of this clone.
+    Returns where its commands are."""
     venv.create(place, symlinks=True)
-    python = place / "bin" / "python"
     site = Path(sysconfig.get_path("purelib", vars={"base": str(place)}))
     # A line of a .pth file adds a directory without the .pth files that lie in it: no editable install comes along.
     libraries = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
     (site / "libraries.pth").write_text("".join(f"{path}\n" for path in libraries))
-    command = ("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--ignore-installed", wheel)
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    options = ("--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
+    pip("--python", place / "bin" / "python", "install", *options, *arguments)
     return place / "bin"
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    return environment_with(tmp_path_factory.mktemp("installed"), wheel)
 
 
 def call(installed, directory, command, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
+    done = subprocess.run(
         [installed / command, *map(str, arguments)], cwd=directory, capture_output=True, text=True, timeout=600,
-        env=environment | {"JAX_PLATFORMS": "cpu"}, check=False,
+        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "default"}, check=False,
     )  # fmt: skip
+    assert OWN_WARNING.findall(done.stderr) == []
+    return done
 
 
 @pytest.mark.slow
@@ -170,3 +183,16 @@ def test_installed_experiments_run_a_plan(installed, tmp_path):
     report = call(installed, tmp_path, "moda-experiments", "report", "table6")
     assert report.returncode == 2
     assert report.stderr.splitlines()[-1] == "error: report table6: no table6.json yet; name results with --from=FILE"
+
+
+@pytest.mark.slow
+def test_an_editable_install_has_the_commands_too(clone, tmp_path):
+    commands = environment_with(tmp_path / "environment", "-e", clone)
+    where = call(commands, tmp_path, "python", "-c", "import moda_jax; print(moda_jax.__file__)")
+    assert where.stdout == f"{clone / 'moda_jax' / '__init__.py'}\n", where.stderr
+    for command, expected in {"moda-train": "Configs by name: base,", "moda-experiments": "table6_48"}.items():
+        done = call(commands, tmp_path, command, "--help")
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+    # A plan imports a config.
+    done = call(commands, tmp_path, "moda-experiments", "report", "table6", f"--output={tmp_path}")
+    assert done.stderr.splitlines()[-1].startswith("error: report table6: no ")
