@@ -35,6 +35,15 @@ def is_olmo2(config: TransformerConfig) -> bool:
     return config.depth == "none" and config.norm == "post" and config.qk_norm
 
 
+def is_export(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds what `export_model` or transformers wrote: its config.json names the model's type."""
+    try:
+        values = json.loads((pathlib.Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
+
+
 def export_model(
     config: TransformerConfig,
     params: Any,

@@ -11,12 +11,13 @@ from flax import nnx
 
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import HeadsNorm, Projection, rotate
+from moda_jax.model.module import Module
 from pallas_kernels.norm import beside
 
 Array = jax.Array
 
 
-class Attention(nnx.Module):
+class Attention(Module):
     """The projections of one attention sub-layer (OLMo 2: no biases, QK-norm over the full width, rotary positions).
 
     `output` maps attention's result [B, T, N, H] back to [B, T, D]. The op between `project` and `output` belongs to

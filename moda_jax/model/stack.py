@@ -26,6 +26,7 @@ from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.depth.stream import Stream
 from moda_jax.model.initial_keys import InitialKeys
+from moda_jax.model.module import Module
 from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.mesh import current_mesh
 from moda_jax.parallel.parameters import LayerGather
@@ -78,7 +79,7 @@ class Step:
         return left
 
 
-class Stack(nnx.Module):
+class Stack(Module):
     """A transformer between its embedding and its head.
 
     Args:
