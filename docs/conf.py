@@ -1,5 +1,6 @@
 """Sphinx's settings: `python -m sphinx -W docs build/docs` makes a site of the pages beside this file."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -16,3 +17,14 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 html_theme = "alabaster"
 html_theme_options = {"page_width": "1100px"}
+
+
+def _stars_and_bars_are_text(app, what, name, obj, options, lines):
+    """A star or a bar of a docstring is itself, as in |lse|; reStructuredText would read it as markup."""
+    text = re.sub(r"`[^`]*`|[*|]", lambda found: found[0] if found[0][0] == "`" else "\\" + found[0], "\n".join(lines))
+    lines[:] = text.split("\n")
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _stars_and_bars_are_text, priority=400)  # before napoleon's own markup
