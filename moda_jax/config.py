@@ -28,6 +28,8 @@ LAYER_LOOPS = ("scan", "unroll")
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
 FAULT_POLICIES = ("fail", "skip")
+SCHEDULES = ("cosine", "constant", "wsd")
+DECAY_SHAPES = ("linear", "cosine", "sqrt")
 _CLASS_PATH = re.compile(r"[\w.]+:\w+")  # "package.module:Class"
 # A URL, or one of remote storage after `Path` took a slash from it; a data source's kind may stand before.
 _REMOTE = re.compile(
@@ -282,11 +284,16 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay: OLMo 2's recipe.
+    """AdamW and its learning rate; by default with warm-up and cosine decay, OLMo 2's recipe.
 
     Attributes:
         learning_rate: the peak, reached after `warmup_steps`.
-        final_learning_rate_fraction: the cosine ends at this share of the peak.
+        schedule: what follows the warm-up. "cosine": half a cosine down to the last step; "constant": the peak; "wsd"
+            (warm-up, stable, decay): the peak, and a decay over the last `decay_fraction` of the run.
+        final_learning_rate_fraction: "cosine" and "wsd" end at this share of the peak.
+        decay_fraction: of "wsd": share of `train.num_steps` over which the learning rate falls.
+        decay_shape: of "wsd": how it falls; "linear", "cosine" (half of one) or "sqrt" (1 minus the square root of the
+            share of the decay that is done).
         warmup_steps: linear from 0.
         beta1, beta2, epsilon: Adam's.
         weight_decay: decoupled, on matrices only: not on norm scales, not on embeddings.
@@ -294,7 +301,10 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 3e-4
+    schedule: str = "cosine"
     final_learning_rate_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    decay_shape: str = "linear"
     warmup_steps: int = 2000
     beta1: float = 0.9
     beta2: float = 0.95
@@ -310,6 +320,17 @@ class OptimizerConfig:
             _require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "a number in [0, 1)")
         fraction = self.final_learning_rate_fraction
         _require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "a share in [0, 1]")
+        _require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "a share in (0, 1]")
+        for field, choices in (("schedule", SCHEDULES), ("decay_shape", DECAY_SHAPES)):
+            _require(getattr(self, field) in choices, f"optimizer.{field}", getattr(self, field), f"one of {choices}")
+
+    def decay_steps(self, num_steps: int) -> int:
+        """Updates over which the learning rate of a run of `num_steps` falls; 0: it does not."""
+        if self.schedule == "constant":
+            return 0
+        if self.schedule == "cosine":
+            return max(num_steps - self.warmup_steps, 1)
+        return max(round(self.decay_fraction * num_steps), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,6 +485,13 @@ class Config:
         _require(
             self.optimizer.warmup_steps <= self.train.num_steps, "optimizer.warmup_steps", self.optimizer.warmup_steps,
             f"at most train.num_steps={self.train.num_steps}",
+        )  # fmt: skip
+        optimizer, num_steps = self.optimizer, self.train.num_steps
+        stable = num_steps - optimizer.warmup_steps
+        _require(
+            optimizer.schedule != "wsd" or optimizer.decay_steps(num_steps) <= stable, "optimizer.decay_fraction",
+            optimizer.decay_fraction, f"a share of train.num_steps={num_steps} that is no more than the {stable} steps "
+            f"after optimizer.warmup_steps={optimizer.warmup_steps}",
         )  # fmt: skip
 
     @classmethod

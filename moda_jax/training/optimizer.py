@@ -1,4 +1,4 @@
-"""OLMo 2's optimizer: AdamW with warm-up, cosine decay, clipping, and no weight decay on norms and embeddings."""
+"""OLMo 2's optimizer: AdamW with clipping, a schedule, and no weight decay on norms and embeddings."""
 
 from __future__ import annotations
 
@@ -6,37 +6,11 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from moda_jax.config import OptimizerConfig
 from moda_jax.parameter import ParameterKinds
-
-
-def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """The learning rate by the number of updates already done.
-
-    Update number n (counted from 1) runs at peak * n / warmup_steps during warm-up, at the peak when n = warmup_steps,
-    and then falls along half a cosine to final_learning_rate_fraction of the peak at n = num_steps, where it stays.
-
-    Args:
-        config: the optimizer's section.
-        num_steps: updates of the whole run.
-
-    Returns:
-        count -> float32 scalar; `count` is an int or an int32 scalar array, n - 1.
-    """
-    decay_steps = max(num_steps - config.warmup_steps, 1)
-    final = config.final_learning_rate_fraction
-
-    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        n = jnp.asarray(count, jnp.float32) + 1.0
-        warmup = n / max(config.warmup_steps, 1)
-        progress = jnp.clip((n - config.warmup_steps) / decay_steps, 0.0, 1.0)
-        cosine = final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        return config.learning_rate * jnp.where(n < config.warmup_steps, warmup, cosine)
-
-    return schedule
+from moda_jax.training.schedule import learning_rate_schedule
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int, kinds: ParameterKinds) -> optax.GradientTransformation:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moda_jax.config import Config, check_local
+from moda_jax.training.schedule import is_same_plan
 
 _logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def write_config(workdir: Path, config: Config, changes: list[Change], step: int
     if step and any(field in _ROUNDING or field.startswith("mesh.") for field in fields):
         _logger.info("from step %d on sums are rounded in another order: the same training, not bit for bit", step)
     if step and "train.num_steps" in fields:
-        _say_new_plan(config, step)
+        _say_new_plan(config, changes[fields.index("train.num_steps")].old, step)
     path = workdir / CONFIG_FILE
     temporary = path.with_suffix(".json.new")
     try:
@@ -211,13 +212,14 @@ def write_config(workdir: Path, config: Config, changes: list[Change], step: int
         raise ValueError(f"workdir={str(workdir)!r}: cannot be written ({error})") from error
 
 
-def _say_new_plan(config: Config, step: int) -> None:
-    """The cosine spans the whole run, so another length is another learning rate."""
-    if config.optimizer.final_learning_rate_fraction == 1.0:
-        _logger.info("train.num_steps: the learning rate is constant after warm-up, so its plan is the same")
+def _say_new_plan(config: Config, old_steps: int, step: int) -> None:
+    """A decay ends with the run, so another length is another learning rate."""
+    steps = config.train.num_steps
+    if is_same_plan(config.optimizer, old_steps, steps, step):
+        _logger.info("train.num_steps: the learning rate up to step %d is that of a run of %d steps", step, steps)
         return
     _logger.warning(
         "train.num_steps: the learning rate is planned anew from step %d on, as in a run of %d steps; the steps before "
         "did not follow that plan, so this is not the run that was planned so long from its start",
-        step, config.train.num_steps,
+        step, steps,
     )  # fmt: skip

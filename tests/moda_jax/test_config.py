@@ -68,6 +68,14 @@ def test_model_mistakes_are_named(fields, message):
         ({"data": {"sequence_length": 8192}}, "data.sequence_length=8192: expected at most model.max_sequence_length"),
         ({"train": {"num_steps": 10}}, "optimizer.warmup_steps=2000: expected at most train.num_steps=10"),
         ({"optimizer": {"beta2": 1.0}}, r"optimizer.beta2=1.0: expected a number in \[0, 1\)"),
+        ({"optimizer": {"schedule": "step"}}, r"optimizer.schedule='step': expected one of \('cosine', "),
+        ({"optimizer": {"decay_shape": "exp"}}, r"optimizer.decay_shape='exp': expected one of \('linear', 'cosine', "),
+        ({"optimizer": {"decay_fraction": 0.0}}, r"optimizer.decay_fraction=0.0: expected a share in \(0, 1\]"),
+        (
+            {"optimizer": {"schedule": "wsd", "decay_fraction": 0.9}},
+            "optimizer.decay_fraction=0.9: expected a share of train.num_steps=10000 that is no more than the 8000 "
+            "steps after optimizer.warmup_steps=2000",
+        ),
         ({"data": {"validation_fraction": 0.0}}, "data.validation_fraction=0.0"),
         ({"mesh": {"fsdp": 0}}, "mesh.fsdp=0: expected a positive number, or -1 for the rest"),
         ({"mesh": {"fsdp": -1}}, "mesh.data and mesh.fsdp=-1: expected -1 for one axis at most"),
