@@ -28,6 +28,7 @@ LAYER_LOOPS = ("scan", "unroll")
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
 FAULT_POLICIES = ("fail", "skip")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "wsd")
 DECAY_SHAPES = ("linear", "cosine", "sqrt")
 _CLASS_PATH = re.compile(r"[\w.]+:\w+")  # "package.module:Class"
@@ -283,10 +284,44 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its learning rate; by default with warm-up and cosine decay, OLMo 2's recipe.
+class MuonConfig:
+    """What `optimizer.name="muon"` does with matrices.
 
     Attributes:
+        learning_rate: the peak of the matrices' learning rate, by the same schedule; None: `optimizer.learning_rate`.
+        weight_decay: decoupled, of the matrices; None: `optimizer.weight_decay`.
+        momentum: decay of the running mean of the gradients; Nesterov's form of it is what becomes orthogonal.
+        newton_schulz_steps: iterations that make it so.
+        update_rms: root mean square of a matrix's update before the learning rate; 0.2 is about that of AdamW's, whose
+            learning rate and weight decay then suit; None: the orthogonal matrix times
+            sqrt(max(1, outputs / inputs)), for a learning rate of about 0.02.
+    """
+
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    update_rms: float | None = 0.2
+
+    def __post_init__(self) -> None:
+        _check_types("optimizer.muon", self)
+        _require_positive("optimizer.muon", self, "newton_schulz_steps")
+        for field in ("learning_rate", "update_rms"):
+            if getattr(self, field) is not None:
+                _require_positive("optimizer.muon", self, field)
+        if self.weight_decay is not None:
+            _require_not_negative("optimizer.muon", self, "weight_decay")
+        _require(0 <= self.momentum < 1, "optimizer.muon.momentum", self.momentum, "a number in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its learning rate; by default AdamW with warm-up and cosine decay, OLMo 2's recipe.
+
+    Attributes:
+        name: "adamw"; or "muon", by which the matrices between two layers' activations are updated as the section
+            `muon` says, and all else by AdamW: embedding, output projection, norms, and what a depth mechanism has
+            beside such matrices.
         learning_rate: the peak, reached after `warmup_steps`.
         schedule: what follows the warm-up. "cosine": half a cosine down to the last step; "constant": the peak; "wsd"
             (warm-up, stable, decay): the peak, and a decay over the last `decay_fraction` of the run.
@@ -300,6 +335,7 @@ class OptimizerConfig:
         gradient_clip_norm: global norm that a gradient is scaled down to.
     """
 
+    name: str = "adamw"
     learning_rate: float = 3e-4
     schedule: str = "cosine"
     final_learning_rate_fraction: float = 0.1
@@ -311,6 +347,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     gradient_clip_norm: float = 1.0
+    muon: MuonConfig = dataclasses.field(default_factory=MuonConfig)
 
     def __post_init__(self) -> None:
         _check_types("optimizer", self)
@@ -321,7 +358,7 @@ class OptimizerConfig:
         fraction = self.final_learning_rate_fraction
         _require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "a share in [0, 1]")
         _require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "a share in (0, 1]")
-        for field, choices in (("schedule", SCHEDULES), ("decay_shape", DECAY_SHAPES)):
+        for field, choices in (("name", OPTIMIZERS), ("schedule", SCHEDULES), ("decay_shape", DECAY_SHAPES)):
             _require(getattr(self, field) in choices, f"optimizer.{field}", getattr(self, field), f"one of {choices}")
 
     def decay_steps(self, num_steps: int) -> int:

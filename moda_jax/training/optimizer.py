@@ -1,7 +1,8 @@
-"""OLMo 2's optimizer: AdamW with clipping, a schedule, and no weight decay on norms and embeddings."""
+"""The optimizer: AdamW as OLMo 2 has it, without weight decay on norms and embeddings, or Muon and AdamW."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,26 +11,38 @@ import optax
 
 from moda_jax.config import OptimizerConfig
 from moda_jax.parameter import ParameterKinds
+from moda_jax.training.muon import is_matrix, muon
 from moda_jax.training.schedule import learning_rate_schedule
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int, kinds: ParameterKinds) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay, learning rate; moments in the parameters' dtype (float32).
+    """Clip by global norm, Adam or Muon, decoupled weight decay, learning rate; moments are float32, as parameters are.
 
     Args:
         config: the optimizer's section.
         num_steps: updates of the whole run, for the schedule.
-        kinds: what the parameters are: weight decay acts on those that say so.
+        kinds: what the parameters are: weight decay acts on those that say so, Muon on those that are matrices.
     """
+    clip = optax.clip_by_global_norm(config.gradient_clip_norm)
+    schedule = functools.partial(learning_rate_schedule, num_steps=num_steps)
     decayed = functools.partial(kinds.map, lambda kind, _: kind.decays)
-    return _in_default_modes(
-        optax.chain(
-            optax.clip_by_global_norm(config.gradient_clip_norm),
-            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
-            optax.add_decayed_weights(config.weight_decay, mask=decayed),
-            optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
-        )
+    adamw = (
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(schedule(config)),
     )
+    if config.name == "adamw":
+        return _in_default_modes(optax.chain(clip, *adamw))
+    own = config.muon
+    peak = config.learning_rate if own.learning_rate is None else own.learning_rate
+    matrices = (
+        muon(own, kinds),
+        optax.add_decayed_weights(config.weight_decay if own.weight_decay is None else own.weight_decay),
+        optax.scale_by_learning_rate(schedule(dataclasses.replace(config, learning_rate=peak))),
+    )
+    labels = functools.partial(kinds.map, lambda kind, _: "muon" if is_matrix(kind) else "adamw")
+    by_kind = optax.partition({"adamw": optax.chain(*adamw), "muon": optax.chain(*matrices)}, labels)
+    return _in_default_modes(optax.chain(clip, by_kind))
 
 
 def _in_default_modes(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
