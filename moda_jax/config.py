@@ -20,6 +20,7 @@ from moda_jax.config_checks import require as _require
 from moda_jax.config_checks import require_not_negative as _require_not_negative
 from moda_jax.config_checks import require_positive as _require_positive
 from moda_jax.depth_config import MECHANISMS, DepthSections
+from moda_jax.source_config import WeightedSource, weighted_sources
 from moda_jax.task_config import TASKS
 
 NORMS = ("pre", "post", "post_sum")
@@ -215,14 +216,15 @@ class DataConfig:
         source: "python_stdlib" (built in); a directory of .txt, .md, .jsonl, .json (lines) and .parquet files, .jsonl
             and .json also as .gz; one such file; or "tfds:NAME[:VERSION]" or "tfds:DIRECTORY", a TFDS dataset that is
             prepared as array_record; or "tokens:DIRECTORY", splits `train` and `validation` as the cache holds
-            them, tokenised elsewhere.
+            them, tokenised elsewhere. A mixture: "0.7*SOURCE + 0.3*SOURCE", whose weights are shares of the rows.
         feature: the text or token feature of a TFDS dataset, the text field of a JSON line, the column of a .parquet.
         train_split, validation_split: names of a TFDS dataset's splits; other sources are split by a hash of the
             document's name (its path; where a file holds several also the number of the line, row or part). A source of
             one .txt or .md file is split by position.
         validation_fraction: share of the documents that the hash of their names sends to validation; of one text file
             the share at its end.
-        document_separator: parts a .txt or .md file into documents; None: a file is one.
+        document_separator: parts a .txt or .md file into documents; None: a file is one. Of a mixture's sources those
+            of files are parted.
         tokenizer: "bytes", or the path of a Hugging Face tokenizer.json.
         end_of_text: the tokenizer.json's token that ends a document; None: the first that is known of
             "<|endoftext|>", "</s>", "<eos>".
@@ -272,15 +274,27 @@ class DataConfig:
         separator = self.document_separator
         _require(separator != "", "data.document_separator", separator, "text that stands between documents, or None")
         _require(
-            separator is None or not (self.source == "python_stdlib" or self.source.startswith("tfds:")),
+            separator is None or not all(_has_documents(source) for _, source in self.sources),
             "data.document_separator", separator, f"None with data.source={self.source!r}, which has documents",
         )  # fmt: skip
         _require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or the path of a tokenizer.json')
-        for field in ("source", "tokenizer", "cache_dir"):
+        for _, source in self.sources:
+            check_local("data.source", source)
+        for field in ("tokenizer", "cache_dir"):
             check_local(f"data.{field}", getattr(self, field) or "")
         _require(
             0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "a share in (0, 1)"
         )
+
+    @property
+    def sources(self) -> tuple[WeightedSource, ...]:
+        """What `source` names: one source, or those of a mixture with their shares."""
+        return weighted_sources(self.source)
+
+    def of_one(self, source: str) -> DataConfig:
+        """The section as one source of a mixture has it."""
+        separator = None if _has_documents(source) else self.document_separator
+        return dataclasses.replace(self, source=source, document_separator=separator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -547,6 +561,11 @@ class Config:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested plain dicts, ready for JSON; `from_dict` reads them back."""
         return dataclasses.asdict(self)
+
+
+def _has_documents(source: str) -> bool:
+    """Whether a data source is made of documents, not of files that may be parted into some."""
+    return source == "python_stdlib" or source.startswith("tfds:")
 
 
 def _section_from_dict(name: str, section: type, values: Mapping[str, Any]) -> Any:
