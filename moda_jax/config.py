@@ -390,6 +390,8 @@ class TrainConfig:
 
     Attributes:
         task: what is learned: a name of `moda_jax.task_config.TASKS`, or "package.module:Class".
+        init_from: a run's directory (its newest good checkpoint) or an export, whose parameters a new run starts with;
+            None: fresh ones. A run that has a checkpoint of its own goes on from that.
         num_steps: optimizer steps of the whole run.
         batch_size: sequences per optimizer step, over all devices and micro-batches.
         accumulation_steps: micro-batches per step; divides `batch_size`.
@@ -410,6 +412,7 @@ class TrainConfig:
     """
 
     task: str = "language"
+    init_from: str | None = None
     num_steps: int = 10000
     batch_size: int = 32
     accumulation_steps: int = 1
@@ -439,6 +442,8 @@ class TrainConfig:
             f'one of {tuple(TASKS)}, or "package.module:Class"',
         )  # fmt: skip
         check_text(self.sample_prompt, "train.sample_prompt")
+        _require(self.init_from != "", "train.init_from", self.init_from, "a directory, or None")
+        check_local("train.init_from", self.init_from or "")
         _require(
             self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
             f"a divisor of train.batch_size={self.batch_size}",
