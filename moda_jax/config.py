@@ -29,6 +29,7 @@ LAYER_LOOPS = ("scan", "unroll")
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
 FAULT_POLICIES = ("fail", "skip")
+TRACKERS = ("tensorboard", "wandb")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "wsd")
 DECAY_SHAPES = ("linear", "cosine", "sqrt")
@@ -398,6 +399,8 @@ class TrainConfig:
         seed: of parameters and of the data order.
         z_loss: weight of log(Z)^2 in the objective; not in the reported loss.
         log_interval_steps: a metrics line every so many steps.
+        trackers: what shows the metrics beside metrics.jsonl: "tensorboard", "wandb" (an extra), both with a comma
+            between, or "none".
         sample_prompt: text that the run continues when it ends; "" for no sample.
         sample_tokens: tokens of that sample.
         max_skipped_in_a_row: a step with a non-finite loss or gradient leaves parameters and optimizer as they are; so
@@ -419,6 +422,7 @@ class TrainConfig:
     seed: int = 0
     z_loss: float = 1e-5
     log_interval_steps: int = 10
+    trackers: str = "tensorboard"
     sample_prompt: str = ""
     sample_tokens: int = 200
     max_skipped_in_a_row: int = 10
@@ -441,6 +445,11 @@ class TrainConfig:
             self.task in TASKS or _CLASS_PATH.fullmatch(self.task) is not None, "train.task", self.task,
             f'one of {tuple(TASKS)}, or "package.module:Class"',
         )  # fmt: skip
+        names = self.tracker_names
+        _require(
+            set(names) <= set(TRACKERS) and len(set(names)) == len(names), "train.trackers", self.trackers,
+            f'some of {TRACKERS} with a comma between, each once, or "none"',
+        )  # fmt: skip
         check_text(self.sample_prompt, "train.sample_prompt")
         _require(self.init_from != "", "train.init_from", self.init_from, "a directory, or None")
         check_local("train.init_from", self.init_from or "")
@@ -448,6 +457,11 @@ class TrainConfig:
             self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
             f"a divisor of train.batch_size={self.batch_size}",
         )  # fmt: skip
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """What `trackers` names."""
+        return () if self.trackers == "none" else tuple(name.strip() for name in self.trackers.split(","))
 
 
 @dataclasses.dataclass(frozen=True)

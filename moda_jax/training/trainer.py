@@ -41,6 +41,7 @@ from moda_jax.training.result import RunResult
 from moda_jax.training.signals import StopRequest
 from moda_jax.training.spikes import LossSpikes
 from moda_jax.training.status_line import StatusLine
+from moda_jax.training.trackers import check_trackers, group_scalars, open_trackers
 from moda_jax.training.train_step import StepMetrics
 from moda_jax.training.watchdog import Watchdog
 
@@ -73,6 +74,7 @@ class TrainingRun:
         self._starting_params = starting_params
         self.workdir = Path(workdir)
         self.config = resolve(config)
+        check_trackers(self.config)
         self._task = make_task(self.config)
         changes = workdir_lib.check_config(self.workdir, self.config)
         self._checkpoint_directory = self.workdir / workdir_lib.CHECKPOINT_DIRECTORY
@@ -105,6 +107,9 @@ class TrainingRun:
             at_the_end.callback(self._checkpoints.close)
             metrics = MetricsWriter(self.workdir, self.step) if first else NoMetrics()
             self._metrics = at_the_end.enter_context(contextlib.closing(metrics))
+            self._trackers = open_trackers(self.config, self.workdir, self.step) if first else []
+            for tracker in self._trackers:
+                at_the_end.enter_context(contextlib.closing(tracker))
             batches = at_the_end.enter_context(contextlib.closing(self._data.train_batches(self._position)))
             self._watchdog = at_the_end.enter_context(contextlib.closing(Watchdog(self.config.train.watchdog_seconds)))
             progress = StatusLine(_logger, None if first else io.StringIO())
@@ -329,6 +334,8 @@ class TrainingRun:
         if evaluate:
             entry |= self._evaluate(step)
         self._metrics.write(entry)
+        for tracker in self._trackers:
+            tracker.write(step, group_scalars(entry))
         self._mark_at(step)
 
     def _check_numbers(self, step: int, values: StepMetrics) -> None:

@@ -6,7 +6,8 @@ What lies in it:
     tokenizer.json   the task's copies of files, so that the run can be moved: the tokenizer, unless it is "bytes"
     changes.jsonl    a line per field that a resumed run changed: step, field, old, new
     metrics.jsonl    a line per logged step
-    tensorboard/     the same values as TensorBoard events
+    tensorboard/     the same values as TensorBoard events, see `trackers`
+    wandb_id.txt     under which Weights & Biases knows the run; what it has not sent lies in wandb/
     checkpoints/     one directory per saved step
     faults/          the step that stopped the run, to be replayed
     processes/       of a run of many processes: what libraries said, and the stacks when a peer was lost
@@ -34,6 +35,7 @@ CONFIG_FILE = "config.json"
 CHANGES_FILE = "changes.jsonl"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
+WANDB_ID_FILE = "wandb_id.txt"
 CHECKPOINT_DIRECTORY = "checkpoints"
 FAULT_DIRECTORY = "faults"
 PROCESS_DIRECTORY = "processes"
@@ -48,7 +50,7 @@ _FREE_FIELDS = (
     "data.cache_dir", "data.prefetch_batches",
     "train.accumulation_steps", "train.deterministic", "train.log_interval_steps", "train.loss_spike_deviations",
     "train.max_skipped_in_a_row", "train.num_steps", "train.peer_timeout_seconds", "train.sample_prompt",
-    "train.sample_tokens", "train.watchdog_seconds",
+    "train.sample_tokens", "train.trackers", "train.watchdog_seconds",
 )  # fmt: skip
 # Names of places: another name is good if the same data is there, which the checkpoint's fingerprints decide.
 _PLACES = ("data.source", "data.tokenizer", "data.end_of_text")
