@@ -40,6 +40,8 @@ FIELDS = {
     "data.validation_fraction": "val_fraction valid_fraction eval_fraction val_split test_size",
     "data.cache_dir": "cache cache_directory",
     "data.prefetch_batches": "prefetch num_workers prefetch_factor",
+    "optimizer.name": "optim optimizer_type optimizer_name opt",
+    "optimizer.schedule": "lr_schedule lr_scheduler lr_scheduler_type scheduler learning_rate_schedule",
     "optimizer.learning_rate": "lr max_lr peak_lr base_lr learningrate peak_learning_rate init_lr",
     "optimizer.final_learning_rate_fraction": "min_lr final_lr lr_min end_lr min_lr_ratio alpha min_learning_rate",
     "optimizer.warmup_steps": "warmup warmup_iters lr_warmup num_warmup_steps warmup_ratio warmup_tokens",
@@ -57,6 +59,8 @@ FIELDS = {
     "train.seed": "random_seed rng_seed",
     "train.z_loss": "z_loss_weight zloss z_loss_coefficient",
     "train.log_interval_steps": "log_every log_interval log_steps logging_steps log_frequency",
+    "train.init_from": "init_checkpoint pretrained pretrained_model finetune_from load_from load_checkpoint",
+    "train.trackers": "report_to logger loggers tracker wandb tensorboard",
     "train.sample_prompt": "prompt",
     "eval.interval_steps": "eval_every eval_interval eval_steps eval_frequency val_interval val_check_interval "
     "eval.every eval.interval eval.steps",

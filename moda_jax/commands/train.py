@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from moda_jax.data.cache import cache_directory
 from moda_jax.exit_codes import ExitCode
+from moda_jax.interop.start import starting_params
 from moda_jax.parallel import launch
 from moda_jax.training import runtime
 from moda_jax.training.console import config_from_flags, print_result, run_command, user_errors
@@ -50,7 +51,7 @@ def train() -> ExitCode:
         launch.start_processes(config.train.peer_timeout_seconds)
         runtime.prepare(cache_directory(config.data), deterministic=config.train.deterministic)
         runtime.require_device()
-        run = TrainingRun(config, _WORKDIR.value or Path("runs") / name)
+        run = TrainingRun(config, _WORKDIR.value or Path("runs") / name, starting_params)
     result = run.train()
     if jax.process_index() == 0:
         print_result(result)

@@ -2,12 +2,14 @@
 
 Rows are a function of (corpus, tokenizer, sequence length, seed, epoch, global row index) alone. Global rows are
 counted over the whole run: a batch of size B holds the B rows from its position on, and process p of P takes the p-th
-of P equal blocks of them, so the assembled batch is the same array whatever P is.
+of P equal blocks of them, so the assembled batch is the same array whatever P is. Of a mixture a global row is first
+one of a source, see `mixture`; each source has its own epochs, in its own order.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import numpy as np
 from moda_jax.config import DataConfig
 from moda_jax.data.cache import cache_directory, cache_key
 from moda_jax.data.damage import SkippedDocuments
+from moda_jax.data.mixture import MixedOrder, TokenMixture
 from moda_jax.data.packing import Batch, pack_rows, pad_rows
 from moda_jax.data.sources import find_split
 from moda_jax.data.token_store import TOKENS_VERSION, TokenDataset, open_tokens, prepare_tokens
@@ -26,8 +29,11 @@ PREPARED_TOKENS = "tokens:"  # before the directory of splits that were tokenise
 _READ_THREADS = 2  # building a row is short work under the GIL; a second thread hides a page that must come from disk
 
 
-def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer, *, as_before: bool = False) -> TokenDataset:
-    """The tokenised split of `data.source`; prepares what the cache does not hold, with progress on stderr.
+def open_dataset(
+    config: DataConfig, split: str, tokenizer: Tokenizer, *, as_before: bool = False
+) -> TokenDataset | TokenMixture:
+    """The tokenised split of `data.source`; prepares what the cache does not hold, with progress on stderr. Of a
+    mixture each source is prepared as it would be alone, so that the cache is shared with runs on one of them.
 
     Args:
         config: the data section.
@@ -39,6 +45,10 @@ def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer, *, as_bef
         ValueError: a source that is missing, empty or not usable, or a split too small for one row; the message names
             the config field.
     """
+    if len(config.sources) > 1:
+        rows, sources = zip(*config.sources, strict=True)
+        parts = (open_dataset(config.of_one(source), split, tokenizer, as_before=as_before) for source in sources)
+        return TokenMixture(tuple(parts), rows, f"{config.source} ({split})")
     if config.source.startswith(PREPARED_TOKENS):
         dataset = open_tokens(Path(config.source.removeprefix(PREPARED_TOKENS)) / split, tokenizer)
     else:
@@ -97,7 +107,7 @@ class TrainBatches:
 
 
 def train_batches(
-    dataset: TokenDataset,
+    dataset: TokenDataset | TokenMixture,
     config: DataConfig,
     *,
     batch_size: int,
@@ -106,7 +116,8 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainBatches:
-    """Endless training batches; every epoch has every row once, in its own order when `data.shuffle` is on.
+    """Endless training batches; every epoch of a source has each of its rows once, in its own order when `data.shuffle`
+    is on.
 
     Args:
         dataset: from `open_dataset`.
@@ -129,19 +140,21 @@ def train_batches(
         if value < 0:
             raise ValueError(f"{name}={value}: expected a number >= 0")
     T = config.sequence_length
-    rows = grain.MapDataset.range(_num_rows(dataset, T))
-    if config.shuffle:
-        rows = rows.shuffle(seed=_order_seed(seed))
-    batches = (
-        rows.repeat()[position:]
-        .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
-        .map(lambda ids: _pack(dataset, ids[rows_here], T))
-    )
-    return TrainBatches(batches, batch_size, position, config.prefetch_batches)
+    mixture = _as_mixture(dataset)
+    epochs = [_epochs(part, config, f"{seed}/{k}" if k else str(seed)) for k, part in enumerate(mixture.parts)]
+    order = MixedOrder(mixture.rows)
+
+    def pack(places: np.ndarray) -> Batch:
+        sources, numbers = order.locate(places[rows_here])
+        rows = np.array([epochs[k][int(number)] for k, number in zip(sources, numbers, strict=True)])
+        return _pack(mixture, sources, rows, T)
+
+    batches = grain.MapDataset.range(sys.maxsize)[position:].batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
+    return TrainBatches(batches.map(pack), batch_size, position, config.prefetch_batches)
 
 
 def validation_batches(
-    dataset: TokenDataset,
+    dataset: TokenDataset | TokenMixture,
     config: DataConfig,
     *,
     batch_size: int,
@@ -150,6 +163,9 @@ def validation_batches(
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """One pass over rows in order, all or evenly spread; the last batch is filled up with rows of target mask 0.
+
+    Of a mixture the rows are in the proportion of its weights, as in training, each source's spread evenly over its
+    own validation split. No row comes twice: "all" are as many as the source that is exhausted first allows.
 
     Args:
         dataset: from `open_dataset`.
@@ -169,12 +185,17 @@ def validation_batches(
     if num_batches < 0:
         raise ValueError(f"num_batches={num_batches}: expected a number >= 0 (0: all)")
     T = config.sequence_length
-    all_rows = _num_rows(dataset, T)
+    mixture = _as_mixture(dataset)
+    order = MixedOrder(mixture.rows)
+    whole = [_num_rows(part, T) for part in mixture.parts]
+    all_rows = min(order.place_of(k, rows) for k, rows in enumerate(whole))
     num_rows = min(all_rows, num_batches * batch_size) if num_batches else all_rows
+    chosen = order.counts(num_rows)
 
     def pack(places: np.ndarray) -> Batch:
-        ids = places * all_rows // num_rows
-        return pad_rows(_pack(dataset, ids[rows_here], T), batch_size // process_count)
+        sources, numbers = order.locate(places[rows_here])
+        rows = numbers * np.take(whole, sources) // np.take(chosen, sources)
+        return pad_rows(_pack(mixture, sources, rows, T), batch_size // process_count)
 
     batches = grain.MapDataset.range(num_rows).batch(batch_size, drop_remainder=False, batch_fn=np.asarray).map(pack)
 
@@ -188,11 +209,30 @@ def validation_batches(
     return run()
 
 
-def _pack(dataset: TokenDataset, rows: np.ndarray, sequence_length: int) -> Batch:
-    """Rows of a dataset whose files are still those that were opened."""
-    if dataset.guard is not None:
-        dataset.guard.check()
-    return pack_rows(dataset.tokens, dataset.offsets, rows, sequence_length)
+def _as_mixture(dataset: TokenDataset | TokenMixture) -> TokenMixture:
+    """One source is a mixture of one."""
+    return dataset if isinstance(dataset, TokenMixture) else TokenMixture((dataset,), (1,), dataset.name)
+
+
+def _epochs(dataset: TokenDataset, config: DataConfig, seed: str) -> grain.MapDataset:
+    """The rows of a source, epoch after epoch: any of them by how many come before it."""
+    rows = grain.MapDataset.range(_num_rows(dataset, config.sequence_length))
+    return (rows.shuffle(seed=_order_seed(seed)) if config.shuffle else rows).repeat()
+
+
+def _pack(mixture: TokenMixture, sources: np.ndarray, rows: np.ndarray, sequence_length: int) -> Batch:
+    """Rows of sources whose files are still those that were opened, in the order in which they came."""
+    order = np.argsort(sources, kind="stable")
+    packed = []
+    for k in np.unique(sources) if len(sources) else (0,):
+        part = mixture.parts[k]
+        if part.guard is not None:
+            part.guard.check()
+        packed.append(pack_rows(part.tokens, part.offsets, rows[order][sources[order] == k], sequence_length))
+    if len(packed) == 1:
+        return packed[0]
+    back = np.argsort(order)
+    return Batch(*(np.concatenate(arrays)[back] for arrays in zip(*packed, strict=True)))
 
 
 def _iterate(batches: grain.MapDataset, prefetch_batches: int) -> grain.DatasetIterator:
@@ -221,6 +261,6 @@ def _num_rows(dataset: TokenDataset, sequence_length: int) -> int:
     return num_rows
 
 
-def _order_seed(seed: int) -> int:
+def _order_seed(seed: str) -> int:
     """A 32-bit seed for Grain, which adds the epoch to it: without hashing, seed 1 would be seed 0 one epoch late."""
-    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=4).digest(), "little")

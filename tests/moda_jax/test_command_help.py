@@ -20,6 +20,8 @@ def test_every_field_has_a_meaning_and_a_default():
     assert "--config.train.num_steps (int, default 10000)\n    optimizer steps of the whole run." in text
     assert "--config.model.mhc.streams (int, default 4)\n    n, residual streams, at least 2." in text
     assert "--config.model.rope_theta (float | None, default " in text
+    assert '--config.optimizer.name (str, default \'adamw\')\n    "adamw"; or "muon", by which the matrices' in text
+    assert "--config.optimizer.muon.momentum (float, default 0.95)\n    decay of the running mean" in text
     for entry in text.split("--config.")[1:]:
         assert entry.partition("\n")[2].strip(), entry
 
