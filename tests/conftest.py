@@ -13,6 +13,7 @@ Tests marked `gpu` are skipped, with a reason, where JAX sees no NVIDIA GPU. Tho
 """
 
 import atexit
+import collections
 import os
 import shutil
 import sys
@@ -26,6 +27,16 @@ from support.quick_compile import NO_MLIR_XLA_FLAGS, QUICK_XLA_FLAGS
 XLA_THREADS = 6  # a kernel of three warpgroups, whoever waits for it, and two to spare
 MOST_WORKERS = 8  # each holds up to 2 GB
 SLOW_TIMEOUT = 1800  # seconds, where the machine has other work too
+# Files with few tests, some of which take long: given out first, so that no worker is left alone with one at the end.
+FIRST = (
+    "tests/moda_jax/parallel/test_sharded_training.py",
+    "tests/moda_jax/model/depth/test_training.py",
+    "tests/pallas_kernels/mosaic_gpu/test_composition.py",
+    "tests/moda_jax/model/depth/test_tampering.py",
+    "tests/test_train_script.py",
+    "tests/test_evaluate_script.py",
+    "tests/safety/test_kills.py",
+)
 HAS_GPU = Path("/dev/nvidiactl").exists()
 
 
@@ -60,6 +71,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _put_long_files_first(items)
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
@@ -68,6 +80,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason=f"needs an NVIDIA GPU; JAX runs on {jax.default_backend()} here")
         for item in marked:
             item.add_marker(skip)
+
+
+def _put_long_files_first(items: list[pytest.Item]) -> None:
+    """Behind `FIRST` the files with the most tests lead."""
+    files = [item.nodeid.partition("::")[0] for item in items]
+    counts = collections.Counter(files)
+    places = {file: i for i, file in enumerate(FIRST)}
+    order = {file: (places.get(file, len(FIRST)), -count, file) for file, count in counts.items()}
+    items.sort(key=lambda item: order[item.nodeid.partition("::")[0]])
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_field_has_a_meaning_and_a_default():
     text = command_help.fields_text()
     assert "--config.train.num_steps (int, default 10000)\n    optimizer steps of the whole run." in text
-    assert "--config.model.mhc.streams (int, default 4)\n    n, residual streams." in text
+    assert "--config.model.mhc.streams (int, default 4)\n    n, residual streams, at least 2." in text
     assert "--config.model.rope_theta (float | None, default " in text
     for entry in text.split("--config.")[1:]:
         assert entry.partition("\n")[2].strip(), entry
