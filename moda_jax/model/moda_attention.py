@@ -36,9 +36,7 @@ class MoDAAttention(Attention):
         ffn_kv: holds the projection that `write_ffn` needs (the paper's default variant).
         attention_kv: writes a projection of the input instead of the layer's own KV.
         qk_norm, rope_theta, norm_epsilon, initializer_range: as in `Attention`.
-        implementation: of the op, see `pallas_kernels.moda_attention`; None: the best for the device. XLA's partitioner
-            cannot split a kernel: with arrays that are sharded over a mesh of your own, call the layer inside of
-            `jax.shard_map`, or take "xla".
+        implementation: of the op, see `pallas_kernels.moda_attention`; None: the best for the device.
         dtype: compute dtype; None: bfloat16 on a GPU, float32 elsewhere.
         rngs: source of the kernels.
 
