@@ -65,8 +65,9 @@ def rms_norm_backward(
     """(dx, dscale) of y = scale * x / sqrt(mean(x^2) + epsilon), the mean over scale's axes, or of that y rotated.
 
     Args:
-        x, dy: [..., *scale.shape], any float dtype.
-        scale: [D], or with a rotation [heads, H]; any float dtype.
+        x, dy: [..., *scale.shape], any float dtype; with a rotation [..., heads, H].
+        scale: [D]; of heads that are normed together and rotated [heads, H]; of heads that are normed each by itself
+            [H], rotated or not. Any float dtype.
         rotation: (cos, sin) as `rotate` takes them, [..., H/2]; None: y was not rotated.
         epsilon: added to the mean square.
         implementation: "xla" or "mosaic_gpu"; None: the best that this device and these shapes have.
@@ -76,7 +77,8 @@ def rms_norm_backward(
 
     Raises:
         ValueError: no such implementation.
-        NotImplementedError: "mosaic_gpu" was asked for and does not take such rows.
+        NotImplementedError: "mosaic_gpu" was asked for and does not take such rows. A head that is normed by itself is
+            a row.
     """
     if implementation is None:
         implementation = _best(x.dtype, scale.size, None if rotation is None else scale.shape[-1])
@@ -84,6 +86,8 @@ def rms_norm_backward(
         raise ValueError(f"implementation={implementation!r}: expected None or one of {IMPLEMENTATIONS}")
     if implementation == "xla":
         return _xla(x, dy, scale, rotation, epsilon)
+    rotated_dim = None if rotation is None else scale.shape[-1]
+    _kernel().check_supported(dtype=x.dtype, columns=scale.size, rotated_dim=rotated_dim)
     rows = math.prod(x.shape[: x.ndim - scale.ndim])
     tables = None if rotation is None else tuple(table.reshape(rows, -1) for table in rotation)
     x_rows, dy_rows = (a.reshape(rows, *scale.shape) for a in (x, dy))

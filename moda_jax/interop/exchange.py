@@ -32,7 +32,7 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 def is_olmo2(config: TransformerConfig) -> bool:
     """Whether the model is one that transformers knows as OLMo 2."""
-    return config.depth == "none" and config.norm == "post" and config.qk_norm
+    return config.depth == "none" and config.norm == "post" and config.qk_norm and not config.qk_norm_per_head
 
 
 def export_model(
