@@ -70,8 +70,9 @@ def rms_norm_backward(
     """(dx, dscale) of y = scale * x / sqrt(mean(x^2) + epsilon), the mean over scale's axes, or of that y rotated.
 
     Args:
-        x, dy: [..., *scale.shape], any float dtype.
-        scale: [D], or with a rotation [heads, H]; any float dtype.
+        x, dy: [..., *scale.shape], any float dtype; with a rotation [..., heads, H].
+        scale: [D]; of heads that are normed together and rotated [heads, H]; of heads that are normed each by itself
+            [H], rotated or not. Any float dtype.
         rotation: (cos, sin) as `rotate` takes them, [..., H/2]; None: y was not rotated.
         epsilon: added to the mean square.
         implementation: "xla" or "mosaic_gpu"; None: the best that this device and these shapes have.
@@ -81,7 +82,8 @@ def rms_norm_backward(
 
     Raises:
         ValueError: no such implementation.
-        NotImplementedError: "mosaic_gpu" was asked for and does not take such rows.
+        NotImplementedError: "mosaic_gpu" was asked for and does not take such rows. A head that is normed by itself is
+            a row.
     """
     if implementation is None:
         implementation = _best(x.dtype, scale.size, None if rotation is None else scale.shape[-1])
@@ -89,6 +91,8 @@ def rms_norm_backward(
         raise ValueError(f"implementation={implementation!r}: expected None or one of {IMPLEMENTATIONS}")
     if implementation == "xla":
         return _xla(x, dy, scale, rotation, epsilon)
+    rotated_dim = None if rotation is None else scale.shape[-1]
+    _kernel().check_supported(dtype=x.dtype, columns=scale.size, rotated_dim=rotated_dim)
     dx, dscale = _partitioned(x, dy, scale.astype(jnp.float32), rotation, epsilon)
     return dx, dscale.astype(scale.dtype)
 
