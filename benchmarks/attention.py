@@ -1,15 +1,17 @@
 """Times the op against cuDNN and against the memory that depth KV must move.
 
-    python -m benchmarks.attention [--grid=paper|model|ablation|smoke] [--implementation=NAME] [--output=DIRECTORY]
+    python -m benchmarks.attention [--grid=paper|heads|model|ablation|smoke] [--implementation=NAME]
+                                   [--output=DIRECTORY]
 
 Columns: our op forward, and forward + backward with all five gradients; cuDNN's flash attention on the sequence part
 alone (what plain attention costs); `goal`, that plus the time in which the depth bytes can move at the bandwidth of a
 measured copy. Forward reads depth K and V once; backward reads them again and writes two gradients of their size.
 
-Grids: `paper` is Table 2 (B=1, K=8, H=64, causal); `model` the 700M model's own layer (B=8, T=4096, N=16, K=8, H=64) at
-several fillings of its 70 slots, also as packed rows are masked; `ablation` is what our kernels can show of Table 7:
-the dense op, the blockwise one in XLA (each token's slots contiguous, only its own visited), and the kernels (the heads
-of a group share what they read); `smoke` is tiny, for a CPU.
+Grids: `paper` is Table 2 (B=1, K=8, H=64, causal); `heads` has what it lacks: KV of its own for every head (G=1, as
+models of 16 heads have it, T=2048) and heads of 128; `model` the 700M model's own layer (B=8, T=4096, N=16, K=8,
+H=64) at several fillings of its 70 slots, also as packed rows are masked; `ablation` is what our kernels can show of
+Table 7: the dense op, the blockwise one in XLA (each token's slots contiguous, only its own visited), and the kernels
+(the heads of a group share what they read); `smoke` is tiny, for a CPU.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ class Case:
 
     def __str__(self) -> str:
         text = f"B{self.batch} T{self.tokens} G{self.group} S{self.filled}/{self.slots}"
+        text += f" H{self.head_dim}" if self.head_dim == 128 else ""
         text += f" documents of {self.document}" if self.document else ""
         return text + (f" {self.implementation}" if self.implementation else "")
 
@@ -68,6 +71,10 @@ GRIDS = {
         *(Case(16384, group, 64) for group in (2, 4, 16, 32)),
         *(Case(16384, 8, slots) for slots in (128, 256)),
         *(Case(tokens, group, 0) for tokens, group in ((4096, 8), (16384, 2), (16384, 8), (65536, 8))),
+    ),
+    "heads": (
+        *(Case(2048, 1, slots, batch=batch, kv_heads=16) for batch in (1, 4) for slots in (46, 0)),
+        *(Case(16384, group, slots, head_dim=128) for group in (8, 2) for slots in (64, 0)),
     ),
     "model": (
         *(Case(4096, 2, 70, length, batch=8) for length in (0, 1, 18, 35, 70)),

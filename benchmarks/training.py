@@ -2,6 +2,7 @@
 
     python -m benchmarks.training [--cases=ROW:BATCH:REMAT,...] [--steps=5] [--output=DIRECTORY]
     python -m benchmarks.training --data=DIRECTORY --tokenizer=tokenizer.json [--cases=...]   rows of a real corpus
+    python -m benchmarks.training --peer[=PYTHON] [--cases=...]    beside OLMo 2 in PyTorch, in the same call
 
 A case is a row of Table 3 (row1: OLMo 2; row3: MoDA; row4: + FFN KV), sequences of 4096 tokens per step, and the layer
 loop's `remat`. Each runs in a process of its own: a peak of memory belongs to one case, and one that does not fit ends
@@ -11,6 +12,10 @@ MFU counts 6 N + 6 L D T FLOPs a token (N parameters, causal attention once; for
 `moda_jax.model.accounting.train_flops_per_token`) against the GPU's dense bf16 peak. "extra" is the peak memory above
 row1's of the same batch and remat, less what the additional parameters take (parameter, gradient and two moments,
 float32); "depth" beside it is what the depth stream and its gradient take by themselves.
+
+With `--peer` row1 also runs in PyTorch, as transformers has it, under torch.compile (`benchmarks.peer`), once for every
+batch size of the cases and on the same kind of rows; "/ peer" is tokens/s over its. PYTHON is an interpreter with
+torch and transformers, by default this one.
 """
 
 from __future__ import annotations
@@ -129,6 +134,61 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def peer_request(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `benchmarks.peer` is asked for: row1's model, and as many tokens and steps as the case has."""
+    from configs.moda_700m import get_config
+    from moda_jax.config import Config
+
+    values = get_config("row1").to_dict()
+    values["model"] |= json.loads(arguments.model)
+    model = Config.from_dict(values).model
+    return {
+        "model": {
+            "vocab_size": model.vocab_size, "hidden_size": model.width, "intermediate_size": model.ffn_width,
+            "num_hidden_layers": model.num_layers, "num_attention_heads": model.num_heads,
+            "num_key_value_heads": model.num_kv_heads, "head_dim": model.head_dim,
+            "max_position_embeddings": arguments.sequence_length, "rms_norm_eps": model.norm_epsilon,
+            "rope_theta": model.rope_theta, "tie_word_embeddings": model.tie_embeddings,
+        },
+        "batch_size": case.batch_size, "sequence_length": arguments.sequence_length, "steps": arguments.steps,
+        "rounds": arguments.rounds, "seed": SYNTHETIC_SEED,
+    }  # fmt: skip
+
+
+def check_peer(python: str) -> str:
+    """Versions of what the peer needs.
+
+    Raises:
+        ValueError: the interpreter cannot run it; the message says what it lacks.
+    """
+    try:
+        done = _peer(python, ["--check"])
+    except OSError as error:
+        raise ValueError(f"--peer={python}: {error.strerror}; expected a Python with torch and transformers") from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it failed"])[-1]
+        raise ValueError(f"--peer={python}: {reason}; expected a Python with torch and transformers")
+    return done.stdout.strip()
+
+
+def run_peer(python: str, case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The peer's result for a case's batch size, in the form of ours, or {"case", "error"}."""
+    name = f"peer:{case.batch_size}"
+    done = _peer(python, [], json.dumps(peer_request(case, arguments)))
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return {"case": name, "error": (done.stderr.strip().splitlines() or ["?"])[-1][:200]}
+    result = json.loads(done.stdout.splitlines()[-1])
+    tokens = case.batch_size * arguments.sequence_length
+    speed = tokens / statistics.median(result["seconds_per_step"])
+    return {"case": name, "tokens_per_second": speed, "mfu": None, "depth_bytes": 0} | result
+
+
+def _peer(python: str, argv: list[str], request: str = "") -> subprocess.CompletedProcess:
+    command = [python, str(Path(__file__).with_name("peer.py")), *argv]
+    return subprocess.run(command, input=request, capture_output=True, text=True, check=False)
+
+
 def _batches(config: Any, real: bool) -> Any:
     """Endless batches: of the corpus through the training pipeline, or random tokens of one document per row."""
     import jax
@@ -176,23 +236,27 @@ def extra_bytes(result: dict[str, Any], row1: dict[str, Any]) -> int:
 
 def table(results: list[dict[str, Any]]) -> str:
     """What a person reads."""
+    peers = {r["case"].split(":")[1]: r for r in results if r["case"].startswith("peer:")}
     lines = [
         f"{'case':20} {'tokens/s':>9} {'ms/step':>8} {'MFU':>6} {'peak GiB':>9} {'extra':>6} {'depth':>6} "
-        f"{'compile s':>9} {'/ row1':>7}"
+        f"{'compile s':>9} {'/ row1':>7}" + (f" {'/ peer':>7}" if peers else "")
     ]
     base = {r["case"]: r for r in results if r["case"].startswith("row1") and "error" not in r}
     for r in results:
         if "error" in r:
             lines.append(f"{r['case']:20} {r['error']}")
             continue
-        row1 = base.get("row1:" + r["case"].split(":", 1)[1])
+        row1 = None if r["case"].startswith("peer:") else base.get("row1:" + r["case"].split(":", 1)[1])
         ratio = f"{r['tokens_per_second'] / row1['tokens_per_second']:.3f}" if row1 else "-"
         mfu = f"{100 * r['mfu']:.1f}%" if r["mfu"] else "-"
         peak = f"{r['peak_bytes'] / 2**30:.1f}" if r["peak_bytes"] else "-"
         extra = f"{extra_bytes(r, row1) / 2**30:.1f}" if row1 and r["peak_bytes"] else "-"
+        peer = peers.get(r["case"].split(":")[1], {}).get("tokens_per_second")
+        to_peer = f" {r['tokens_per_second'] / peer if peer else float('nan'):7.3f}" if peers else ""
         lines.append(
             f"{r['case']:20} {r['tokens_per_second']:9.0f} {1e3 * statistics.median(r['seconds_per_step']):8.1f} "
             f"{mfu:>6} {peak:>9} {extra:>6} {r['depth_bytes'] / 2**30:6.1f} {r['compile_seconds']:9.1f} {ratio:>7}"
+            + to_peer
         )
     profiled = [r for r in results if "seconds_by_category" in r]
     if profiled:
@@ -261,6 +325,8 @@ def main() -> None:
     parser.add_argument("--deterministic", action="store_true", help="as train.deterministic")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     parser.add_argument("--kernels", default=None, help="write the slowest kernels to this file, the HLO beside it")
+    parser.add_argument("--peer", nargs="?", const=sys.executable, metavar="PYTHON",
+                        help="also time OLMo 2 in PyTorch, with this interpreter")  # fmt: skip
     parser.add_argument("--name", default="training", help="name of the result files")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -275,9 +341,18 @@ def main() -> None:
         runtime.prepare(cache_directory(DataConfig()), deterministic=arguments.deterministic)
         print(json.dumps(run_case(cases[0], arguments)))
         return
-    argv = [argument for argument in sys.argv[1:] if not argument.startswith("--cases")]
-    results = []
+    if arguments.peer:
+        try:
+            print(f"peer: {check_peer(arguments.peer)}", flush=True)
+        except ValueError as error:
+            parser.error(str(error))
+    argv = [argument for argument in sys.argv[1:] if not argument.startswith(("--cases", "--peer"))]
+    results, batch_sizes = [], set()
     for case in cases:
+        if arguments.peer and case.batch_size not in batch_sizes:
+            batch_sizes.add(case.batch_size)
+            results.append(run_peer(arguments.peer, case, arguments))
+            print(table(results[-1:]).splitlines()[1], flush=True)
         results.append(_run_in_process(case, argv))
         print(table(results[-1:]).splitlines()[1], flush=True)
     text = table(results)

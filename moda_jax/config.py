@@ -124,6 +124,7 @@ class TransformerConfig(DepthSections):
         norm_epsilon: added to the mean square in every RMSNorm.
         tie_embeddings: the output projection is the embedding's transpose.
         qk_norm: RMSNorm over the full width of the query and the key projection.
+        qk_norm_per_head: that norm is over each head's channels instead, with one scale for all heads.
         max_sequence_length: longest sequence that the model accepts.
         initializer_range: standard deviation of every weight matrix at the start.
         attention_implementation: name for `pallas_kernels`; None picks the best one for the device. With "xla" or
@@ -151,6 +152,7 @@ class TransformerConfig(DepthSections):
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = True
     qk_norm: bool = True
+    qk_norm_per_head: bool = False
     max_sequence_length: int = 4096
     initializer_range: float = 0.02
     attention_implementation: str | None = None
@@ -172,6 +174,10 @@ class TransformerConfig(DepthSections):
         _require(
             self.num_heads % self.num_kv_heads == 0, "model.num_heads", self.num_heads,
             f"a multiple of model.num_kv_heads={self.num_kv_heads}",
+        )  # fmt: skip
+        _require(
+            self.qk_norm or not self.qk_norm_per_head, "model.qk_norm_per_head", self.qk_norm_per_head,
+            "False with model.qk_norm=False",
         )  # fmt: skip
         if self.rope_theta is not None:
             _require_positive("model", self, "rope_theta")

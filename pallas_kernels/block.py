@@ -16,7 +16,7 @@ import functools
 import jax
 from jax import Array
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partitioned_block
 from pallas_kernels.operands import Call, Gradients, Upstream
 from pallas_kernels.parts import Part, delta
 
@@ -33,7 +33,10 @@ def forward(call: Call, *, with_rest: bool = False, implementation: str | None =
         ValueError: no implementation of that name.
         NotImplementedError: the named implementation cannot serve the call.
     """
-    return dispatch.load(dispatch.resolve(implementation, call)).forward(call, with_rest=with_rest)
+    name = dispatch.resolve(implementation, call)
+    if name in dispatch.OPAQUE:
+        return partitioned_block.forward(dispatch.load(name), call, with_rest=with_rest)
+    return dispatch.load(name).forward(call, with_rest=with_rest)
 
 
 def backward(
@@ -54,7 +57,10 @@ def backward(
     Raises:
         ValueError, NotImplementedError: as `forward`.
     """
-    return dispatch.load(dispatch.resolve(implementation, call)).backward(call, upstream, buffers)
+    name = dispatch.resolve(implementation, call)
+    if name in dispatch.OPAQUE:
+        return partitioned_block.backward(dispatch.load(name), call, upstream, buffers)
+    return dispatch.load(name).backward(call, upstream, buffers)
 
 
 def attend(call: Call, *, implementation: str | None = None) -> Part:

@@ -43,6 +43,7 @@ MODULES = {
     "triton": "pallas_kernels.triton.implementation",
 }
 IMPLEMENTATIONS = tuple(MODULES)
+OPAQUE = ("mosaic_gpu", "triton")  # kernels, that XLA cannot partition by itself: `partitioned_block` does
 OPERATIONS = ("check_supported", "forward", "backward")
 
 # What `None` tries on a GPU, the best first: implementation, and the compute capabilities of the GPUs that it is for.

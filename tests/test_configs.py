@@ -30,12 +30,17 @@ FAMILY = (*MECHANISMS, *(f"moda_{name}" for name in (
     "own_kv", "window", "hybrid", "stride", "top", "null_slot", "entry_bias", "separate", "writer_norm", "reader_norm",
     "reader_norm_unrotated",
 )))  # fmt: skip
+# Layers: parameters in millions, without depth, of all and of all but the embedding and the head.
+DEPTHBENCH = {
+    16: (407, 284), 20: (414, 301), 24: (405, 302), 26: (408, 308), 28: (406, 310), 30: (404, 311), 32: (399, 309),
+}  # fmt: skip
 ALL = [
     ("base",), ("quickstart",), ("olmo2_700m",), ("moda_700m",), ("moda_1p5b",), ("small",), ("depth_comparison",),
     *(("moda_700m", f"row{row}") for row in range(1, 6)),
     *(("small", f"row{row}") for row in range(1, 10)),
     *(("small", name) for name in SMALL),
     *(("depth_comparison", name) for name in ("none", "moda", "moda_own_kv")),
+    ("depthbench",), *(("depthbench", f"{form}_L{n}") for form in ("moda", "post", "none") for n in DEPTHBENCH),
     ("family",), *(("family", name) for name in FAMILY), *(("family", f"48_{name}") for name in FAMILY),
 ]  # fmt: skip
 
@@ -51,6 +56,17 @@ def test_every_config_is_valid(arguments):
 def test_no_config_is_forgotten():
     files = {path.stem for path in DIRECTORY.glob("*.py")} - {"__init__"}
     assert files == {arguments[0] for arguments in ALL}
+
+
+@pytest.mark.parametrize("layers", DEPTHBENCH)
+def test_depthbenchs_models_have_the_published_sizes(layers):
+    plain, moda = (build("depthbench", f"{form}_L{layers}").model for form in ("none", "moda"))
+    vocabularies = 2 * plain.vocab_size * plain.width
+    count = param_count(plain)
+    assert (round(count / 1e6), round((count - vocabularies) / 1e6)) == DEPTHBENCH[layers]
+    assert param_count(moda) == count + (layers - 1) * 2 * plain.width**2  # the FFN's projections
+    with pytest.raises(ValueError, match=r"depthbench.py:moda: unknown argument; known: moda_L16, "):
+        load("depthbench", "moda")
 
 
 def test_an_unknown_member_of_the_family_is_refused_with_those_that_there_are():

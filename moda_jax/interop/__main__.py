@@ -9,7 +9,8 @@ OLMo 2 checkpoint for transformers.
 
 makes a run out of such a directory, at step 0, for train.py, generate.py and evaluate.py (`train.py --workdir=RUN`
 trains it). The model's sizes come from the checkpoint, all else from the config; with `--config.model.depth=moda` an
-OLMo 2 model becomes a MoDA model that starts close to it (see moda_jax/interop/depth_init.py).
+OLMo 2 model becomes a MoDA model that starts close to it (see moda_jax/interop/depth_init.py). A directory of
+OLMo-core's is read too, with DepthBench's MoDA blocks (see moda_jax/interop/olmo_core.py).
 """
 
 from __future__ import annotations
@@ -115,8 +116,9 @@ def run_config(directory: Path, base: TransformerConfig, config: Config | None) 
                         "be added to a checkpoint without"
                     )
         model, data = dataclasses.replace(base, **wanted), config.data
-    own_tokenizer = directory / TOKENIZER_FILE
-    if data.tokenizer == "bytes" and own_tokenizer.is_file():
+    places = (directory / TOKENIZER_FILE, directory / "tokenizer" / TOKENIZER_FILE)  # the second is OLMo-core's
+    own_tokenizer = next((place for place in places if place.is_file()), None)
+    if data.tokenizer == "bytes" and own_tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=str(own_tokenizer.absolute()))
     return dataclasses.replace(config, model=model, data=data)
 

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from moda_jax.config import TransformerConfig, check_local
 from moda_jax.interop.olmo2 import SINGLE_FILE, layers_of, load_olmo2, read_transformer, sources_of
+from moda_jax.interop.olmo_core import is_olmo_core, load_olmo_core
 from moda_jax.model.transformer import Transformer
 
 CONFIG_FILE = "config.json"
@@ -32,7 +33,7 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 def is_olmo2(config: TransformerConfig) -> bool:
     """Whether the model is one that transformers knows as OLMo 2."""
-    return config.depth == "none" and config.norm == "post" and config.qk_norm
+    return config.depth == "none" and config.norm == "post" and config.qk_norm and not config.qk_norm_per_head
 
 
 def is_export(directory: str | os.PathLike[str]) -> bool:
@@ -104,12 +105,20 @@ def export_model(
 def load_model(
     directory: str | os.PathLike[str], *, dtype: str | None = None, attention_implementation: str | None = None
 ) -> tuple[TransformerConfig, Transformer]:
-    """A model from what `export_model` or transformers wrote. Arguments, result and errors as in `load_olmo2`."""
+    """A model from what `export_model`, transformers (OLMo 2) or OLMo-core wrote.
+
+    Arguments, result and errors as in `load_olmo2` and `load_olmo_core`.
+    """
     directory = pathlib.Path(directory)
-    values = _own_type(directory / CONFIG_FILE)
     options = {"dtype": dtype, "attention_implementation": attention_implementation}
-    if values is None:
+    everything = _config_values(directory / CONFIG_FILE)
+    if is_olmo_core(everything):
+        return load_olmo_core(directory, **options)
+    if everything.get("model_type") != OWN_TYPE:
         return load_olmo2(directory, **options)
+    values = everything.get(OWN_TYPE)
+    if not isinstance(values, dict):
+        raise ValueError(f"{directory / CONFIG_FILE}: {OWN_TYPE}={values!r}: expected an object, the model's config")
     try:
         config = TransformerConfig.from_dict(values | options)
     except (TypeError, ValueError) as error:
@@ -117,20 +126,15 @@ def load_model(
     return config, read_transformer(directory, config)
 
 
-def _own_type(path: pathlib.Path) -> dict[str, Any] | None:
-    """Our config's fields, if the file is one of ours; a file that is anything else is left to `load_olmo2`."""
+def _config_values(path: pathlib.Path) -> dict[str, Any]:
+    """The file's object; {} of a file without one, whose error is `load_olmo2`'s."""
     if not path.is_file():
         raise ValueError(f"{path.parent}: holds no {CONFIG_FILE}; expected a directory of config.json and safetensors")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return None
-    if not isinstance(values, dict) or values.get("model_type") != OWN_TYPE:
-        return None
-    fields = values.get(OWN_TYPE)
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: {OWN_TYPE}={fields!r}: expected an object, the model's config")
-    return fields
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _olmo2_values(config: TransformerConfig) -> dict[str, Any]:

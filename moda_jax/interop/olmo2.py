@@ -16,7 +16,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp  # also registers NumPy's bfloat16, without which safetensors cannot read one
@@ -31,6 +31,7 @@ from moda_jax.model.transformer import Transformer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+Files = dict[str, tuple[pathlib.Path, Any]]  # a tensor's name to its file and that file's open reader
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 
 # Our parameter: (tensor in the file, leading axes of our array that are the linear layer's inputs; 0: stored as it is).
@@ -103,17 +104,32 @@ def load_olmo2(
     return config, read_transformer(directory, config)
 
 
-def read_transformer(directory: pathlib.Path, config: TransformerConfig) -> Transformer:
-    """A model of `config` with the weights of the directory's safetensors.
+def read_transformer(
+    directory: pathlib.Path,
+    config: TransformerConfig,
+    *,
+    open_files: Callable[[pathlib.Path, contextlib.ExitStack], Files] | None = None,
+    rename: Callable[[str], str] = str,
+) -> Transformer:
+    """A model of `config` with the weights of the directory's files.
+
+    Args:
+        directory: of the checkpoint.
+        config: of the model.
+        open_files: finds the tensors of a directory; None: `open_safetensors`.
+        rename: what a tensor is called there, from its name in an OLMo 2 file.
 
     Raises:
         FileNotFoundError, ValueError: as `load_olmo2`, for the tensors.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     shapes = {path: parameter.shape for path, parameter in nnx.to_flat_state(state)}
-    sources = {path: sources_of(path, shape, config) for path, shape in shapes.items()}
+    sources = {
+        path: [dataclasses.replace(tensor, name=rename(tensor.name)) for tensor in sources_of(path, shape, config)]
+        for path, shape in shapes.items()
+    }
     with contextlib.ExitStack() as stack:
-        files = _open_files(directory, stack)
+        files = (open_files or open_safetensors)(directory, stack)
         if config.tie_embeddings:
             _drop_copied_head(files)
         _check_tensors(directory, files, [tensor for tensors in sources.values() for tensor in tensors])
@@ -128,7 +144,7 @@ def read_transformer(directory: pathlib.Path, config: TransformerConfig) -> Tran
 
 def _read_config(path: pathlib.Path) -> TransformerConfig:
     """The TransformerConfig that config.json describes."""
-    values = _read_json(path)
+    values = read_json(path)
     where = f"{path}: "
     for field, default, known, expected in (
         ("model_type", None, ("olmo2",), "'olmo2'"),
@@ -144,25 +160,22 @@ def _read_config(path: pathlib.Path) -> TransformerConfig:
             raise ValueError(f"{where}{field}={values.get(field)!r}: expected {expected}")
     _check_windows(values, where)
 
-    def positive_int(field: str, default: int | None = None) -> int:
-        value = default if values.get(field) is None else values[field]
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{where}{field}={value!r}: expected a positive integer")
-        return value
+    def size(field: str, default: int | None = None) -> int:
+        return positive_int(values, field, where, default)
 
-    width, num_heads = positive_int("hidden_size"), positive_int("num_attention_heads")
+    width, num_heads = size("hidden_size"), size("num_attention_heads")
     fields = {
-        "vocab_size": positive_int("vocab_size"),
-        "num_layers": positive_int("num_hidden_layers"),
+        "vocab_size": size("vocab_size"),
+        "num_layers": size("num_hidden_layers"),
         "width": width,
         "num_heads": num_heads,
-        "num_kv_heads": positive_int("num_key_value_heads", default=num_heads),
-        "head_dim": positive_int("head_dim", default=width // num_heads),
-        "ffn_width": positive_int("intermediate_size"),
+        "num_kv_heads": size("num_key_value_heads", default=num_heads),
+        "head_dim": size("head_dim", default=width // num_heads),
+        "ffn_width": size("intermediate_size"),
         "rope_theta": _rope_theta(values, where),
-        "norm_epsilon": _positive_number(values, "rms_norm_eps", where),
+        "norm_epsilon": positive_number(values, "rms_norm_eps", where),
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
-        "max_sequence_length": positive_int("max_position_embeddings"),
+        "max_sequence_length": size("max_position_embeddings"),
     }
     try:
         return TransformerConfig(norm="post", depth="none", depth_ffn_kv=False, qk_norm=True, **fields)
@@ -187,7 +200,7 @@ def _rope_theta(values: Mapping[str, Any], where: str) -> float:
     """The rotary base, from `rope_theta` (transformers 4) or `rope_parameters` (5); scaled rotations are refused."""
     found = {}
     if values.get("rope_theta") is not None:
-        found["rope_theta"] = _positive_number(values, "rope_theta", where)
+        found["rope_theta"] = positive_number(values, "rope_theta", where)
     for field in ("rope_parameters", "rope_scaling"):
         parameters = values.get(field)
         if parameters is None:
@@ -201,7 +214,7 @@ def _rope_theta(values: Mapping[str, Any], where: str) -> float:
             share = parameters["partial_rotary_factor"]
             raise ValueError(f"{where}{field}.partial_rotary_factor={share!r}: expected 1, all channels are rotated")
         if parameters.get("rope_theta") is not None:
-            found[f"{field}.rope_theta"] = _positive_number(parameters, "rope_theta", f"{where}{field}.")
+            found[f"{field}.rope_theta"] = positive_number(parameters, "rope_theta", f"{where}{field}.")
     if not found:
         raise ValueError(f"{where}rope_theta: absent, expected it there or in rope_parameters")
     if len(set(found.values())) > 1:
@@ -210,14 +223,24 @@ def _rope_theta(values: Mapping[str, Any], where: str) -> float:
     return next(iter(found.values()))
 
 
-def _positive_number(values: Mapping[str, Any], field: str, where: str) -> float:
+def positive_int(values: Mapping[str, Any], field: str, where: str, default: int | None = None) -> int:
+    """values[field], or the default where it is absent or null; a ValueError, `where` before the field, if none is."""
+    value = default if values.get(field) is None else values[field]
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{where}{field}={value!r}: expected a positive integer")
+    return value
+
+
+def positive_number(values: Mapping[str, Any], field: str, where: str) -> float:
+    """values[field] as a float; a ValueError, `where` before the field, if it is no positive number."""
     value = values.get(field)
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise ValueError(f"{where}{field}={value!r}: expected a positive number")
     return float(value)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file; a ValueError, naming the file, if there is none."""
     content = path.read_bytes()
     if is_lfs_pointer(content):
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
@@ -279,18 +302,18 @@ def sources_of(path: tuple[str, ...], shape: tuple[int, ...], config: Transforme
     ]
 
 
-def _open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
+def open_safetensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> Files:
     """Tensor name to (file, its open reader), for all tensors of the checkpoint."""
     if (directory / SINGLE_FILE).exists():
         names = [SINGLE_FILE]
     elif (directory / INDEX_FILE).exists():
-        weight_map = _read_json(directory / INDEX_FILE).get("weight_map")
+        weight_map = read_json(directory / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{directory / INDEX_FILE}: expected weight_map, an object of tensor names to file names")
         names = sorted(set(weight_map.values()))
     else:
         raise FileNotFoundError(f"{directory}: found neither {SINGLE_FILE} nor {INDEX_FILE}")
-    tensors: dict[str, tuple[pathlib.Path, Any]] = {}
+    tensors: Files = {}
     for name in names:
         path = directory / name
         try:
@@ -310,7 +333,7 @@ def _open_files(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[st
     return tensors
 
 
-def _drop_copied_head(files: dict[str, tuple[pathlib.Path, Any]]) -> None:
+def _drop_copied_head(files: Files) -> None:
     """Takes the output projection of a tied checkpoint for the copy of the embedding that it is, if it is one."""
     head, table = OUTER_TENSORS["head.kernel"][0], OUTER_TENSORS["embedding.table"][0]
     if head not in files or table not in files:
@@ -323,7 +346,7 @@ def _drop_copied_head(files: dict[str, tuple[pathlib.Path, Any]]) -> None:
         del files[head]
 
 
-def _check_tensors(directory: pathlib.Path, files: Mapping[str, tuple[pathlib.Path, Any]], wanted: list[Tensor]):
+def _check_tensors(directory: pathlib.Path, files: Files, wanted: list[Tensor]):
     """Every wanted tensor is there with its shape and a floating dtype, and no other. Before any data is read."""
     names = [tensor.name for tensor in wanted]
     missing = [name for name in names if name not in files]
@@ -347,7 +370,7 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _read(files: Mapping[str, tuple[pathlib.Path, Any]], tensors: list[Tensor], shape: tuple[int, ...]) -> np.ndarray:
+def _read(files: Files, tensors: list[Tensor], shape: tuple[int, ...]) -> np.ndarray:
     """One parameter of shape `shape`, float32, from its tensors."""
     parameter = np.zeros(shape, np.float32)
     for layer, tensor in zip(layers_of(parameter, tensors), tensors, strict=True):

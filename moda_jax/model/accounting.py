@@ -18,7 +18,7 @@ def param_count(config: TransformerConfig) -> int:
     """Number of parameters of `Transformer(config)`; a tied embedding counts once."""
     norms = 2 * config.width
     if config.qk_norm:
-        norms += (config.num_heads + config.num_kv_heads) * config.head_dim
+        norms += (2 if config.qk_norm_per_head else config.num_heads + config.num_kv_heads) * config.head_dim
     layers = config.num_layers * (_layer_matrices(config) + norms) + find_mechanism(config.depth).parameters(config)
     vocabularies = 1 if config.tie_embeddings else 2
     return vocabularies * config.vocab_size * config.width + layers + config.width  # the last: the final norm

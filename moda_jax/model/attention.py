@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.layers import HeadsNorm, Projection, rotate
+from moda_jax.model.layers import HeadsNorm, PerHeadNorm, Projection, rotate
 from moda_jax.model.module import Module
 from pallas_kernels.norm import beside
 
@@ -26,7 +26,8 @@ class Attention(Module):
     Args:
         width: D.
         num_heads, num_kv_heads, head_dim: N, K, H; K divides N.
-        qk_norm: normalise the query and the key projection.
+        qk_norm: normalise the query and the key projection, all heads together.
+        qk_norm_per_head: normalise each head by itself, with one scale for all heads.
         rope_theta: base of the rotary wavelengths; None: queries and keys are not rotated.
         norm_epsilon: of the QK-norm.
         initializer_range: standard deviation of the kernels at the start.
@@ -43,6 +44,7 @@ class Attention(Module):
         head_dim: int,
         *,
         qk_norm: bool = True,
+        qk_norm_per_head: bool = False,
         rope_theta: float | None = 500000.0,
         norm_epsilon: float = 1e-6,
         initializer_range: float = 0.02,
@@ -52,6 +54,8 @@ class Attention(Module):
     ) -> None:
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads={num_heads}: expected a multiple of num_kv_heads={num_kv_heads}")
+        if qk_norm_per_head and not qk_norm:
+            raise ValueError("qk_norm_per_head=True: expected False with qk_norm=False")
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"head_dim={head_dim}: expected an even number (rotary pairs)")
         keys = InitialKeys.of(rngs)
@@ -64,9 +68,17 @@ class Attention(Module):
         self.key = projection("key", "btd,dkh->btkh", width, num_kv_heads, head_dim)
         self.value = projection("value", "btd,dkh->btkh", width, num_kv_heads, head_dim)
         self.output = projection("output", "btnh,nhd->btd", num_heads, head_dim, width)
-        norm = {"epsilon": norm_epsilon, "implementation": beside(implementation)}
-        self.query_norm = HeadsNorm(num_heads, head_dim, **norm) if qk_norm else None
-        self.key_norm = HeadsNorm(num_kv_heads, head_dim, axis="kv_heads", **norm) if qk_norm else None
+        options = {"epsilon": norm_epsilon, "implementation": beside(implementation)}
+
+        def norm(heads: int, axis: str) -> HeadsNorm | None:
+            if not qk_norm:
+                return None
+            if qk_norm_per_head:
+                return PerHeadNorm(head_dim, **options)
+            return HeadsNorm(heads, head_dim, axis=axis, **options)
+
+        self.query_norm = norm(num_heads, "heads")
+        self.key_norm = norm(num_kv_heads, "kv_heads")
 
     def project(
         self, x: Array, positions: Array, key_input: Array | None = None, value_input: Array | None = None

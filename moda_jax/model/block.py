@@ -49,7 +49,7 @@ class Block(nnx.Module):
         self.config = config
         self.attention = Attention(
             config.width, config.num_heads, config.num_kv_heads, config.head_dim, qk_norm=config.qk_norm,
-            rope_theta=config.rope_theta, norm_epsilon=config.norm_epsilon,
+            qk_norm_per_head=config.qk_norm_per_head, rope_theta=config.rope_theta, norm_epsilon=config.norm_epsilon,
             initializer_range=config.initializer_range, implementation=config.attention_implementation, dtype=dtype,
             rngs=keys.at("attention"),
         )  # fmt: skip

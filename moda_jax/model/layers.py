@@ -9,6 +9,7 @@ Axes: B batch, T tokens, D model width, F FFN hidden, N query heads, K key/value
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,8 @@ class HeadsNorm(RMSNorm):
     """OLMo 2's QK-norm and what follows it: one RMSNorm over a projection's full width, all heads together, then the
     rotary embedding head by head, if there is one. Its axis ("heads" or "kv_heads") is split head by head."""
 
+    axes: ClassVar[tuple[int, ...]] = (-2, -1)  # of x [B, T, heads, H] that a mean square is taken over
+
     def __init__(
         self, heads: int, head_dim: int, *, epsilon: float, implementation: str | None = None, axis: str = "heads"
     ) -> None:
@@ -107,6 +110,33 @@ class HeadsNorm(RMSNorm):
             return super().__call__(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
         scale = varying_like(self.scale[...], x).reshape(x.shape[-2:])
         return norm_rotate(x, scale, positions, self.epsilon, theta, self.implementation)
+
+    def without_scale(self, x: Array) -> Array:
+        """x [B, T, heads, H] over its root mean square, in x's dtype; not rotated."""
+        wide = x.astype(jnp.float32)
+        return (wide * norm.inverse_rms(wide, self.axes, self.epsilon)).astype(x.dtype)
+
+    def scale_of_heads(self, heads: int) -> Array:
+        """The scale as [heads, H]; [1, H] where all heads share it."""
+        return self.scale[...].reshape(heads, -1)
+
+
+class PerHeadNorm(HeadsNorm):
+    """QK-norm per head, and what follows it: an RMSNorm over every head's own H channels, with one scale for all."""
+
+    axes: ClassVar[tuple[int, ...]] = (-1,)
+
+    def __init__(self, head_dim: int, *, epsilon: float, implementation: str | None = None) -> None:
+        super().__init__(1, head_dim, epsilon=epsilon, implementation=implementation, axis="head_dim")
+
+    def __call__(self, x: Array, positions: Array, theta: float | None) -> Array:
+        """x and the result [B, T, heads, H]; positions, theta: as in `rotate`; theta None: no rotation."""
+        return norm_rotate(x, varying_like(self.scale[...], x), positions, self.epsilon, theta, self.implementation)
+
+    def scale_of_heads(self, heads: int) -> Array:
+        """[1, H]."""
+        del heads
+        return self.scale[...][None]
 
 
 class SwiGLU(nnx.Module):
@@ -315,40 +345,44 @@ rotate.defvjp(_rotate_forward, _rotate_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def norm_rotate(
-    x: Array, scale: Array, positions: Array, epsilon: float, theta: float, implementation: str | None = None
+    x: Array, scale: Array, positions: Array, epsilon: float, theta: float | None, implementation: str | None = None
 ) -> Array:
-    """`rotate` of `rms_norm` over all heads together, without rounding in between.
+    """`rotate` of `rms_norm` over all heads together, or over each, without rounding in between.
 
     One function for the backward's sake, see `pallas_kernels.norm`: apart they would go over memory once more.
 
     Args:
         x: [B, T, heads, H], any float dtype.
-        scale: [heads, H], any float dtype.
+        scale: [heads, H], or for every head by itself [H]; any float dtype.
         positions: [B, T] int32.
         epsilon: added to the mean square.
-        theta: base of the wavelengths.
+        theta: base of the wavelengths; None: no rotation.
         implementation: of the backward, see `pallas_kernels.norm`.
 
     Returns:
         [B, T, heads, H] in x's dtype; computed in float32.
     """
     wide = x.astype(jnp.float32)
-    normed = norm.over_rows(scale, wide) * (wide * norm.inverse_rms(wide, (-2, -1), epsilon))
-    return norm.rotate(normed, *_angles(positions, x.shape[-1], theta)).astype(x.dtype)
+    normed = norm.over_rows(scale, wide) * (wide * norm.inverse_rms(wide, tuple(range(-scale.ndim, 0)), epsilon))
+    if theta is not None:
+        normed = norm.rotate(normed, *_angles(positions, x.shape[-1], theta))
+    return normed.astype(x.dtype)
 
 
 def _norm_rotate_forward(
-    x: Array, scale: Array, positions: Array, epsilon: float, theta: float, implementation: str | None = None
+    x: Array, scale: Array, positions: Array, epsilon: float, theta: float | None, implementation: str | None = None
 ) -> tuple[Array, tuple[Array, ...]]:
     return norm_rotate(x, scale, positions, epsilon, theta, implementation), (x, scale, positions)
 
 
 def _norm_rotate_backward(
-    epsilon: float, theta: float, implementation: str | None, residuals: tuple[Array, ...], dy: Array
+    epsilon: float, theta: float | None, implementation: str | None, residuals: tuple[Array, ...], dy: Array
 ) -> tuple[Array, Array, np.ndarray]:
     x, scale, positions = residuals
-    rotation = _angles(positions, x.shape[-1], theta)
-    dx, dscale = rms_norm_backward(x, dy, scale, rotation, epsilon=epsilon, implementation=implementation)
+    rotation = None if theta is None else _angles(positions, x.shape[-1], theta)
+    dx, dscale = rms_norm_backward(
+        x, dy, scale, rotation, epsilon=epsilon, per_head=scale.ndim == 1, implementation=implementation
+    )
     return dx, dscale, np.zeros(positions.shape, jax.dtypes.float0)
 
 

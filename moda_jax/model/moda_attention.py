@@ -35,10 +35,8 @@ class MoDAAttention(Attention):
         width, num_heads, num_kv_heads, head_dim: D, N, K, H; K divides N.
         ffn_kv: holds the projection that `write_ffn` needs (the paper's default variant).
         attention_kv: writes a projection of the input instead of the layer's own KV.
-        qk_norm, rope_theta, norm_epsilon, initializer_range: as in `Attention`.
-        implementation: of the op, see `pallas_kernels.moda_attention`; None: the best for the device. XLA's partitioner
-            cannot split a kernel: with arrays that are sharded over a mesh of your own, call the layer inside of
-            `jax.shard_map`, or take "xla".
+        qk_norm, qk_norm_per_head, rope_theta, norm_epsilon, initializer_range: as in `Attention`.
+        implementation: of the op, see `pallas_kernels.moda_attention`; None: the best for the device.
         dtype: compute dtype; None: bfloat16 on a GPU, float32 elsewhere.
         rngs: source of the kernels.
 
@@ -55,6 +53,7 @@ class MoDAAttention(Attention):
         ffn_kv: bool = False,
         attention_kv: bool = False,
         qk_norm: bool = True,
+        qk_norm_per_head: bool = False,
         rope_theta: float | None = 500000.0,
         norm_epsilon: float = 1e-6,
         initializer_range: float = 0.02,
@@ -64,9 +63,9 @@ class MoDAAttention(Attention):
     ) -> None:
         dtype, keys = compute_dtype(dtype), InitialKeys.of(rngs)
         super().__init__(
-            width, num_heads, num_kv_heads, head_dim, qk_norm=qk_norm, rope_theta=rope_theta,
-            norm_epsilon=norm_epsilon, initializer_range=initializer_range, implementation=implementation, dtype=dtype,
-            rngs=keys,
+            width, num_heads, num_kv_heads, head_dim, qk_norm=qk_norm, qk_norm_per_head=qk_norm_per_head,
+            rope_theta=rope_theta, norm_epsilon=norm_epsilon, initializer_range=initializer_range,
+            implementation=implementation, dtype=dtype, rngs=keys,
         )  # fmt: skip
         self.implementation = implementation
         self.depth = MixtureOfDepths(

@@ -20,24 +20,28 @@ def rms_norm_backward(
     rotation: tuple[Array, Array] | None = None,
     *,
     epsilon: float,
+    per_head: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
-    """`pallas_kernels.norm.rms_norm_backward` of x [B, T, *scale.shape], on the current mesh or without one.
+    """`pallas_kernels.norm.rms_norm_backward` of x [B, T, *scale.shape], or `per_head` [B, T, heads, H] with a scale
+    [H], on the current mesh or without one.
 
-    Where a norm's heads are split over `tensor`, its sums cross devices: there it is left to XLA's partitioner.
+    Where heads that are normed together are split over `tensor`, their sums cross devices: there it is left to XLA's
+    partitioner. Heads that are normed each by itself stay where they are.
     """
     mesh = current_mesh()
     if mesh is None:
         return norm.rms_norm_backward(x, dy, scale, rotation, epsilon=epsilon, implementation=implementation)
     if scale.ndim > 1 and mesh.shape["tensor"] > 1:
         return norm.rms_norm_backward(x, dy, scale, rotation, epsilon=epsilon, implementation="xla")
-    rows = partition_spec("batch", "tokens", *(None,) * scale.ndim)
+    heads = ("heads",) if per_head else ()
+    rows = partition_spec("batch", "tokens", *heads, *(None,) * scale.ndim)
     tables = None if rotation is None else (partition_spec("batch", "tokens", None),) * 2
     whole = partition_spec(*(None,) * scale.ndim)
 
     def local(*operands: Array) -> tuple[Array, Array]:
         dx, dscale = norm.rms_norm_backward(*operands, epsilon=epsilon, implementation=implementation)
-        return dx, jax.lax.psum(dscale.reshape(-1), _TOKEN_AXES)
+        return dx, jax.lax.psum(dscale.reshape(-1), (*_TOKEN_AXES, *(RULES["heads"] if per_head else ())))
 
     out_specs = rows, partition_spec(None)
     mapped = jax.shard_map(local, in_specs=(rows, rows, whole, tables), out_specs=out_specs, check_vma=False)

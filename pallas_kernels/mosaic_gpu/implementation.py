@@ -22,12 +22,14 @@ from pallas_kernels.mosaic_gpu.depth.forward import depth_forward
 from pallas_kernels.mosaic_gpu.sequence.backward import sequence_backward
 from pallas_kernels.mosaic_gpu.sequence.forward import sequence_forward
 from pallas_kernels.mosaic_gpu.sequence.split import split_forward, splits
+from pallas_kernels.mosaic_gpu.sequence.tiles import HEAD_DIMS
 from pallas_kernels.operands import Call, Gradients, Upstream
 from pallas_kernels.parts import Part
 
 COMPUTE_CAPABILITY = "9.0"
 DTYPES = ("bfloat16", "float16")
-HEAD_DIMS = (64, 128)  # of the sequence kernels; others are padded
+LARGEST_HEAD_DIM = HEAD_DIMS[-1]  # of the sequence kernels; others are padded
+DEPTH_STEP = 8  # the depth kernels take every multiple of it as it lies: TMA wants rows of whole 16 bytes
 MAX_SLOTS = 512
 
 
@@ -37,8 +39,8 @@ def check_supported(call: Call) -> None:
     name = jnp.dtype(call.query.dtype).name
     if name not in DTYPES:
         raise NotImplementedError(f"mosaic_gpu: dtype={name}: the tensor cores' kernels take {' or '.join(DTYPES)}")
-    if not 0 < head_dim <= HEAD_DIMS[-1] or head_dim % 8:
-        raise NotImplementedError(f"mosaic_gpu: head_dim={head_dim}: expected a multiple of 8 up to {HEAD_DIMS[-1]}")
+    if not 0 < head_dim <= LARGEST_HEAD_DIM or head_dim % 2:
+        raise NotImplementedError(f"mosaic_gpu: head_dim={head_dim}: expected an even number up to {LARGEST_HEAD_DIM}")
     if call.slots > MAX_SLOTS:
         raise NotImplementedError(f"mosaic_gpu: {call.slots} depth slots: expected at most {MAX_SLOTS}")
     if jax.default_backend() == "gpu":
@@ -48,7 +50,7 @@ def check_supported(call: Call) -> None:
                 f"mosaic_gpu: compute capability {capability}: the kernels are for {COMPUTE_CAPABILITY} (Hopper)"
             )
     if call.slots:
-        heads = tiles.tile_heads(num_heads // call.num_kv_heads)
+        heads = tiles.tile_heads(num_heads // call.num_kv_heads, tiles.most_heads(head_dim))
         shape = tiles.DepthShape(batch * tokens, call.slots, num_heads, call.num_kv_heads, head_dim, heads)
         tiles.forward_tiles(shape)
         tiles.backward_tiles(shape, tiles.SMALL_BUFFERS)
@@ -57,6 +59,9 @@ def check_supported(call: Call) -> None:
 @in_default_modes
 def forward(call: Call, *, with_rest: bool = False, interpret: bool | None = None) -> Part:
     """See `pallas_kernels.dispatch`."""
+    if call.sees_slots and call.query.shape[-1] % DEPTH_STEP:
+        part = forward(_whole_rows(call), with_rest=with_rest, interpret=interpret)
+        return _cut(part, call.query.shape[-1])._replace(lse=part.lse)
     depth = None
     if call.sees_slots:
         depth = depth_forward(call, with_rest=with_rest, interpret=interpret)
@@ -81,6 +86,10 @@ def backward(
     interpret: bool | None = None,
 ) -> Gradients:
     """See `pallas_kernels.dispatch`."""
+    if call.sees_slots and call.query.shape[-1] % DEPTH_STEP:
+        wide_upstream = upstream._replace(dout=_whole_rows(upstream.dout))
+        gradients = backward(_whole_rows(call), wide_upstream, _whole_rows(buffers), interpret=interpret)
+        return _cut(gradients, call.query.shape[-1])
     dquery = dkey = dvalue = None
     if call.key is not None:
         dquery, dkey, dvalue = _sequence_gradients(call, upstream, interpret)
@@ -111,6 +120,27 @@ def _for_kernels(call: Call) -> Call:
     """With a head_dim of the sequence kernels, and with finite keys and values: they multiply what is hidden by 0."""
     key, value = (_pad_head(call.mask.cleared(x)) for x in (call.key, call.value))
     return dataclasses.replace(call, query=_pad_head(call.query), key=key, value=value)
+
+
+def _whole_rows[Tree](tree: Tree) -> Tree:
+    """Of a call or of arrays [..., H]: with zeros up to the next head_dim that the depth kernels take.
+
+    A copy of the depth arrays: where they are read again and again, as in a stack of layers, they had better be made
+    with such a head_dim (and `scale` be given).
+    """
+    if isinstance(tree, Call):
+        call, depth = tree, tree.depth
+        query, key, value, slot_key, slot_value = _whole_rows(
+            (call.query, call.key, call.value, depth.key, depth.value)
+        )
+        depth = dataclasses.replace(depth, key=slot_key, value=slot_value)
+        return dataclasses.replace(call, query=query, key=key, value=value, depth=depth)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -x.shape[-1] % DEPTH_STEP),)), tree)
+
+
+def _cut[Tree](tree: Tree, head_dim: int) -> Tree:
+    """Arrays [..., H] without what was added."""
+    return jax.tree.map(lambda x: x[..., :head_dim], tree)
 
 
 def _pad_head(x: jax.Array | None) -> jax.Array | None:

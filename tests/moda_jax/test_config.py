@@ -39,6 +39,10 @@ def test_an_int_serves_for_a_float():
     [
         ({"num_heads": 6, "num_kv_heads": 4}, r"model.num_heads=6: expected a multiple of model.num_kv_heads=4"),
         ({"head_dim": 63}, r"model.head_dim=63: expected an even number"),
+        (
+            {"qk_norm": False, "qk_norm_per_head": True},
+            r"model.qk_norm_per_head=True: expected False with model.qk_norm=False",
+        ),
         ({"width": 0}, r"model.width=0: expected a positive number"),
         ({"num_layers": 2.0}, r"model.num_layers=2.0: expected a value of type int"),
         ({"num_layers": True}, r"model.num_layers=True: expected a value of type int"),

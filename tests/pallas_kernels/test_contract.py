@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import attention_oracle
-from support.attention_cases import AXES, Case, cases_of_every_value, covering_cases, make_inputs
+from support.attention_cases import (
+    AXES,
+    HEAD_DIM_CASES,
+    Case,
+    cases_of_every_value,
+    covering_cases,
+    make_inputs,
+)
 from support.dense_attention import dense_attention
 from support.tolerances import assert_close
 
@@ -19,19 +26,21 @@ from pallas_kernels import moda_attention
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 NAMES = (*attention_oracle.OUTPUTS, *attention_oracle.GRADIENTS)
-CASES = covering_cases()
-QUICK_CASES = cases_of_every_value(CASES)
+CASES = (*covering_cases(), *HEAD_DIM_CASES)
+QUICK_CASES = cases_of_every_value(covering_cases())
 # Kernels that also run under the interpreter, where there is no GPU. A case takes seconds there, hence few and small
 # ones. A barrier that nobody signals blocks inside the runtime, and only the thread method gets out of that.
 INTERPRETED = ("mosaic_gpu",)
 SMALL_CASES = tuple(
-    c for c in CASES if c.tokens <= 65 and c.slots <= 16 and c.group <= 4 and c.head_dim <= 64 and c.dtype != "float32"
+    c
+    for c in covering_cases()
+    if c.tokens <= 65 and c.slots <= 16 and c.group <= 4 and c.head_dim <= 64 and c.dtype != "float32"
 )[:5]
 # Triton's interpreter is for a whole process, and has a step of CI of its own. It takes about 20 ms for a token and KV
 # head of the depth part, hence few tokens.
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED_MARKS = (pytest.mark.timeout(400, method="thread"),)
-QUICK_INTERPRETED = SMALL_CASES[:1]
+QUICK_INTERPRETED = (SMALL_CASES[0], HEAD_DIM_CASES[0])
 
 
 def _depth_tiles(case: Case) -> int:
@@ -53,7 +62,7 @@ def _runs() -> list:
         runs += [
             (name, case, INTERPRETED_MARKS + slow_unless(case in QUICK_INTERPRETED))
             for name in INTERPRETED
-            for case in SMALL_CASES
+            for case in (*SMALL_CASES, *HEAD_DIM_CASES)
         ]
     return [pytest.param(name, case, id=f"{name}-{case}", marks=marks) for name, case, marks in runs]
 

@@ -12,10 +12,13 @@ def draw(*shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-@pytest.mark.parametrize("rotated", [False, True])
-def test_xla_equals_autodiff(rotated):
-    shape = (2, 3, 4, 8) if rotated else (2, 3, 32)
-    x, dy, scale = draw(*shape), draw(*shape, seed=1), draw(*shape[2:], seed=2)
+@pytest.mark.parametrize(
+    ("rotated", "shape", "normed_axes"),
+    [(False, (2, 3, 32), 1), (True, (2, 3, 4, 8), 2), (False, (2, 3, 4, 8), 1), (True, (2, 3, 4, 8), 1)],
+    ids=["width", "all heads, rotated", "per head", "per head, rotated"],
+)
+def test_xla_equals_autodiff(rotated, shape, normed_axes):
+    x, dy, scale = draw(*shape), draw(*shape, seed=1), draw(*shape[-normed_axes:], seed=2)
     angle = draw(2, 3, 4, seed=3)
     rotation = (jnp.cos(angle), jnp.sin(angle)) if rotated else None
 
@@ -37,6 +40,26 @@ def test_the_kernel_and_xla_agree():
     )
     np.testing.assert_allclose(one[0].astype(jnp.float32), other[0].astype(jnp.float32), atol=2e-2)
     np.testing.assert_allclose(one[1], other[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rotated", "reason"),
+    [(64, False, "64 columns: expected a multiple of 256"), (64, True, "64 columns: expected a multiple of 512")],
+)
+def test_the_kernel_refuses_heads_that_do_not_fill_its_blocks(head_dim, rotated, reason, monkeypatch, caplog):
+    x = draw(3, 5, 2, head_dim).astype(jnp.bfloat16)  # rows that the heads do not divide
+    rotation = (jnp.ones((3, 5, head_dim // 2)),) * 2 if rotated else None
+    arguments = x, x, jnp.ones(head_dim), rotation
+    with pytest.raises(NotImplementedError, match=reason):
+        norm.rms_norm_backward(*arguments, epsilon=0.1, implementation="mosaic_gpu")
+    norm._best.cache_clear()
+    monkeypatch.setattr(dispatch, "preferred", lambda: ("mosaic_gpu",))
+    with caplog.at_level("INFO", logger="pallas_kernels"):
+        chosen = norm.rms_norm_backward(*arguments, epsilon=0.1)
+    norm._best.cache_clear()
+    assert reason in caplog.text
+    expected = norm.rms_norm_backward(*arguments, epsilon=0.1, implementation="xla")
+    jax.tree.map(np.testing.assert_array_equal, chosen, expected)
 
 
 def test_the_choice(monkeypatch, caplog):

@@ -54,6 +54,16 @@ AXES = Case(
 )
 
 
+# Head_dims that kernels pad, or have other tiles for: with few tokens, since these cases are also interpreted.
+HEAD_DIM_CASES = (
+    Case(1, 5, 1, 42, True, False, "bfloat16", None, "traced", 1, 2),
+    Case(9, 3, 2, 76, True, True, "float16", None, "int", 1, 1),
+    Case(66, 17, 1, 160, True, False, "bfloat16", None, "traced", 1, 1),
+    Case(7, 20, 12, 256, False, False, "float16", 0.05, "traced beyond", 1, 1),
+    Case(3, 0, 2, 250, True, False, "bfloat16", None, "all", 2, 1),
+)
+
+
 @functools.cache
 def covering_cases() -> tuple[Case, ...]:
     """Cases in which every pair of values of every two axes occurs: about as many as the two longest axes' product.

@@ -73,6 +73,22 @@ FAMILY = {
     },
     "moda, writer's norm": {"depth": "moda", "num_layers": 3, "moda": {"key": "writer_norm"}},
     "moda, separate": {"depth": "moda", "num_layers": 3, "moda": {"softmax": "separate"}, "norm": "post_sum"},
+    "none, per-head norm": {"depth": "none", "qk_norm_per_head": True},
+    "moda, per-head norm": {"depth": "moda", "num_layers": 3, "qk_norm_per_head": True},
+    "moda, per-head norm of the writer": {
+        "depth": "moda",
+        "num_layers": 3,
+        "norm": "pre",
+        "qk_norm_per_head": True,
+        "moda": {"key": "writer_norm"},
+    },
+    "moda, per-head norm of the reader": {
+        "depth": "moda",
+        "num_layers": 3,
+        "norm": "post_sum",
+        "qk_norm_per_head": True,
+        "moda": {"key": "reader_norm"},
+    },
     "value_residual, fixed": {"depth": "value_residual", "value_residual": {"first": 0.3}, "norm": "pre"},
 }
 CASES = FULL | OTHERS | FAMILY

@@ -35,7 +35,7 @@ class Parts:
         def heads(name, norm):
             y = einsum("btd,dnh->btnh", h[name], a[name]["kernel"])
             if norm and config.qk_norm:
-                y = rms(y.reshape(*y.shape[:2], -1), a[norm]["scale"], config.norm_epsilon).reshape(y.shape)
+                y = plain_model.qk_norm(y, a[norm]["scale"], config)
             return rope(y, self.positions, config.rope_theta) if norm else y
 
         q, k, v = heads("query", "query_norm"), heads("key", "key_norm"), heads("value", None)
@@ -245,11 +245,11 @@ def mudd(config, layers, x):
 
 def moda(config, layers, x):
     """MoDA with its options: every entry a number of dense logits, one after the other."""
-    section, eps, theta, H = config.moda, config.norm_epsilon, config.rope_theta, config.head_dim
+    section, theta, H = config.moda, config.rope_theta, config.head_dim
     groups, entries = config.num_heads // config.num_kv_heads, []  # (kind, raw key, its norm's scale, key, value)
 
     def normed(y, scale):
-        return rms(y.reshape(*y.shape[:2], -1), scale, eps).reshape(y.shape)
+        return plain_model.qk_norm(y, scale, config)
 
     def wide(y):
         return jnp.repeat(y, groups, axis=2)

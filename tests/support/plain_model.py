@@ -18,6 +18,12 @@ def rms(x, scale, epsilon):
     return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale
 
 
+def qk_norm(y, scale, config):
+    """y [B, T, heads, H]: over all heads together, or over each."""
+    flat = y if config.qk_norm_per_head else y.reshape(*y.shape[:2], -1)
+    return rms(flat, scale, config.norm_epsilon).reshape(y.shape)
+
+
 def rope(x, positions, theta):
     """x [B, T, heads, H], complex rotation of (x[i], x[i + H/2])."""
     half = x.shape[-1] // 2
@@ -54,7 +60,7 @@ def layer(p, config, x, positions, visible, depth_keys, depth_values, writes):
         return x + (y if pre else rms(y, p[name]["scale"], eps))
 
     def heads_norm(y, name):
-        return rms(y.reshape(*y.shape[:2], -1), a[name]["scale"], eps).reshape(y.shape) if config.qk_norm else y
+        return qk_norm(y, a[name]["scale"], config) if config.qk_norm else y
 
     u = rms(x, p["attention_norm"]["scale"], eps) if pre else x
     q = rope(heads_norm(einsum("btd,dnh->btnh", u, a["query"]["kernel"]), "query_norm"), positions, theta)

@@ -209,7 +209,7 @@ class MixtureOfDepths(DepthMechanism):
         if not self.query_rotated and attention.rope_theta is not None:
             query = rotate(query, -positions, attention.rope_theta)
         if self.key == "reader_norm" and attention.key_norm is not None:  # (q, w * k / rms) = (w * q, k / rms)
-            scale = attention.key_norm.scale[...].reshape(1, 1, key.shape[2], 1, key.shape[3])
+            scale = attention.key_norm.scale_of_heads(key.shape[2])[None, None, :, None]
             grouped = query.reshape(*key.shape[:3], -1, key.shape[3]).astype(jnp.float32)  # [B, T, K, G, H]
             query = (grouped * scale).reshape(query.shape).astype(query.dtype)
         return query, None if self.slot_scores is None else self.slot_scores.offset[...]
@@ -256,9 +256,7 @@ class MixtureOfDepths(DepthMechanism):
             return key
         if self.key == "writer_norm":
             return norm(key, sublayer.positions, None)
-        wide = key.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=(-2, -1), keepdims=True) + norm.epsilon)
-        return (wide * inverse).astype(key.dtype)
+        return norm.without_scale(key)
 
 
 def _writers(config: TransformerConfig) -> range:

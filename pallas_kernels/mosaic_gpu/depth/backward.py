@@ -65,6 +65,7 @@ from pallas_kernels.mosaic_gpu.depth.tiles import (
     backward_tiles,
     check_shared_memory,
     gradient_kind,
+    most_heads,
     multiprocessors,
     padded_group,
     tile_heads,
@@ -221,15 +222,15 @@ def depth_backward(
         return (dq, *((jnp.zeros_like(depth.key), jnp.zeros_like(depth.value)) if buffers is None else buffers))
     if interpret is None:
         interpret = warpgroup.default_interpret()
-    group_size = num_heads // num_kv_heads
-    if padded_group(group_size) != group_size:
-        wider = functools.partial(pad_group, num_kv_heads=num_kv_heads)
+    group_size, most = num_heads // num_kv_heads, most_heads(head_dim)
+    if padded_group(group_size, most) != group_size:
+        wider = functools.partial(pad_group, num_kv_heads=num_kv_heads, most=most)
         dq, *gradients = depth_backward(
             dataclasses.replace(call, query=wider(query)), Upstream(*map(wider, upstream)), buffers,
             dquery=None if dquery is None else wider(dquery), tiles=tiles, blocks=blocks, interpret=interpret,
         )  # fmt: skip
         return (unpad_group(dq, num_kv_heads, group_size), *gradients)
-    heads = tile_heads(group_size)
+    heads = tile_heads(group_size, most)
     run = functools.partial(_run, call, tiles=tiles, blocks=blocks, interpret=interpret)
     if heads == group_size:
         return run(query, upstream, buffers, dquery)

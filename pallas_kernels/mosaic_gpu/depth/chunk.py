@@ -273,11 +273,11 @@ def pad_for_interpreter(
     return queries, [jnp.pad(x, ((0, tokens), (tiles.rows, tiles.rows), (0, 0), (0, columns))) for x in depth]
 
 
-def pad_group(x: jax.Array, num_kv_heads: int) -> jax.Array:
-    """[B, T, N, ...] with zero query heads added to every KV head, up to `padded_group`."""
+def pad_group(x: jax.Array, num_kv_heads: int, most: int) -> jax.Array:
+    """[B, T, N, ...] with zero query heads added to every KV head, up to `padded_group`; most: heads of a tile."""
     group_size = x.shape[2] // num_kv_heads
     parts = x.reshape(*x.shape[:2], num_kv_heads, group_size, *x.shape[3:])
-    missing = padded_group(group_size) - group_size
+    missing = padded_group(group_size, most) - group_size
     parts = jnp.pad(parts, ((0, 0),) * 3 + ((0, missing),) + ((0, 0),) * (x.ndim - 3))
     return parts.reshape(*x.shape[:2], -1, *x.shape[3:])
 

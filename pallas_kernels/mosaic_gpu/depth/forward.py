@@ -79,6 +79,7 @@ from pallas_kernels.mosaic_gpu.depth.tiles import (
     check_shared_memory,
     forward_scratch,
     forward_tiles,
+    most_heads,
     multiprocessors,
     padded_group,
     tile_heads,
@@ -391,12 +392,13 @@ def depth_forward(
         interpret = warpgroup.default_interpret()
     if depth.slots == 0:
         return Part.of_nothing(query, with_rest=with_rest)
-    group_size = num_heads // num_kv_heads
-    if padded_group(group_size) != group_size:
-        wider = dataclasses.replace(call, query=pad_group(query, num_kv_heads))
+    group_size, most = num_heads // num_kv_heads, most_heads(head_dim)
+    if padded_group(group_size, most) != group_size:
+        wider = dataclasses.replace(call, query=pad_group(query, num_kv_heads, most))
         part = depth_forward(wider, with_rest=with_rest, tiles=tiles, blocks=blocks, interpret=interpret)
         return jax.tree.map(lambda x: unpad_group(x, num_kv_heads, group_size), part)
-    shape = DepthShape(batch * length, depth.slots, num_heads, num_kv_heads, head_dim, tile_heads(group_size))
+    heads = tile_heads(group_size, most)
+    shape = DepthShape(batch * length, depth.slots, num_heads, num_kv_heads, head_dim, heads)
     tiles = tiles or forward_tiles(shape)
     scratch = forward_scratch(shape, tiles, query.dtype)
     check_shared_memory("depth forward", shape, tiles, scratch)

@@ -18,6 +18,7 @@ H200_MULTIPROCESSORS = 132
 MAX_SHARED_BYTES = 227 * 1024  # of one multiprocessor, for all its blocks
 BLOCK_OVERHEAD_BYTES = 2048  # reserved by CUDA, barriers, alignment
 MAX_TILE_HEADS = 16  # query heads of a tile: two n = 8 blocks of an mma
+WIDE_HEAD_DIM = 128  # beyond it a tile has one such block: two would not leave room for a chunk's gradients
 COLUMNS = 64  # columns of a swizzled shared-memory row: 128 bytes
 SWIZZLE = plgpu.SwizzleTransform(128)
 FRESH, SMALL_BUFFERS, FLOAT_BUFFERS = "fresh", "16-bit buffers", "float32 buffers"  # how gradients come
@@ -104,16 +105,21 @@ class DepthShape:
         return (tiles.stages, parts, WARPS // tiles.box_heads, self.column_blocks, *box)
 
 
-def tile_heads(group_size: int) -> int:
+def most_heads(head_dim: int) -> int:
+    """Query heads that a tile may have."""
+    return MAX_TILE_HEADS if head_dim <= WIDE_HEAD_DIM else MAX_TILE_HEADS // 2
+
+
+def tile_heads(group_size: int, most: int = MAX_TILE_HEADS) -> int:
     """Query heads of a tile: the largest divisor of G that one warp's fragments hold."""
-    return max(d for d in range(1, min(group_size, MAX_TILE_HEADS) + 1) if group_size % d == 0)
+    return max(d for d in range(1, min(group_size, most) + 1) if group_size % d == 0)
 
 
-def padded_group(group_size: int) -> int:
-    """G with as many heads added as make it divide into tiles of 8 to 16 heads; G itself up to 16."""
-    if group_size <= MAX_TILE_HEADS or tile_heads(group_size) >= 8:
+def padded_group(group_size: int, most: int = MAX_TILE_HEADS) -> int:
+    """G with as many heads added as make it divide into tiles of 8 to `most` heads; G itself up to `most`."""
+    if group_size <= most or tile_heads(group_size, most) >= 8:
         return group_size
-    return -(-group_size // MAX_TILE_HEADS) * MAX_TILE_HEADS
+    return -(-group_size // most) * most
 
 
 @functools.cache
@@ -176,9 +182,8 @@ def check_shared_memory(name: str, shape: DepthShape, tiles: DepthTiles, scratch
 
 def forward_tiles(shape: DepthShape) -> DepthTiles:
     """Tiles of the forward: enough bytes in flight (about 40 KB a multiprocessor) with as many warps as fit."""
-    rows = 16 if shape.slots <= 16 else 32
-    for blocks, stages in ((3, 4), (3, 3), (3, 2), (2, 2), (1, 3), (1, 2)):
-        tiles = DepthTiles(rows, stages, blocks)
+    for rows, blocks, stages in ((32, 3, 4), (32, 3, 3), (32, 3, 2), (32, 2, 2), (32, 1, 3), (32, 1, 2), (16, 1, 2)):
+        tiles = DepthTiles(16 if shape.slots <= 16 else rows, stages, blocks)
         if _fits(tiles, forward_scratch(shape, tiles, jnp.bfloat16)):
             return tiles
     raise NotImplementedError(f"no tiles of the depth forward fit into shared memory for {shape}")
@@ -190,7 +195,7 @@ def backward_tiles(shape: DepthShape, gradients: str, box_heads: int = 1) -> Dep
     Measured on an H200 (T = 16384, K = 8, H = 64, S = 64): fresh 1.23 ms with (32, 2, 2), 1.21 to 1.44 with others;
     accumulating in bfloat16 1.71 ms with (32, 3, 1), 1.67 to 1.87 with others. `box_heads=2` awaits its measurement.
     """
-    for rows, stages, blocks in ((32, 2, 2), (32, 3, 1), (16, 3, 2), (32, 2, 1), (16, 3, 1), (16, 2, 1)):
+    for rows, stages, blocks in ((32, 2, 2), (32, 3, 1), (16, 3, 2), (32, 2, 1), (16, 3, 1), (16, 2, 1), (16, 1, 1)):
         tiles = DepthTiles(16 if shape.slots <= 16 else rows, stages, blocks, box_heads)
         if _fits(tiles, backward_scratch(shape, tiles, jnp.bfloat16, gradients)):
             return tiles

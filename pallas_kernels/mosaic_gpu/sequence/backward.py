@@ -13,6 +13,7 @@ atomic sums of dquery. This file prepares the operands, chooses the grids and la
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -24,6 +25,7 @@ from pallas_kernels.block_masks import MaskRows, pad_rows
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
 from pallas_kernels.mosaic_gpu.sequence import dkv, dq
 from pallas_kernels.mosaic_gpu.sequence.tiles import (
+    GRADIENT_COLUMNS,
     L2_BYTES,
     BackwardTiles,
     BackwardVariant,
@@ -76,9 +78,9 @@ def sequence_backward(
     statistics = _statistics(upstream.lse, upstream.delta, math.lcm(dq_tiles.owned_block, dkv_tiles.block))
     fixed = [query, key, value, dout, statistics, *([rows.limit] if shape.mask.limit else [])]
 
-    def run(kernel, name, tiles, grid, like, query_block, key_block, per):
+    def run(kernel, name, tiles, grid, like, query_block, key_block, per, columns=None):
         """One of the two kernels; it owns blocks of the `per` side."""
-        variant = BackwardVariant(shape, tiles, call.scale, interpret)
+        variant = BackwardVariant(shape, tiles, call.scale, interpret, columns)
         plain = dataclasses.replace(variant, interpret=False)
         check_shared(f"sequence {name}", variant, kernel.scratch_types(plain))
         operands = list(fixed)
@@ -97,7 +99,8 @@ def sequence_backward(
             scratch_types={key: entry for key, entry in kernel.scratch_types(variant).items() if entry is not None},
             compiler_params=wg_lib.compiler_params(),
             interpret=wg_lib.interpret_params(interpret),
-            kernel_name=shape.kernel_name(f"moda_sequence_{name}", tiles),
+            kernel_name=shape.kernel_name(f"moda_sequence_{name}", tiles)
+            + ("" if columns is None else f"_columns_{columns.start}"),
         )(*operands)
 
     query_blocks = pl.cdiv(shape.query_tokens, dq_tiles.owned_block)
@@ -108,5 +111,15 @@ def sequence_backward(
     query_bytes = 4 * shape.dtype.itemsize // 2 * shape.query_tokens * kv_heads * shape.head_dim
     axes = [key_blocks, ("kv_head", kv_heads)]
     grid = [("batch", shape.batch), *(axes if query_bytes <= L2_BYTES else axes[::-1])]
-    dkey, dvalue = run(dkv, "dkv", dkv_tiles, grid, (key, value), dkv_tiles.block, dkv_tiles.owned_block, "key")
+    run_dkv = functools.partial(run, dkv, "dkv", dkv_tiles, grid)
+    blocks = dkv_tiles.block, dkv_tiles.owned_block, "key"
+    if shape.head_dim <= GRADIENT_COLUMNS:
+        dkey, dvalue = run_dkv((key, value), *blocks)
+    else:
+        parts = []
+        for start in range(0, shape.head_dim, GRADIENT_COLUMNS):
+            columns = range(start, start + GRADIENT_COLUMNS)
+            like = jax.ShapeDtypeStruct((*key.shape[:3], len(columns)), key.dtype)
+            parts.append(run_dkv((like, like), *blocks, columns))
+        dkey, dvalue = (jnp.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
     return dquery[:, : shape.query_tokens], dkey[:, : shape.key_tokens], dvalue[:, : shape.key_tokens]

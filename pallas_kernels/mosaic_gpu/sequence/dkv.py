@@ -13,6 +13,8 @@ Loop: the producer warpgroup streams the query blocks of the G heads, one head a
 Resident: K and V tiles (K in registers if `key_in_registers`); dkey and dvalue accumulators in registers, which also
     hold the sum over the G heads: no atomics, bit-equal from run to run.
 Accumulators: float32; P and dS are rounded to the input dtype for the second products.
+Above H=128 the accumulators do not fit into registers: the kernel runs once for every `GRADIENT_COLUMNS` of dkey and
+    dvalue, and computes P and dS each time (12 T U N H B FLOPs at H=256).
 FLOPs: 8 T U N H B (half if causal). Bytes: all inputs and dkey, dvalue once; Q and dout again from L2.
 Bound on an H200 at H=64: tensor cores (exp2 takes half of their time). B=1, T=16384, K=8, G=8, causal: 7.7 to 8.3 ms,
     530 to 570 TFLOP/s: `wgmma` on 64 x 64 blocks reads SMEM at 80 of 128 bytes a clock, and two consumer warpgroups are
@@ -202,14 +204,34 @@ def make_body(variant: BackwardVariant):
                 row = plgpu.broadcasted_iota(jnp.int32, dk.shape, 0, layout=wg_lib.TILE)
                 seen = row < limit - row_start
                 dk, dv = jnp.where(seen, dk, 0.0), jnp.where(seen, dv, 0.0)
-            key_smem[...] = dk.astype(dtype)
-            value_smem[...] = dv.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(key_smem, dk_ref.at[batch, window, kv_head])
-            plgpu.copy_smem_to_gmem(value_smem, dv_ref.at[batch, window, kv_head])
+            if variant.columns is None:
+                key_smem[...] = dk.astype(dtype)
+                value_smem[...] = dv.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(key_smem, dk_ref.at[batch, window, kv_head])
+                plgpu.copy_smem_to_gmem(value_smem, dv_ref.at[batch, window, kv_head])
+            else:
+                columns = pl.ds(variant.columns.start, len(variant.columns))
+                key_smem[:, columns] = dk.astype(dtype)
+                value_smem[:, columns] = dv.astype(dtype)
+                plgpu.commit_smem()
+                for start in range(0, 64, 8):  # TMA stores what lies together: of some columns 8 rows
+
+                    @pl.when(row_start + start < key_tokens)
+                    def _store(start=start):
+                        to = pl.ds(row_start + start, 8)
+                        for source, ref in ((key_smem, dk_ref), (value_smem, dv_ref)):
+                            plgpu.copy_smem_to_gmem(source.at[pl.ds(start, 8), columns], ref.at[batch, to, kv_head])
+
             plgpu.wait_smem_to_gmem(0)
 
     return body
+
+
+def _own_columns(variant: BackwardVariant, tile: Any) -> Any:
+    """Of a tile [rows, H] the columns whose gradients the kernel makes."""
+    columns = variant.columns
+    return tile if columns is None else tile.at[:, pl.ds(columns.start, len(columns))]
 
 
 class _Consumer(NamedTuple):
@@ -229,7 +251,8 @@ def _walk(consumer: _Consumer, blocks: wg_lib.BlockRange) -> tuple[Any, Any]:
     """(dK, dV): the second products of a step run together with the first products of the next one."""
     variant, s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of = consumer
     shape, dtype, interpret = (64, variant.tiles.block), variant.shape.dtype, variant.interpret
-    zeros = wg_lib.full((64, variant.shape.head_dim), 0.0, wg_lib.TILE)
+    columns = variant.shape.head_dim if variant.columns is None else len(variant.columns)
+    zeros = wg_lib.full((64, columns), 0.0, wg_lib.TILE)
     first, last, group = blocks.first, blocks.end, variant.shape.group
     steps = last - first
     plgpu.barrier_wait(s.ready.at[0])
@@ -250,8 +273,8 @@ def _walk(consumer: _Consumer, blocks: wg_lib.BlockRange) -> tuple[Any, Any]:
 
         def issue(dk_acc, dv_acc, logits_acc, dp_acc):
             first_products(logits_acc, dp_acc, slot)
-            wg_lib.wgmma_registers(dv_acc, p, s.dout_smem.at[previous], p_stage)
-            wg_lib.wgmma_registers(dk_acc, ds, s.query_smem.at[previous], ds_stage)
+            wg_lib.wgmma_registers(dv_acc, p, _own_columns(variant, s.dout_smem.at[previous]), p_stage)
+            wg_lib.wgmma_registers(dk_acc, ds, _own_columns(variant, s.query_smem.at[previous]), ds_stage)
             new_p = probability(logits_acc, slot, query_block, 3, masked)
             new_ds = logits_gradient(dp_acc, new_p, slot, 2)
             plgpu.wgmma_wait(0)
@@ -271,8 +294,8 @@ def _walk(consumer: _Consumer, blocks: wg_lib.BlockRange) -> tuple[Any, Any]:
     slot = slot_of(steps * group - 1)
 
     def finish(dk_acc, dv_acc):
-        wg_lib.wgmma_registers(dv_acc, p, s.dout_smem.at[slot], p_stage)
-        wg_lib.wgmma_registers(dk_acc, ds, s.query_smem.at[slot], ds_stage)
+        wg_lib.wgmma_registers(dv_acc, p, _own_columns(variant, s.dout_smem.at[slot]), p_stage)
+        wg_lib.wgmma_registers(dk_acc, ds, _own_columns(variant, s.query_smem.at[slot]), ds_stage)
         return ()
 
     (dk, dv), _ = wg_lib.accumulate(finish, [dk, dv], interpret=interpret)

@@ -374,7 +374,7 @@ def sequence_forward(
     """softmax(scale * query key^T) value over the visible keys, merged with another part if one is given.
 
     Args:
-        call: its sequence part, bfloat16 or float16, H 64 or 128; keys and values that are hidden are finite.
+        call: its sequence part, bfloat16 or float16, H 64, 128 or 256; keys and values that are hidden are finite.
         other: another part of the same softmax; where `with_rest`, with its rest.
         with_rest: also return what rounding took from out.
         tiles: overrides `tiles.choose_tiles`.

@@ -6,7 +6,7 @@ H=64, T=16384, G=8, in ms:
     forward 3x128x4 (warpgroups x block x stages) 4.5 | 2x128x4 5.0 | 3x64x6 5.5 | 3x128x3 5.0 | 3x128x2 4.9
     dq      3x64x4 5.1 | 2x64x5 6.6 | 2x128x3 7.3 | 3x64x3 5.9 | 3x64x6 6.5
     dkv     2x64x4 with K in registers 7.7 | with K and V 8.1 | with neither 8.8 | 3x64x4 (spills) 13.9 | 2x64x3 9.1
-At H=128 only correctness was measured.
+At H=128 only correctness was measured; at H=256 nothing was.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from pallas_kernels.block_masks import MaskSpec
 from pallas_kernels.mosaic_gpu.warpgroup import shared_bytes
 from pallas_kernels.operands import Call
 
+HEAD_DIMS = (64, 128, 256)
+WIDEST = HEAD_DIMS[-1]
+# Columns of dkey and dvalue whose accumulators the registers of a warpgroup hold: wider ones are made in parts.
+GRADIENT_COLUMNS = 128
 # What one CTA may ask for on sm_90, less barriers, alignment and the reduction scratch.
 SHARED_BYTES = 227 * 1024 - 8 * 1024
 # What of the L2 (50 to 60 MB) a working set may fill before the dkv grid is walked head by head.
@@ -164,12 +168,17 @@ class ForwardVariant:
 
 @dataclasses.dataclass(frozen=True)
 class BackwardVariant:
-    """What is compiled into one of the two backward kernels of a call: as in `ForwardVariant`."""
+    """What is compiled into one of the two backward kernels of a call: as in `ForwardVariant`.
+
+    Attributes:
+        columns: dkv only: those of dkey and dvalue that it makes; None: all of them.
+    """
 
     shape: SequenceShape
     tiles: BackwardTiles
     scale: float
     interpret: bool
+    columns: range | None = None
 
 
 def choose_tiles(
@@ -180,7 +189,7 @@ def choose_tiles(
     explicit_masks: bool = False,
     interpret: bool = False,
 ) -> SequenceTiles:
-    """Tiles for a padded head_dim of 64 or 128.
+    """Tiles for a padded head_dim of 64, 128 or 256.
 
     Args:
         head_dim: of the call.
@@ -195,9 +204,11 @@ def choose_tiles(
     Raises:
         NotImplementedError: another head_dim.
     """
-    if interpret and head_dim in (64, 128):  # three consumers starve each other of two cores until it hangs
-        forward = ForwardTiles(1 if query_tokens is not None and query_tokens <= 64 else 2, 64, 2)
-        return SequenceTiles(forward, BackwardTiles(2, 64, 2), BackwardTiles(2, 64, 2))
+    if interpret and head_dim in HEAD_DIMS:  # three consumers starve each other of two cores until it hangs
+        few = head_dim == WIDEST or (query_tokens is not None and query_tokens <= 64)
+        forward = ForwardTiles(1 if few else 2, 64, 2)
+        backward = BackwardTiles(1 if head_dim == WIDEST else 2, 64, 2)
+        return SequenceTiles(forward, backward, backward)
     if head_dim == 64:
         few = ForwardTiles(1, 128, 6) if explicit_masks else ForwardTiles(1, 64, 6, paired=True)
         forward = few if cache_only else ForwardTiles(3, 128, 4)
@@ -205,4 +216,6 @@ def choose_tiles(
     if head_dim == 128:
         forward = ForwardTiles(1, 64, 5) if cache_only else ForwardTiles(2, 128, 2)
         return SequenceTiles(forward, BackwardTiles(2, 64, 3), BackwardTiles(2, 64, 3))
-    raise NotImplementedError(f"head_dim={head_dim}: the sequence kernels run 64 or 128 (others are padded to these)")
+    if head_dim == WIDEST:  # a second consumer warpgroup would not leave room for two stages and the other part
+        return SequenceTiles(ForwardTiles(1, 64, 2), BackwardTiles(1, 64, 2), BackwardTiles(1, 64, 2))
+    raise NotImplementedError(f"head_dim={head_dim}: the sequence kernels run {HEAD_DIMS} (others are padded to these)")

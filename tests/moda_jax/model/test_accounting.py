@@ -23,6 +23,7 @@ CHANGES = (
     {"depth_attn_kv": True},
     {"depth_ffn_kv": False, "depth_attn_kv": True},
     {"qk_norm": False, "norm": "pre"},
+    {"qk_norm_per_head": True},
     {"tie_embeddings": False},
     {"num_layers": 1},
     {"num_layers": 2, "num_kv_heads": 4},

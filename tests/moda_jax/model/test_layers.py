@@ -57,17 +57,18 @@ def test_rotate():
     assert_gradients_equal(lambda x: rotate(x, positions, theta), plain, (draw(2, 3, 2, 8),), argnums=(0,))
 
 
-def test_norm_rotate_is_the_norm_of_all_heads_and_then_the_rotation():
+@pytest.mark.parametrize(("per_head", "theta"), [(False, 50.0), (True, 50.0), (True, None)])
+def test_norm_rotate_is_the_norm_of_all_heads_or_of_each_and_then_the_rotation(per_head, theta):
     positions = jnp.int32([[0, 5, 100], [7, 1, 3]])
-    scale = draw(2, 8, seed=1)
+    scale = draw(8, seed=1) if per_head else draw(2, 8, seed=1)
 
     def plain(x, scale):
-        flat = x.reshape(2, 3, 16)
-        flat = scale.reshape(16) * flat / jnp.sqrt(jnp.mean(flat**2, axis=-1, keepdims=True) + 0.1)
-        return rotate(flat.reshape(x.shape), positions, 50.0)
+        flat = x if per_head else x.reshape(2, 3, 16)
+        flat = scale.reshape(-1) * flat / jnp.sqrt(jnp.mean(flat**2, axis=-1, keepdims=True) + 0.1)
+        return flat if theta is None else rotate(flat.reshape(x.shape), positions, theta)
 
     assert_gradients_equal(
-        lambda x, scale: norm_rotate(x, scale, positions, 0.1, 50.0), plain, (draw(2, 3, 2, 8), scale), argnums=(0, 1)
+        lambda x, scale: norm_rotate(x, scale, positions, 0.1, theta), plain, (draw(2, 3, 2, 8), scale), argnums=(0, 1)
     )
 
 

@@ -113,6 +113,7 @@ FORWARD = [
     (1, 2, 17, 1, 64, 33, 2, jnp.bfloat16, None),
     (1, 3, 4, 2, 64, 40, (3, 37), jnp.bfloat16, None),
     (1, 3, 2, 2, 64, 20, (17, 17), jnp.float16, None),
+    (1, 2, 12, 1, 256, 18, 17, jnp.bfloat16, None),
 ]
 LARGE_FORWARD = [
     (1, 1024, 16, 8, 64, 64, 64, jnp.bfloat16, None),
@@ -124,6 +125,8 @@ LARGE_FORWARD = [
     (1, 777, 16, 8, 64, 70, (5, 37), jnp.bfloat16, None),
     (2, 129, 16, 8, 128, 130, (100, 129), jnp.float16, None),
     (1, 333, 4, 4, 40, 16, (9, 16), jnp.bfloat16, None),
+    (1, 333, 16, 8, 256, 70, 37, jnp.bfloat16, None),
+    (1, 129, 24, 1, 136, 40, (3, 39), jnp.float16, None),
 ]
 
 
@@ -164,6 +167,8 @@ BACKWARD = [
     (1, 3, 4, 2, 64, 40, (3, 37), jnp.bfloat16, None, False, None),
     (1, 3, 4, 4, 64, 20, (17, 19), jnp.float16, jnp.float16, True, DepthTiles(16, 2, 1, 2)),
     (1, 3, 2, 2, 64, 18, (2, 17), jnp.bfloat16, jnp.float32, False, None),
+    (1, 2, 2, 2, 256, 18, 17, jnp.bfloat16, jnp.bfloat16, True, None),
+    (1, 2, 12, 1, 160, 17, 17, jnp.float16, None, False, None),
 ]
 LARGE_BACKWARD = [
     (1, 1024, 16, 8, 64, 64, 64, jnp.bfloat16, None, False, None),
@@ -182,6 +187,9 @@ LARGE_BACKWARD = [
     (1, 777, 16, 8, 64, 70, (40, 70), jnp.bfloat16, jnp.bfloat16, False, None),
     (1, 333, 16, 8, 128, 70, (33, 51), jnp.float16, jnp.float32, True, DepthTiles(16, 2, 1, 2)),
     (1, 50, 16, 8, 64, 64, (30, 30), jnp.bfloat16, None, False, None),
+    (1, 333, 16, 8, 256, 70, 51, jnp.bfloat16, None, True, None),
+    (1, 333, 16, 8, 256, 70, 51, jnp.bfloat16, jnp.bfloat16, True, None),
+    (1, 129, 24, 1, 136, 70, (5, 37), jnp.float16, jnp.float32, False, None),
 ]
 
 
@@ -220,9 +228,12 @@ def test_backward(case):
     check_races()
 
 
+WIDE_OR_NARROW = [(1, 16, 64), (32, 256, 128), (3, 5, 40), (2, 70, 256), (12, 20, 136)]
+
+
 @pytest.mark.parametrize(
     ("group", "slots", "head_dim"),
-    [(8, 70, 64), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 16, 64), (32, 256, 128), (3, 5, 40)])],
+    [(8, 70, 64), *(pytest.param(*case, marks=pytest.mark.slow) for case in WIDE_OR_NARROW)],
 )
 def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
     dtype, batch, tokens, kv_heads = jnp.bfloat16, 2, 47, 4
@@ -242,10 +253,10 @@ def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
     for gradient_dtype, name in ((None, ""), (dtype, "_accumulate"), (jnp.float32, "_accumulate_float32")):
         buffers = None if gradient_dtype is None else (jax.ShapeDtypeStruct(depth, gradient_dtype),) * 2
         for box_heads, ends in zip((1, 2), windows, strict=True):
-            shape = depth_tiles.DepthShape(
-                batch * tokens, slots, heads[2], kv_heads, head_dim, depth_tiles.tile_heads(group)
-            )
-            last = gradient_dtype or (dtype if group > 16 else None)  # large groups: later passes accumulate
+            most = depth_tiles.most_heads(head_dim)
+            in_tile = depth_tiles.tile_heads(depth_tiles.padded_group(group, most), most)
+            shape = depth_tiles.DepthShape(batch * tokens, slots, heads[2], kv_heads, head_dim, in_tile)
+            last = gradient_dtype or (dtype if group > most else None)  # large groups: later passes accumulate
             tiles = depth_tiles.backward_tiles(shape, depth_tiles.gradient_kind(last), box_heads)
 
             def run(query, key, value, ends, upstream, buffers, tiles=tiles):
@@ -259,8 +270,8 @@ def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
     ("facts", "message"),
     [
         ({"dtype": jnp.float32}, "dtype=float32"),
-        ({"head_dim": 136}, "head_dim=136: expected a multiple of 8 up to 128"),
-        ({"head_dim": 60}, "head_dim=60"),
+        ({"head_dim": 258}, "head_dim=258: expected an even number up to 256"),
+        ({"head_dim": 61}, "head_dim=61"),
         ({"slots": 513}, "513 depth slots"),
     ],
 )
@@ -289,18 +300,21 @@ def test_tiles_that_do_not_fit_are_refused_with_shape_and_tiles():
 
 
 def test_tiles_fit_for_every_shape():
-    for head_dim in (8, 64, 80, 128):
+    for head_dim in (8, 64, 80, 128, 136, 256):
+        most, stages = depth_tiles.most_heads(head_dim), 2 if head_dim <= 128 else 1
         for group in (1, 2, 3, 5, 8, 16, 32):
             for slots in (1, 16, 70, 512):
-                heads = depth_tiles.tile_heads(group)
+                heads = depth_tiles.tile_heads(group, most)
                 shape = depth_tiles.DepthShape(100, slots, 2 * group, 2, head_dim, heads)
                 tiles = depth_tiles.forward_tiles(shape)
                 scratch = depth_tiles.forward_scratch(shape, tiles, jnp.bfloat16)
-                assert tiles.stages >= 2 and tiles.blocks * shared_bytes(scratch) <= depth_tiles.MAX_SHARED_BYTES, shape
+                assert (
+                    tiles.stages >= stages and tiles.blocks * shared_bytes(scratch) <= depth_tiles.MAX_SHARED_BYTES
+                ), shape
                 for kind in (depth_tiles.FRESH, depth_tiles.SMALL_BUFFERS, depth_tiles.FLOAT_BUFFERS):
                     tiles = depth_tiles.backward_tiles(shape, kind)
                     needed = tiles.blocks * shared_bytes(depth_tiles.backward_scratch(shape, tiles, jnp.bfloat16, kind))
-                    assert tiles.stages >= 2 and needed <= depth_tiles.MAX_SHARED_BYTES, (shape, kind)
+                    assert tiles.stages >= stages and needed <= depth_tiles.MAX_SHARED_BYTES, (shape, kind)
 
 
 @pytest.mark.gpu

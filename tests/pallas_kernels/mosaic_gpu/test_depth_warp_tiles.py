@@ -98,6 +98,8 @@ CASES = [
     ("bfloat16", 3, 80, 20, 32, 2, "float32 buffers"),
     ("float16", 12, 32, 7, 16, 1, "float32 buffers"),
     ("bfloat16", 8, 128, 48, 32, 1, "float32 buffers"),
+    ("bfloat16", 8, 256, 20, 16, 1, "16-bit buffers"),
+    ("float16", 2, 136, 37, 16, 1, "fresh"),
     # The first chunk has one row that is a slot (half a box), or all but one.
     ("float16", 16, 80, 39, 32, 1, "fresh"),
     ("float16", 2, 128, 129, 32, 1, "16-bit buffers"),

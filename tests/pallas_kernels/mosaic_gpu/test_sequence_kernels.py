@@ -118,6 +118,7 @@ CASES = {
     "causal_documents": (1, 320, 320, 1, 1, 64, True, ("documents",), False, jnp.bfloat16),
     "full_documents_and_key_length": (2, 192, 300, 1, 1, 64, False, ("documents", "key_length"), False, jnp.bfloat16),
     "head_dim_128": (1, 72, 72, 1, 1, 128, True, ("segments",), True, jnp.bfloat16),
+    "head_dim_256": (1, 66, 70, 1, 1, 256, False, (), True, jnp.bfloat16),
     "one_token": (1, 1, 1, 2, 1, 64, True, (), False, jnp.bfloat16),
 }
 QUICK_CASES = ("causal_ragged_gqa", "key_length", "segments_one_block", "one_token")
@@ -146,7 +147,9 @@ def test_interpreted_kernels_match_the_oracle_without_races(name):
     scale = 0.11
     call = Call(query, key, value, Mask(causal, **rows), scale=scale)
     other = Part(other_out, other_lse) if merged else None
-    out, lse, _ = sequence_forward(call, other, tiles=FORWARD, interpret=True)
+    # At H=256 two consumers do not fit into shared memory: the kernel's own choice.
+    forward, dq, dkv = (None,) * 3 if head_dim == 256 else (FORWARD, DQ, DKV)
+    out, lse, _ = sequence_forward(call, other, tiles=forward, interpret=True)
     assert_no_races()
     visible = visible_pairs(batch, query_tokens, key_tokens, causal, rows)
     expected = oracle(query, key, value, dout, other_out, other_lse, visible, scale)
@@ -155,7 +158,7 @@ def test_interpreted_kernels_match_the_oracle_without_races(name):
     assert_close("out", out, expected[0], BF16)
     assert_close("lse", lse, expected[1], 1e-5)
     upstream = Upstream(dout, lse, jnp.asarray(expected[2], jnp.float32))
-    gradients = sequence_backward(call, upstream, dq_tiles=DQ, dkv_tiles=DKV, interpret=True)
+    gradients = sequence_backward(call, upstream, dq_tiles=dq, dkv_tiles=dkv, interpret=True)
     assert_no_races()
     for label, got, wanted in zip(("dquery", "dkey", "dvalue"), gradients, expected[3:], strict=True):
         assert got.dtype == dtype
@@ -191,7 +194,7 @@ BACKWARD_TILES = [
     ("head_dim", "masks"),
     [
         pytest.param(head_dim, masks, marks=() if (head_dim, masks) in QUICK_LOWERINGS else pytest.mark.slow)
-        for head_dim in (64, 128)
+        for head_dim in (64, 128, 256)
         for masks in ((), ("key_length",), ("segments",), ("segments", "positions"))
     ],
 )
@@ -230,8 +233,8 @@ def test_every_tile_choice_lowers_for_cuda(head_dim, masks):
 
 
 def test_tiles_say_what_they_do_not_take():
-    with pytest.raises(NotImplementedError, match="head_dim=256"):
-        choose_tiles(256)
+    with pytest.raises(NotImplementedError, match="head_dim=192"):
+        choose_tiles(192)
     with pytest.raises(ValueError, match="warpgroups=4"):
         ForwardTiles(4, 64, 2)
     with pytest.raises(ValueError, match="block=96"):

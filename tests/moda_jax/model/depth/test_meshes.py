@@ -1,5 +1,6 @@
 """Every mechanism on a mesh that splits rows, tokens, heads and parameters: as on one device, and its stream stays."""
 
+import functools
 import math
 
 import jax
@@ -21,14 +22,21 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    """Trains the model of a name, once, and gives the directory of what came of it."""
     directory = tmp_path_factory.mktemp("mechanisms")
-    run_module("support.mechanism_meshes", directory)
-    return directory
+
+    @functools.cache
+    def run(name):
+        run_module("support.mechanism_meshes", directory, name)
+        return directory
+
+    return run
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_losses_and_gradients_are_those_of_one_device(runs, name):
-    ours, expected = np.load(runs / f"{name}.npz"), np.load(runs / f"one_{name}.npz")
+    directory = runs(name)
+    ours, expected = np.load(directory / f"{name}.npz"), np.load(directory / f"one_{name}.npz")
     np.testing.assert_allclose(ours["losses"], expected["losses"], atol=1e-4, rtol=0)
     for leaf in expected.files:
         reference = expected[leaf].astype(np.float64)
@@ -54,7 +62,7 @@ def stream_sizes(config):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_collective_touches_the_stream(runs, name):
     sizes = mesh_sizes(MeshConfig(**MESH), math.prod(MESH.values()))
-    found = find_collectives((runs / f"{name}.hlo").read_text(), sizes)
+    found = find_collectives((runs(name) / f"{name}.hlo").read_text(), sizes)
     assert found
     forbidden = {size for pair in stream_sizes(CONFIGS[name]) for size in pair}
     for collective in found:
