@@ -12,7 +12,8 @@ LAYERS = (
     ("pallas_kernels",),
     (
         "moda_jax.numerics", "moda_jax.config", "moda_jax.config_checks", "moda_jax.depth_config",
-        "moda_jax.task_config", "moda_jax.parameter", "moda_jax.exit_codes", "moda_jax.paths", "moda_jax.progress",
+        "moda_jax.vision_config", "moda_jax.task_config", "moda_jax.parameter",
+        "moda_jax.exit_codes", "moda_jax.paths", "moda_jax.progress",
         "moda_jax.quantities", "moda_jax.config_files", "moda_jax.command_help",
         "moda_jax.class_path",
     ),

@@ -32,7 +32,8 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 def is_olmo2(config: TransformerConfig) -> bool:
     """Whether the model is one that transformers knows as OLMo 2."""
-    return config.depth == "none" and config.norm == "post" and config.qk_norm
+    plain = (config.norm_kind, config.ffn, config.biases, config.causal) == ("rms", "swiglu", False, True)
+    return config.depth == "none" and config.norm == "post" and config.qk_norm and plain
 
 
 def export_model(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moda_jax.config import Config, TransformerConfig
+from moda_jax.config_checks import require
 from moda_jax.data.packing import Batch, batch_layout
 from moda_jax.model.accounting import param_count, train_flops_per_token
 from moda_jax.model.depth_probe import SlotChoice, depth_mass, filled_slots, probed_hidden
@@ -65,6 +66,8 @@ class LanguageModelling(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
+        require(config.model.causal, "model.causal", config.model.causal, "True: a token is not told what comes next")
+        require(config.model.stochastic_depth == 0, "model.stochastic_depth", config.model.stochastic_depth, "0")
         self.unit = "byte" if config.data.tokenizer == "bytes" else "token"
 
     @functools.cached_property

@@ -39,6 +39,7 @@ BELOW_ONE = [("optimizer", "beta1"), ("optimizer", "beta2"), ("data", "validatio
 CHOICES = [
     ("model", "norm"), ("model", "depth"), ("model", "remat"), ("model", "layer_loop"), ("model", "dtype"),
     ("model", "attention_implementation"), ("model", "depth_gradient_dtype"), ("data", "on_damage"),
+    ("model", "norm_kind"), ("model", "ffn"),
     ("data", "on_invalid_utf8"),
 ]  # fmt: skip
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
