@@ -21,7 +21,7 @@ from moda_jax.config_checks import require_not_negative as _require_not_negative
 from moda_jax.config_checks import require_positive as _require_positive
 from moda_jax.depth_config import MECHANISMS, DepthSections
 from moda_jax.task_config import TASKS
-from moda_jax.vision_config import ImageModelSection
+from moda_jax.vision_config import ImageDataSection, ImageModelSection
 
 NORMS = ("pre", "post", "post_sum")
 NORM_KINDS = ("rms", "layer")
@@ -252,7 +252,10 @@ class DataConfig:
             named.
         on_invalid_utf8: the same for a document that is not UTF-8 under a tokenizer.json. Under "bytes" every document
             is valid and passes unchanged.
-        max_document_bytes: longest document, and longest line of a .jsonl file.
+        max_document_bytes: longest document, longest line of a .jsonl file, and largest file of an image.
+        images: of the vision task, whose `source` is "digits" (those that scikit-learn ships); a directory of class
+            folders of .jpg, .jpeg and .png files, or of one such directory for each split, named as `train_split` and
+            `validation_split`; or "tfds:..." as above. Fields that speak of text are not read then.
     """
 
     source: str = "python_stdlib"
@@ -270,9 +273,11 @@ class DataConfig:
     on_damage: str = "fail"
     on_invalid_utf8: str = "skip"
     max_document_bytes: int = 2**26
+    images: ImageDataSection = dataclasses.field(default_factory=ImageDataSection)
 
     def __post_init__(self) -> None:
         _check_types("data", self)
+        self.images.check("data.images")
         _require_positive("data", self, "sequence_length", "prefetch_batches", "max_document_bytes")
         for field in ("on_damage", "on_invalid_utf8"):
             _require(
