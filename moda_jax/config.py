@@ -316,6 +316,8 @@ class OptimizerConfig:
         beta1, beta2, epsilon: Adam's.
         weight_decay: decoupled, on matrices only: not on norm scales, not on embeddings.
         gradient_clip_norm: global norm that a gradient is scaled down to.
+        ema_decay: of a moving average of the parameters, which is evaluated beside them (`moda_jax.training.averaged`);
+            0: none is kept.
     """
 
     learning_rate: float = 3e-4
@@ -326,12 +328,13 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     gradient_clip_norm: float = 1.0
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         _check_types("optimizer", self)
         _require_positive("optimizer", self, "learning_rate", "epsilon", "gradient_clip_norm")
         _require_not_negative("optimizer", self, "warmup_steps", "weight_decay")
-        for field in ("beta1", "beta2"):
+        for field in ("beta1", "beta2", "ema_decay"):
             _require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "a number in [0, 1)")
         fraction = self.final_learning_rate_fraction
         _require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "a share in [0, 1]")

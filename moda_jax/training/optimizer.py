@@ -11,6 +11,7 @@ import optax
 
 from moda_jax.config import OptimizerConfig
 from moda_jax.parameter import ParameterKinds
+from moda_jax.training.averaged import averaging
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -48,12 +49,14 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, kinds: ParameterKind
         kinds: what the parameters are: weight decay acts on those that say so.
     """
     decayed = functools.partial(kinds.map, lambda kind, _: kind.decays)
+    average = [averaging(config.ema_decay)] if config.ema_decay else []
     return _in_default_modes(
         optax.chain(
             optax.clip_by_global_norm(config.gradient_clip_norm),
             optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
             optax.add_decayed_weights(config.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
+            *average,
         )
     )
 
