@@ -29,12 +29,12 @@ from moda_jax.parallel.vocabulary import loss_exchange
 from moda_jax.quantities import quantity
 from moda_jax.tasks.language_data import TOKENIZER_FILE, LanguageData
 from moda_jax.tasks.sample import sample_text
-from moda_jax.tasks.task import Metric, Task
+from moda_jax.tasks.task import Metric, Objective, Task
 
 Array = jax.Array
 
 
-class LanguageObjective:
+class LanguageObjective(Objective):
     """-log p(target) + z_loss * log(Z)^2, summed over the targets that the mask selects.
 
     Args:
