@@ -1,5 +1,8 @@
 """Vision as a task: a run of the real trainer with the whole recipe, and the parts that it is made of."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ from support.tiny_vision import vision_config
 
 from moda_jax import image_param_count
 from moda_jax.data.image_pipeline import ImageBatch
+from moda_jax.inference.image_run import load_image_run, run_image_maps
 from moda_jax.parallel.batches import RowShare
 from moda_jax.tasks.registry import find_task, make_task
 from moda_jax.tasks.vision import Vision, image_loss, normalised
@@ -168,3 +172,17 @@ def test_the_first_tensor_that_is_not_finite_is_named(straight):
         found = [tensor.name for tensor in non_finite_tensors(run._task, params, next(batches))]
     assert found[:2] == ["parameter last_layer.ffn.up.bias", "output of layer 1 in micro-batch 0"]
     assert found[-2:] == ["logits in micro-batch 1", "loss in micro-batch 1"]
+
+
+def test_a_run_is_loaded_and_its_maps_are_drawn(straight, place, tmp_path):
+    run, _ = straight
+    loaded = load_image_run(place / "straight", step=6)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, run._state.params)
+    text = run_image_maps(loaded, tmp_path / "maps", number=2)
+    assert re.search(r"straight, step 6: image 2 of digits \(validation\), a \d, taken for a \d", text)
+    assert (tmp_path / "maps" / "attention_maps.png").stat().st_size > 10_000
+    masses = json.loads((tmp_path / "maps" / "attention_maps.json").read_text())["depth_mass"]
+    assert masses[0] == 0 and 0 < masses[1] < 1
+    assert 0 < read_metrics(place / "straight")[-1]["depth_mass"] < 1
+    with pytest.raises(ValueError, match=r"--image=10000: expected 0\.\.\d+, an image of digits \(validation\)"):
+        run_image_maps(loaded, tmp_path / "maps", number=10000)
