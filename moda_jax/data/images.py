@@ -358,6 +358,6 @@ def _tfds(config: DataConfig, split: str, channels: int) -> ImageSplit:
     records = _TfdsImages(config, builder, split)
     return _checked(
         config, split, channels, records, records.classes, directory=os.path.realpath(builder.data_dir),
-        files=tfds_source.list_dataset_files(builder), split=records.split,
+        files=tfds_source.list_dataset_files(builder), part=records.split,
         features=[config.images.image_feature, config.images.label_feature],
     )  # fmt: skip
