@@ -4,13 +4,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moda_jax.config import TransformerConfig
-from moda_jax.model.accounting import forward_flops, param_count, train_flops_per_token
+from moda_jax.model.accounting import (
+    forward_flops,
+    image_forward_flops,
+    image_param_count,
+    param_count,
+    train_flops_per_token,
+)
 from moda_jax.model.attention_cache import AttentionCache
 from moda_jax.model.depth.cut_layer import PartedBlock
 from moda_jax.model.depth.loop import depth_scan
 from moda_jax.model.depth.stream import DepthStream
 from moda_jax.model.moda_attention import MoDAAttention
 from moda_jax.model.transformer import Transformer
+from moda_jax.model.vision_transformer import VisionTransformer
 
 if TYPE_CHECKING:
     from moda_jax.inference.language_model import LanguageModel, load
@@ -25,8 +32,11 @@ __all__ = [
     "PartedBlock",
     "Transformer",
     "TransformerConfig",
+    "VisionTransformer",
     "depth_scan",
     "forward_flops",
+    "image_forward_flops",
+    "image_param_count",
     "load",
     "param_count",
     "train_flops_per_token",

@@ -22,8 +22,11 @@ from moda_jax.config_checks import require_positive as _require_positive
 from moda_jax.depth_config import MECHANISMS, DepthSections
 from moda_jax.source_config import WeightedSource, weighted_sources
 from moda_jax.task_config import TASKS
+from moda_jax.vision_config import ImageDataSection, ImageModelSection
 
 NORMS = ("pre", "post", "post_sum")
+NORM_KINDS = ("rms", "layer")
+FFNS = ("swiglu", "gelu")
 REMATS = ("full", "attention", "ffn", "none")
 LAYER_LOOPS = ("scan", "unroll")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -121,7 +124,7 @@ class TransformerConfig(DepthSections):
         depth: a name of `MECHANISMS`, whose section beside these fields has the mechanism's own, or
             "package.module:Class" for a mechanism of one's own.
         rope_theta: base of the rotary embedding's wavelengths; None: no rotary embedding.
-        norm_epsilon: added to the mean square in every RMSNorm.
+        norm_epsilon: added to the mean square (or the variance) in every norm.
         tie_embeddings: the output projection is the embedding's transpose.
         qk_norm: RMSNorm over the full width of the query and the key projection.
         qk_norm_per_head: that norm is over each head's channels instead, with one scale for all heads.
@@ -134,6 +137,13 @@ class TransformerConfig(DepthSections):
         remat: what the layer loop stores for the backward pass, see `moda_jax.depth_scan`.
         layer_loop: "scan" compiles one layer; "unroll" each by itself, which is faster on a GPU and slower to compile.
         depth_gradient_dtype: dtype in which the depth stream's gradient accumulates; None: the compute dtype.
+        causal: a token sees the sequence up to itself; False: all of it, as in a model of images.
+        norm_kind: "rms": RMSNorm; "layer": LayerNorm with a bias, of the sub-layers' norms and the final one.
+        ffn: "swiglu", or "gelu": two projections with a GELU between them.
+        biases: attention's projections and those of the "gelu" network add a bias. Depth projections have none.
+        stochastic_depth: of a model of images in training: the share of rows in which the last layer's attention, and
+            its FFN, are left out; from layer to layer it rises evenly from 0.
+        image: an image as tokens, and the head, of a model of images.
 
     `depth_ffn_kv` and `depth_attn_kv` are other names of `moda.ffn_kv` and `moda.attn_kv`, for the constructor and for
     config files; they win over the section.
@@ -160,6 +170,12 @@ class TransformerConfig(DepthSections):
     remat: str = "attention"
     layer_loop: str = "scan"
     depth_gradient_dtype: str | None = None
+    causal: bool = True
+    norm_kind: str = "rms"
+    ffn: str = "swiglu"
+    biases: bool = False
+    stochastic_depth: float = 0.0
+    image: ImageModelSection = dataclasses.field(default_factory=ImageModelSection)
 
     def __post_init__(self) -> None:
         for field in ("dtype", "depth_gradient_dtype"):
@@ -167,6 +183,10 @@ class TransformerConfig(DepthSections):
         _check_types("model", self)
         for section in dataclasses.fields(DepthSections):
             getattr(self, section.name).check(f"model.{section.name}")
+        self.image.check("model.image")
+        _require(
+            0 <= self.stochastic_depth < 1, "model.stochastic_depth", self.stochastic_depth, "a share in [0, 1)"
+        )  # fmt: skip
         _require_positive(
             "model", self, "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
             "norm_epsilon", "max_sequence_length", "initializer_range",
@@ -189,7 +209,7 @@ class TransformerConfig(DepthSections):
         for field, choices in (
             ("norm", NORMS), ("remat", REMATS), ("layer_loop", LAYER_LOOPS),
             ("attention_implementation", (None, *IMPLEMENTATIONS)), ("dtype", (None, *DTYPES)),
-            ("depth_gradient_dtype", (None, *DTYPES)),
+            ("depth_gradient_dtype", (None, *DTYPES)), ("norm_kind", NORM_KINDS), ("ffn", FFNS),
         ):  # fmt: skip
             _require(getattr(self, field) in choices, f"model.{field}", getattr(self, field), f"one of {choices}")
 
@@ -244,7 +264,10 @@ class DataConfig:
             named.
         on_invalid_utf8: the same for a document that is not UTF-8 under a tokenizer.json. Under "bytes" every document
             is valid and passes unchanged.
-        max_document_bytes: longest document, and longest line of a .jsonl file.
+        max_document_bytes: longest document, longest line of a .jsonl file, and largest file of an image.
+        images: of the vision task, whose `source` is "digits" (those that scikit-learn ships); a directory of class
+            folders of .jpg, .jpeg and .png files, or of one such directory for each split, named as `train_split` and
+            `validation_split`; or "tfds:..." as above. Fields that speak of text are not read then.
     """
 
     source: str = "python_stdlib"
@@ -262,9 +285,11 @@ class DataConfig:
     on_damage: str = "fail"
     on_invalid_utf8: str = "skip"
     max_document_bytes: int = 2**26
+    images: ImageDataSection = dataclasses.field(default_factory=ImageDataSection)
 
     def __post_init__(self) -> None:
         _check_types("data", self)
+        self.images.check("data.images")
         _require_positive("data", self, "sequence_length", "prefetch_batches", "max_document_bytes")
         for field in ("on_damage", "on_invalid_utf8"):
             _require(
@@ -354,6 +379,8 @@ class OptimizerConfig:
         beta1, beta2, epsilon: Adam's.
         weight_decay: decoupled, on matrices only: not on norm scales, not on embeddings.
         gradient_clip_norm: global norm that a gradient is scaled down to.
+        ema_decay: of a moving average of the parameters, which is evaluated beside them (`moda_jax.training.averaged`);
+            0: none is kept.
     """
 
     name: str = "adamw"
@@ -369,12 +396,13 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     gradient_clip_norm: float = 1.0
     muon: MuonConfig = dataclasses.field(default_factory=MuonConfig)
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         _check_types("optimizer", self)
         _require_positive("optimizer", self, "learning_rate", "epsilon", "gradient_clip_norm")
         _require_not_negative("optimizer", self, "warmup_steps", "weight_decay")
-        for field in ("beta1", "beta2"):
+        for field in ("beta1", "beta2", "ema_decay"):
             _require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "a number in [0, 1)")
         fraction = self.final_learning_rate_fraction
         _require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "a share in [0, 1]")

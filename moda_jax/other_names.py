@@ -32,6 +32,13 @@ FIELDS = {
     "model.dtype": "precision compute_dtype torch_dtype bf16 fp16 amp mixed_precision",
     "model.remat": "gradient_checkpointing activation_checkpointing remat_policy recompute",
     "model.layer_loop": "scan_layers unroll",
+    "model.stochastic_depth": "drop_path drop_path_rate droppath stochastic_depth_rate layerdrop",
+    "model.ffn": "activation act_fn hidden_act mlp ffn_type mlp_type",
+    "model.norm_kind": "norm_type norm_layer",
+    "model.biases": "bias use_bias qkv_bias attention_bias mlp_bias",
+    "model.image.size": "img_size image_size input_size resolution",
+    "model.image.patch_size": "patch",
+    "model.image.num_classes": "nb_classes n_classes classes",
     "data.source": "data dataset dataset_name dataset_path data_path data_dir train_file corpus",
     "data.tokenizer": "tokenizer_name tokenizer_path tokenizer_file",
     "data.sequence_length": "seq_len seqlen seq_length max_seq_len max_seq_length max_length context_length "
@@ -51,6 +58,7 @@ FIELDS = {
     "optimizer.weight_decay": "wd decay l2",
     "optimizer.gradient_clip_norm": "grad_clip clip clip_norm max_grad_norm clip_grad_norm gradient_clipping "
     "grad_norm_clip gradient_clip_val",
+    "optimizer.ema_decay": "ema model_ema model_ema_decay ema_rate polyak",
     "train.num_steps": "steps max_steps total_steps train_steps num_train_steps training_steps max_iters iters "
     "iterations num_iterations epochs num_epochs num_train_epochs",
     "train.batch_size": "bs batch global_batch_size global_batch total_batch_size per_device_train_batch_size",

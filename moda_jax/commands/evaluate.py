@@ -2,7 +2,8 @@
 
     --data=NAME=PATH        perplexity on a text file or directory; may be given several times
     --tasks=piqa,hellaswag  downstream tasks by lm-evaluation-harness; moda_paper: the paper's ten
-    --attention-maps        a picture of where each head looks, over the sequence and over the depth slots
+    --attention-maps        a picture of where each head looks, over the sequence and over the depth slots; of a run on
+                            images over the patches of the validation image --image=NUMBER
     --depth-probes          attention's mass on each depth slot, and the validation loss when slots are hidden
 
 Tables go to stdout; JSON and pictures to --output, by default DIRECTORY/evaluation. In a clone of the
@@ -22,8 +23,12 @@ from moda_jax.inference.evaluation import (
     run_tasks,
 )
 from moda_jax.inference.language_model import cache_of, load
+from moda_jax.interop.exchange import is_export
+from moda_jax.paths import expand_home
+from moda_jax.tasks.registry import find_task
 from moda_jax.training import runtime
 from moda_jax.training.console import print_result, run_command, user_errors
+from moda_jax.training.workdir import read_run_config
 
 FLAGS = flags.FlagValues()
 
@@ -54,6 +59,9 @@ _LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many documents o
 _MAPS = flags.DEFINE_bool(
     "attention-maps", False, "Draw attention maps of the first --data, or of validation text.", flag_values=FLAGS
 )
+_IMAGE = flags.DEFINE_integer(
+    "image", 0, "Of a run on images: number of the validation image that maps are of.", flag_values=FLAGS
+)
 _PROBES = flags.DEFINE_bool(
     "depth-probes", False, "Probe the depth slots on the run's validation split.", flag_values=FLAGS
 )
@@ -79,6 +87,11 @@ def evaluate() -> None:
         domains = check_perplexity(_DATA.value, _FEATURE.value)
         runtime.prepare(cache_of(_WORKDIR.value))
         runtime.require_device()
+        if not is_export(expand_home(Path(_WORKDIR.value), "--workdir")):
+            task = read_run_config(_WORKDIR.value).train.task
+            if find_task(task).items == "images":
+                evaluate_images(task)
+                return
         model = load(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
         if model.is_export and (_PROBES.value or (_MAPS.value and not domains)):
             raise ValueError(
@@ -99,3 +112,16 @@ def evaluate() -> None:
             print_result(run_attention_maps(run, domains, output, context=context))
         if _PROBES.value:
             print_result(run_depth_probes(run, output, tokens=_PROBE_TOKENS.value))
+
+
+def evaluate_images(task: str) -> None:
+    """The part of `evaluate` for a run of the vision task, which has no text: attention maps alone."""
+    from moda_jax.inference.image_run import load_image_run, run_image_maps  # Pillow is an extra
+
+    if _DATA.value or _TASKS.value or _PROBES.value:
+        raise ValueError(
+            f"--workdir={_WORKDIR.value}: its train.task is {task!r}, for which there is --attention-maps alone; its "
+            "metrics are in the run's metrics.jsonl"
+        )
+    run = load_image_run(_WORKDIR.value, step=_STEP.value)
+    print_result(run_image_maps(run, Path(_OUTPUT.value or run.workdir / "evaluation"), number=_IMAGE.value))

@@ -82,9 +82,11 @@ class TrainBatches:
         position: global rows consumed so far, over all processes: what a checkpoint stores.
     """
 
-    def __init__(self, batches: grain.MapDataset, batch_size: int, position: int, prefetch_batches: int):
+    def __init__(
+        self, batches: grain.MapDataset, batch_size: int, position: int, prefetch_batches: int, **how_to_read: int
+    ):
         self._batch_size = batch_size
-        self._iterator = _iterate(batches, prefetch_batches)
+        self._iterator = read_ahead(batches, prefetch_batches, **how_to_read)
         self.position = position
 
     def __iter__(self) -> TrainBatches:
@@ -135,7 +137,7 @@ def train_batches(
     Raises:
         ValueError: an argument out of range, or a batch size that the processes cannot share.
     """
-    rows_here = _share(batch_size, process_index, process_count)
+    rows_here = share_of_batch(batch_size, process_index, process_count)
     for name, value in (("seed", seed), ("position", position)):
         if value < 0:
             raise ValueError(f"{name}={value}: expected a number >= 0")
@@ -181,7 +183,7 @@ def validation_batches(
     Raises:
         ValueError: an argument out of range, or a batch size that the processes cannot share.
     """
-    rows_here = _share(batch_size, process_index, process_count)
+    rows_here = share_of_batch(batch_size, process_index, process_count)
     if num_batches < 0:
         raise ValueError(f"num_batches={num_batches}: expected a number >= 0 (0: all)")
     T = config.sequence_length
@@ -200,7 +202,7 @@ def validation_batches(
     batches = grain.MapDataset.range(num_rows).batch(batch_size, drop_remainder=False, batch_fn=np.asarray).map(pack)
 
     def run() -> Iterator[Batch]:
-        iterator = _iterate(batches, config.prefetch_batches)
+        iterator = read_ahead(batches, config.prefetch_batches)
         try:
             yield from iterator
         finally:
@@ -217,7 +219,7 @@ def _as_mixture(dataset: TokenDataset | TokenMixture) -> TokenMixture:
 def _epochs(dataset: TokenDataset, config: DataConfig, seed: str) -> grain.MapDataset:
     """The rows of a source, epoch after epoch: any of them by how many come before it."""
     rows = grain.MapDataset.range(_num_rows(dataset, config.sequence_length))
-    return (rows.shuffle(seed=_order_seed(seed)) if config.shuffle else rows).repeat()
+    return (rows.shuffle(seed=order_seed(seed)) if config.shuffle else rows).repeat()
 
 
 def _pack(mixture: TokenMixture, sources: np.ndarray, rows: np.ndarray, sequence_length: int) -> Batch:
@@ -235,13 +237,16 @@ def _pack(mixture: TokenMixture, sources: np.ndarray, rows: np.ndarray, sequence
     return Batch(*(np.concatenate(arrays)[back] for arrays in zip(*packed, strict=True)))
 
 
-def _iterate(batches: grain.MapDataset, prefetch_batches: int) -> grain.DatasetIterator:
-    """Reads ahead in threads; the order stays."""
-    options = grain.ReadOptions(num_threads=min(_READ_THREADS, prefetch_batches), prefetch_buffer_size=prefetch_batches)
-    return iter(batches.to_iter_dataset(options))
+def read_ahead(
+    batches: grain.MapDataset, prefetch_batches: int, *, threads: int = _READ_THREADS, workers: int = 0
+) -> grain.DatasetIterator:
+    """Reads ahead in threads, of this process or of each of `workers` others; the order stays."""
+    options = grain.ReadOptions(num_threads=min(threads, prefetch_batches), prefetch_buffer_size=prefetch_batches)
+    dataset = batches.to_iter_dataset(options)
+    return iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)) if workers else dataset)
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+def share_of_batch(batch_size: int, process_index: int, process_count: int) -> slice:
     """This process's rows of a global batch: one block, so that processes in order make up the batch in order."""
     if batch_size < 1 or process_count < 1 or batch_size % process_count:
         raise ValueError(f"batch_size={batch_size}: expected a positive multiple of process_count={process_count}")
@@ -261,6 +266,6 @@ def _num_rows(dataset: TokenDataset, sequence_length: int) -> int:
     return num_rows
 
 
-def _order_seed(seed: str) -> int:
+def order_seed(seed: int | str) -> int:
     """A 32-bit seed for Grain, which adds the epoch to it: without hashing, seed 1 would be seed 0 one epoch late."""
-    return int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=4).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")

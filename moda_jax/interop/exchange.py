@@ -33,7 +33,9 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 def is_olmo2(config: TransformerConfig) -> bool:
     """Whether the model is one that transformers knows as OLMo 2."""
-    return config.depth == "none" and config.norm == "post" and config.qk_norm and not config.qk_norm_per_head
+    plain = (config.norm_kind, config.ffn, config.biases, config.causal) == ("rms", "swiglu", False, True)
+    normed = config.norm == "post" and config.qk_norm and not config.qk_norm_per_head
+    return config.depth == "none" and normed and plain
 
 
 def is_export(directory: str | os.PathLike[str]) -> bool:

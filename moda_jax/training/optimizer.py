@@ -11,6 +11,7 @@ import optax
 
 from moda_jax.config import OptimizerConfig
 from moda_jax.parameter import ParameterKinds
+from moda_jax.training.averaged import averaging
 from moda_jax.training.muon import is_matrix, muon
 from moda_jax.training.schedule import learning_rate_schedule
 
@@ -31,8 +32,9 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, kinds: ParameterKind
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(schedule(config)),
     )
+    average = [averaging(config.ema_decay)] if config.ema_decay else []
     if config.name == "adamw":
-        return _in_default_modes(optax.chain(clip, *adamw))
+        return _in_default_modes(optax.chain(clip, *adamw, *average))
     own = config.muon
     peak = config.learning_rate if own.learning_rate is None else own.learning_rate
     matrices = (
@@ -42,7 +44,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, kinds: ParameterKind
     )
     labels = functools.partial(kinds.map, lambda kind, _: "muon" if is_matrix(kind) else "adamw")
     by_kind = optax.partition({"adamw": optax.chain(*adamw), "muon": optax.chain(*matrices)}, labels)
-    return _in_default_modes(optax.chain(clip, by_kind))
+    return _in_default_modes(optax.chain(clip, by_kind, *average))
 
 
 def _in_default_modes(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

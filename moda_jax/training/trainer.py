@@ -24,6 +24,7 @@ from moda_jax.quantities import duration, quantity
 from moda_jax.tasks.registry import make_task
 from moda_jax.tasks.task import Batches
 from moda_jax.training import workdir as workdir_lib
+from moda_jax.training.averaged import AVERAGE_PREFIX, averaged_params, restarted_average
 from moda_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -134,7 +135,9 @@ class TrainingRun:
         try:
             if self.step:
                 raise ValueError(f"workdir={str(self.workdir)!r}: has done {self.step} steps; name a new directory")
-            state = dataclasses.replace(self._state, params=self._task.adapted(params))
+            params = self._task.adapted(params)
+            optimizer_state = restarted_average(self._state.optimizer_state, params)
+            state = dataclasses.replace(self._state, params=params, optimizer_state=optimizer_state)
             self._checkpoints.save(self.step, state, self._record())
             if not self._checkpoints.wait():
                 raise CheckpointError(f"{self._checkpoint_directory}: step 0 could not be saved; the log says why")
@@ -229,7 +232,8 @@ class TrainingRun:
             self._state = self._program.initialize()
             if start is not None:
                 params = self._distribution.place_params(start, self._program.abstract_state.params)
-                self._state = dataclasses.replace(self._state, params=params)
+                optimizer_state = restarted_average(self._state.optimizer_state, params)
+                self._state = dataclasses.replace(self._state, params=params, optimizer_state=optimizer_state)
             self._spikes = LossSpikes(self.config.train.loss_spike_deviations)
             return
         wanted = self._program.abstract_state
@@ -354,8 +358,11 @@ class TrainingRun:
             _logger.warning("step %d: loss spike, %.4f (number %d)", step, values.loss, self._spikes.count)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """The task's metrics over the validation split, or over `eval.num_batches` batches spread over it."""
+        """The task's metrics over the validation split, or over `eval.num_batches` batches spread over it; those of
+        averaged weights, if there are any, with "ema_" in front."""
         config, program = self.config, self._program
+        weights = {"": self._state.params, AVERAGE_PREFIX: averaged_params(self._state.optimizer_state)}
+        weights = {prefix: params for prefix, params in weights.items() if params is not None}
         self._progress.show(f"step {step}/{config.train.num_steps} | evaluating", milestone=False)
         batches = self._data.validation_batches()
         measured = {}
@@ -363,16 +370,21 @@ class TrainingRun:
             batch = next(batches)
             batches = itertools.chain([batch], batches)
             measured = {name: float(measure(self._state.params, batch)) for name, measure in program.measures.items()}
-        totals: dict[str, float] = {}
-        place = self._distribution.place
-        for sums in _one_late(program.eval_step(self._state.params, place(batch)) for batch in batches):
+        totals: dict[str, dict[str, float]] = {prefix: {} for prefix in weights}
+        placed = map(self._distribution.place, batches)
+        evaluated = ([program.eval_step(params, batch) for params in weights.values()] for batch in placed)
+        for all_sums in _one_late(evaluated):
             self._watchdog.beat()
-            totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums._asdict().items()}
-        count = max(totals.get("num_targets", 0.0), 1.0)
-        values = self._task.values({name: total / count for name, total in totals.items()} or {"loss": 0.0})
+            for total, sums in zip(totals.values(), all_sums, strict=True):
+                total |= {name: total.get(name, 0.0) + float(value) for name, value in sums._asdict().items()}
+        found = {}
+        for prefix, total in totals.items():
+            count = max(total.get("num_targets", 0.0), 1.0)
+            values = self._task.values({name: value / count for name, value in total.items()} or {"loss": 0.0})
+            found |= {f"validation_{prefix}{name}": value for name, value in values.items()}
         first = self._task.metrics[0]
-        _logger.info("step %d: validation %s", step, first.text(values[first.name]))
-        return {f"validation_{name}": value for name, value in values.items()} | measured
+        _logger.info("step %d: validation %s", step, first.text(found[f"validation_{first.name}"]))
+        return found | measured
 
     def _save(self) -> None:
         self._metrics.sync()
@@ -441,10 +453,16 @@ class TrainingRun:
         entries = [entry for entry in read_metrics(self.workdir) if f"{prefix}{first}" in entry]
         last = entries[-1] if entries else {}
         values = {name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)}
+        validation = self._task.describe(values)
+        averaged = {name.removeprefix(AVERAGE_PREFIX): value for name, value in values.items() if name.startswith(
+            AVERAGE_PREFIX
+        )}  # fmt: skip
+        if averaged:
+            validation += f"; averaged weights: {self._task.describe(averaged)}"
         return RunResult(
             workdir=self.workdir, step=self.step, num_steps=self.config.train.num_steps,
             resumed_finished=resumed_finished, validation_loss=values.get(first),
-            validation=self._task.describe(values), sample=sample, stopped_by=stopped_by,
+            validation=validation, sample=sample, stopped_by=stopped_by,
         )  # fmt: skip
 
 

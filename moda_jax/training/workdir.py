@@ -47,7 +47,7 @@ SAMPLE_FILE = "sample.txt"
 _FREE_SECTIONS = ("mesh", "checkpoint", "eval")
 _FREE_FIELDS = (
     "model.attention_implementation", "model.layer_loop", "model.remat",
-    "data.cache_dir", "data.prefetch_batches",
+    "data.cache_dir", "data.images.threads", "data.images.workers", "data.prefetch_batches",
     "train.accumulation_steps", "train.deterministic", "train.log_interval_steps", "train.loss_spike_deviations",
     "train.max_skipped_in_a_row", "train.num_steps", "train.peer_timeout_seconds", "train.sample_prompt",
     "train.sample_tokens", "train.trackers", "train.watchdog_seconds",

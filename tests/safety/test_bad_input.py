@@ -39,8 +39,8 @@ BELOW_ONE = [("optimizer", "beta1"), ("optimizer", "beta2"), ("data", "validatio
 CHOICES = [
     ("model", "norm"), ("model", "depth"), ("model", "remat"), ("model", "layer_loop"), ("model", "dtype"),
     ("model", "attention_implementation"), ("model", "depth_gradient_dtype"), ("data", "on_damage"),
-    ("data", "on_invalid_utf8"), ("optimizer", "name"), ("optimizer", "schedule"),
-    ("optimizer", "decay_shape"),
+    ("model", "norm_kind"), ("model", "ffn"), ("data", "on_invalid_utf8"), ("optimizer", "name"),
+    ("optimizer", "schedule"), ("optimizer", "decay_shape"),
 ]  # fmt: skip
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
 FIELDS = [(name, field.name) for name, section in SECTIONS.items() for field in dataclasses.fields(section)]

@@ -17,6 +17,7 @@ from moda_jax.config import TransformerConfig
 from moda_jax.interop.exchange import export_model
 from moda_jax.interop.start import fitted, starting_params
 from moda_jax.model.function import split_model
+from moda_jax.training.averaged import averaged_params, restarted_average
 from moda_jax.training.metrics_file import read_metrics
 from moda_jax.training.trainer import TrainingRun
 
@@ -168,6 +169,7 @@ def test_a_new_run_has_the_parameters_and_nothing_else(place, config):
     with pytest.raises(ValueError, match=r"train\.init_from=.*: is the run's own directory"):
         TrainingRun(config(place / "refused"), place / "refused", starting_params)
     assert not (place / "refused").exists()
+    wanted = config(place / "moda", optimizer={"ema_decay": 0.9})
     run = TrainingRun(wanted, place / "new", starting_params)
     run._release()
     assert run.step == 0 and run._position == 0
@@ -175,7 +177,9 @@ def test_a_new_run_has_the_parameters_and_nothing_else(place, config):
     table = np.asarray(run._state.params["embedding"]["table"])
     np.testing.assert_array_equal(table[:257], source["embedding"]["table"])
     assert_equal(run._state.params["layers"], source["layers"])
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(run._state.optimizer_state))
+    average = averaged_params(run._state.optimizer_state)
+    assert_equal(average, run._state.params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(restarted_average(run._state.optimizer_state, 0.0)))
 
 
 @pytest.mark.slow

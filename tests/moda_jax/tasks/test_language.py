@@ -160,3 +160,8 @@ def test_a_prompt_must_fit_the_model(make):
     opened(make(train={"sample_prompt": "def ", "sample_tokens": 60}))
     with pytest.raises(ValueError, match=r"train\.sample_tokens=61: expected at most 60, because the prompt has 4"):
         opened(make(train={"sample_prompt": "def ", "sample_tokens": 61}))
+
+
+def test_a_model_that_sees_what_comes_next_is_refused(make):
+    with pytest.raises(ValueError, match=r"model\.causal=False: expected True"):
+        make(model={"causal": False})
