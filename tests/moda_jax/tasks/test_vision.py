@@ -10,6 +10,7 @@ import pytest
 from support.tiny_vision import vision_config
 
 from moda_jax import image_param_count
+from moda_jax.commands import evaluate
 from moda_jax.data.image_pipeline import ImageBatch
 from moda_jax.inference.image_run import load_image_run, run_image_maps
 from moda_jax.parallel.batches import RowShare
@@ -186,3 +187,22 @@ def test_a_run_is_loaded_and_its_maps_are_drawn(straight, place, tmp_path):
     assert 0 < read_metrics(place / "straight")[-1]["depth_mass"] < 1
     with pytest.raises(ValueError, match=r"--image=10000: expected 0\.\.\d+, an image of digits \(validation\)"):
         run_image_maps(loaded, tmp_path / "maps", number=10000)
+
+
+def test_evaluate_draws_the_maps_and_refuses_what_is_of_texts(straight, place, tmp_path, monkeypatch, capsys):
+    assert straight[0].step == 6
+    monkeypatch.setattr(evaluate.runtime, "prepare", lambda cache: None)  # it settles the process's own modes
+    try:
+        evaluate.FLAGS(
+            ["", f"--workdir={place / 'straight'}", "--attention-maps", "--image=3", f"--output={tmp_path / 'maps'}"]
+        )
+        evaluate.evaluate()
+        assert "straight, step 6: image 3 of digits (validation)" in capsys.readouterr().out
+        assert (tmp_path / "maps" / "attention_maps.png").is_file()
+        evaluate.FLAGS(["", "--depth-probes"])
+        with pytest.raises(ValueError, match=r"its train\.task is 'vision', for which there is --attention-maps alone"):
+            evaluate.evaluate_images("vision")
+    finally:
+        for name in evaluate.FLAGS:
+            evaluate.FLAGS[name].unparse()
+        evaluate.FLAGS.unparse_flags()
