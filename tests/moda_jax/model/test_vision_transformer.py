@@ -39,7 +39,7 @@ CASES = {
     "mean, sines": {**DEIT, "depth": "moda", "image": IMAGE | {"pooling": "mean", "positions": "sincos"}},
     "class token, sines": {**DEIT, "depth": "none", "image": IMAGE | {"positions": "sincos"}},
 }  # fmt: skip
-QUICK_CASES = ("deit with depth", "olmo's block, mean, rotary")
+QUICK_CASES = ("olmo's block, mean, rotary",)  # "deit with depth" is below too, with stochastic depth
 
 
 def tiny(**fields):
@@ -120,7 +120,8 @@ def test_what_is_left_out_depends_on_the_image_alone_and_has_the_rate_of_the_lay
     config = tiny(num_layers=4, stochastic_depth=0.6)
     seeds = jnp.arange(2000, dtype=jnp.uint32)
     kept = np.asarray(kept_outputs(config, seeds))
-    np.testing.assert_allclose(kept.mean(axis=2), 1 - np.array([[0.0], [0.2], [0.4], [0.6]]), atol=0.04)
+    of_both = np.repeat([[1.0], [0.8], [0.6], [0.4]], 2, axis=1)  # attention's and the FFN's
+    np.testing.assert_allclose(kept.mean(axis=2), of_both, atol=0.04)
     np.testing.assert_array_equal(kept_outputs(config, seeds[7:9]), kept[:, :, 7:9])
 
 

@@ -55,6 +55,7 @@ def test_a_task_is_found_by_its_name():
     assert find_task("vision") is Vision
 
 
+@pytest.mark.slow
 def test_stop_and_resume_is_bit_equal(straight, run, place):
     _, stopped = run("halves", stop=3)
     assert stopped.step == 3
@@ -73,6 +74,7 @@ def test_stop_and_resume_is_bit_equal(straight, run, place):
             np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_evaluation_gives_the_metrics_of_both_sets_of_weights(straight, place):
     run, result = straight
     last = read_metrics(place / "straight")[-1]
@@ -165,6 +167,7 @@ def test_a_logit_that_is_not_finite_or_tied_is_never_right():
     assert float(sums.top1) == 0
 
 
+@pytest.mark.slow
 def test_the_first_tensor_that_is_not_finite_is_named(straight):
     run, _ = straight
     params = jax.tree.map(jnp.copy, run._state.params)
@@ -175,6 +178,7 @@ def test_the_first_tensor_that_is_not_finite_is_named(straight):
     assert found[-2:] == ["logits in micro-batch 1", "loss in micro-batch 1"]
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_and_its_maps_are_drawn(straight, place, tmp_path):
     run, _ = straight
     loaded = load_image_run(place / "straight", step=6)
@@ -189,6 +193,7 @@ def test_a_run_is_loaded_and_its_maps_are_drawn(straight, place, tmp_path):
         run_image_maps(loaded, tmp_path / "maps", number=10000)
 
 
+@pytest.mark.slow
 def test_evaluate_draws_the_maps_and_refuses_what_is_of_texts(straight, place, tmp_path, monkeypatch, capsys):
     assert straight[0].step == 6
     monkeypatch.setattr(evaluate.runtime, "prepare", lambda cache: None)  # it settles the process's own modes
