@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from absl import flags
 
 from moda_jax.config import DataConfig
 from moda_jax.data.cache import cache_directory, cache_key
@@ -243,6 +244,8 @@ def read_ahead(
     """Reads ahead in threads, of this process or of each of `workers` others; the order stays."""
     options = grain.ReadOptions(num_threads=min(threads, prefetch_batches), prefetch_buffer_size=prefetch_batches)
     dataset = batches.to_iter_dataset(options)
+    if workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain asks its flags when it starts a process; only a command has parsed any
     return iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)) if workers else dataset)
 
 
