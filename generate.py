@@ -1,48 +1,6 @@
-"""Continues prompts: `python generate.py --workdir=DIRECTORY --prompt="TEXT" [--prompt="TEXT" ...]`.
+"""Continues prompts: `python generate.py --workdir=RUN --prompt="TEXT"`; see `--help`. The same as `moda-generate`."""
 
-The text comes as it is generated; of several prompts one after the other, though they run as one batch.
-"""
-
-import jax
-from absl import flags
-
-from moda_jax.data.cache import cache_directory
-from moda_jax.inference.generation import OrderedText, generate
-from moda_jax.inference.load import load_run
-from moda_jax.inference.sampling import SamplingConfig
-from moda_jax.training import runtime
-from moda_jax.training.console import result_stream, run_command, user_errors
-from moda_jax.training.workdir import read_run_config
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, as train.py's --workdir.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where the run's tokenizer.json is, if it was moved.")
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
-_MAX_TOKENS = flags.DEFINE_integer("max-tokens", 200, "Tokens per continuation.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token (greedy).")
-_TOP_K = flags.DEFINE_integer("top-k", None, "Draw from the k likeliest tokens only.")
-_TOP_P = flags.DEFINE_float("top-p", None, "Draw from the fewest tokens whose probabilities reach p.")
-_STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the continuation; may be given several times.")
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "The same seed gives the same text.", lower_bound=-(2**63), upper_bound=2**63 - 1
-)
-
-
-def main() -> None:
-    """Loads the run, generates, and writes prompts and continuations to stdout."""
-    with user_errors():
-        if _WORKDIR.value is None:
-            raise ValueError("--workdir: missing; name the directory of a run, as in --workdir=runs/quickstart")
-        sampling = SamplingConfig(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-        runtime.prepare(cache_directory(read_run_config(_WORKDIR.value).data))
-        runtime.require_device()
-        run = load_run(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
-        shown = OrderedText(_PROMPT.value, result_stream())
-        generate(
-            run.model, run.params, run.tokenizer, _PROMPT.value, max_tokens=_MAX_TOKENS.value, sampling=sampling,
-            stop=_STOP.value, key=jax.random.key(_SEED.value), on_text=shown.add, on_end=shown.end,
-        )  # fmt: skip
-
+from moda_jax.commands.generate import main
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -1,48 +1,6 @@
-"""Trains a model: `python train.py --config=configs/quickstart.py [--config.SECTION.KEY=VALUE] [--workdir=DIRECTORY]`.
+"""Trains a model: `python train.py --config=configs/quickstart.py`; see `--help`. The same as `moda-train`."""
 
-The same command resumes a run that was stopped, and says so when it is finished. `--workdir` alone does so too, with
-the run's own config: `python train.py --workdir=RUN --config.train.num_steps=N` extends it.
-
-Exit codes: 0 finished, 75 stopped and saved (run the same command again), 69 another process of the run was lost (the
-same), 2 a mistake of the user's, 1 the run cannot go on; see `moda_jax.exit_codes`.
-"""
-
-from pathlib import Path
-
-import jax
-from absl import flags
-from ml_collections import config_flags
-
-from moda_jax.data.cache import cache_directory
-from moda_jax.exit_codes import ExitCode
-from moda_jax.parallel.launch import start_processes
-from moda_jax.training import runtime
-from moda_jax.training.console import config_from_flag, print_result, run_command, user_errors
-from moda_jax.training.signals import stops_before_training
-from moda_jax.training.trainer import TrainingRun
-from moda_jax.training.workdir import read_run_config
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with its argument after a colon: configs/moda_700m.py:row4."
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; by default runs/<name of the config>.")
-
-
-def main() -> ExitCode:
-    """Builds and runs; what the run came to is printed on stdout, and is the exit code."""
-    with user_errors(), stops_before_training():
-        if _CONFIG.value is None and _WORKDIR.value is not None:
-            read_run_config(_WORKDIR.value)  # says what is wrong: a run's own config is read as --config
-        config, name = config_from_flag(_CONFIG)
-        start_processes(config.train.peer_timeout_seconds)
-        runtime.prepare(cache_directory(config.data), deterministic=config.train.deterministic)
-        runtime.require_device()
-        run = TrainingRun(config, _WORKDIR.value or Path("runs") / name)
-    result = run.train()
-    if jax.process_index() == 0:
-        print_result(result)
-    return result.exit_code
-
+from moda_jax.commands.train import main
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

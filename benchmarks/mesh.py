@@ -1,6 +1,6 @@
 """Times the train step on the GPUs of one machine, for each axis of the mesh, and what `context` exchanges.
 
-    python -m benchmarks.mesh [--config=configs/moda_700m.py:row4] [--sequences_per_device=8] [--output=DIRECTORY]
+    python -m benchmarks.mesh [--config=configs/moda_700m.py:row4] [--sequences-per-device=8] [--output=DIRECTORY]
 
 Step: one device, then every axis over all devices, the same sequences per device; "efficiency" is tokens per second
 and device as a share of one device's. Random tokens of one document per row.
@@ -151,7 +151,7 @@ def main() -> None:
     """Times all axes and writes mesh.json and mesh.txt."""
     parser = argparse.ArgumentParser(description="Times train steps on the GPUs of one machine, by mesh axis.")
     parser.add_argument("--config", default="configs/moda_700m.py:row4")
-    parser.add_argument("--sequences_per_device", type=int, default=8)
+    parser.add_argument("--sequences-per-device", "--sequences_per_device", type=int, default=8)
     parser.add_argument("--axes", default="data,fsdp,tensor,context", help="whose steps are timed; empty: none")
     parser.add_argument("--model", default="{}", help="JSON of model fields to change, for trials")
     parser.add_argument("--rounds", type=int, default=3)

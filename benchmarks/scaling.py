@@ -4,7 +4,7 @@
 
 Nothing is run and no GPU is needed: the real train step is compiled for as many virtual CPU devices as the mesh has, up
 to 1,024, and its collectives are read from the optimised HLO. The batch grows with the devices
-(`--sequences_per_device`). What is from the program: memory, kinds, axes, bytes, how often. What is a model: seconds.
+(`--sequences-per-device`). What is from the program: memory, kinds, axes, bytes, how often. What is a model: seconds.
 
     compute       6 P + attention FLOPs per token (as MFU counts them), over the GPU's peak times `--utilisation`
     links         `benchmarks/links.py`, with the bandwidths and latencies given here
@@ -186,16 +186,20 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/moda_700m.py:row4")
     parser.add_argument("--mesh", type=parse_mesh, action="append", help="AXIS=SIZE,...; may be repeated")
-    parser.add_argument("--sequences_per_device", type=int, default=4)
+    parser.add_argument("--sequences-per-device", "--sequences_per_device", type=int, default=4)
     parser.add_argument(
         "--remat", default="attention", help="model.remat; the layers stay one loop, to compile quickly"
     )
     parser.add_argument("--nvlink", type=float, default=450e9, help="bytes/s of a GPU, one way (H100: 450e9)")
     parser.add_argument("--infiniband", type=float, default=50e9, help="bytes/s of a GPU's adapter (400 Gbit/s: 50e9)")
-    parser.add_argument("--nvlink_latency", type=float, default=3e-6, help="seconds per stage")
-    parser.add_argument("--infiniband_latency", type=float, default=1e-5, help="seconds per stage")
-    parser.add_argument("--devices_per_machine", type=int, default=8)
-    parser.add_argument("--peak_flops", type=float, default=989e12, help="of a GPU in bfloat16 (H100: 989e12)")
+    parser.add_argument("--nvlink-latency", "--nvlink_latency", type=float, default=3e-6, help="seconds per stage")
+    parser.add_argument(
+        "--infiniband-latency", "--infiniband_latency", type=float, default=1e-5, help="seconds per stage"
+    )
+    parser.add_argument("--devices-per-machine", "--devices_per_machine", type=int, default=8)
+    parser.add_argument(
+        "--peak-flops", "--peak_flops", type=float, default=989e12, help="of a GPU in bfloat16 (H100: 989e12)"
+    )
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that one GPU reaches")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()

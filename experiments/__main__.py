@@ -55,7 +55,7 @@ def _speed(arguments: Sequence[str]) -> int:
 
     parser = _run_flags()
     parser.add_argument("--steps", type=int, default=200, help="of each run (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="default: experiments/plans/PLAN.json, which the plan reads")
+    parser.add_argument("--output", type=Path, help="default: PLAN.json beside the plan, which reads it")
     flags = parser.parse_args(arguments)
     runner = _runner(_plan(flags).speed_trial(flags.steps), flags)
     code = runner.run()
@@ -67,16 +67,21 @@ def _speed(arguments: Sequence[str]) -> int:
             **{name: environment[name] for name in ("device", "date", "commit", "jax")},
             "how": f"median over the second half of {flags.steps} steps; {len(runner.devices)} runs side by side",
         }
-        write_json(flags.output or PLANS / f"{flags.plan}.json", record)
+        write_json(flags.output or _beside(flags.plan), record)
         print(record["tokens_per_second"])
     return code
+
+
+def _beside(plan: str) -> Path:
+    """The file of measured speeds that a plan reads, by the plan's name or path."""
+    return Path(plan).with_suffix(".json") if plan.endswith(".py") else PLANS / f"{plan}.json"
 
 
 def _run_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("plan", metavar="PLAN", help=", ".join(plan_names()))
+    parser.add_argument("plan", metavar="PLAN", help=f"{', '.join(plan_names())}; or a file of your own")
     parser.add_argument("--devices", default="all", help="all, a number of GPUs, cpu or cpu:N (default: %(default)s)")
     parser.add_argument("--seeds", help="comma-separated; default: the plan's")
     parser.add_argument("--arms", help="comma-separated; default: all of the plan's")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from moda_jax import config_files
 from moda_jax.config import Config, TransformerConfig
 from moda_jax.model.accounting import param_count, train_flops_per_token
 
@@ -288,24 +289,41 @@ def widened(config: TransformerConfig, parameters: int) -> TransformerConfig:
     return dataclasses.replace(config, ffn_width=width)
 
 
-def measured_speeds(name: str) -> tuple[dict[str, float], dict[str, Any]]:
-    """The committed measurement `experiments/plans/NAME.json`: tokens per second by arm, and the whole record."""
-    record = json.loads((PLANS / f"{name}.json").read_text())
+def measured_speeds(name: str | Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """A committed measurement: tokens per second by arm, and the whole record.
+
+    Args:
+        name: of one of ours, `experiments/plans/NAME.json`, or the path of a file.
+    """
+    path = PLANS / f"{name}.json" if isinstance(name, str) else name
+    record = json.loads(path.read_text())
     return record["tokens_per_second"], record
 
 
 def load_plan(name: str) -> Plan:
-    """The plan of a name.
+    """A plan.
+
+    Args:
+        name: of one of ours, or the path of a file of one's own that defines `PLAN`.
 
     Raises:
         ValueError: there is none; the message lists those that there are.
     """
-    names = plan_names()
-    if name not in names:
-        raise ValueError(f"PLAN={name!r}: no such plan; known: {', '.join(names)}")
-    plan = importlib.import_module(f"experiments.plans.{name}").PLAN
-    if plan.name != name:
-        raise ValueError(f"experiments/plans/{name}.py: its plan is called {plan.name!r}, expected {name!r}")
+    names, path = plan_names(), Path(name)
+    if name not in names and not (path.suffix == ".py" and path.is_file()):
+        raise ValueError(f"PLAN={name!r}: no such plan; known: {', '.join(names)}; or the path of a file of your own")
+    config_files.make_importable()
+    if name in names:
+        module, path = importlib.import_module(f"experiments.plans.{name}"), PLANS / f"{name}.py"
+    else:
+        spec = importlib.util.spec_from_file_location(f"experiments_plan_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    plan = getattr(module, "PLAN", None)
+    if not isinstance(plan, Plan):
+        raise ValueError(f"{path}: its PLAN is {plan!r}, expected an `experiments.plan.Plan`")
+    if plan.name != path.stem:
+        raise ValueError(f"{path}: its plan is called {plan.name!r}, expected {path.stem!r}")
     return plan
 
 

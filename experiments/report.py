@@ -21,7 +21,7 @@ from experiments.plan import Plan, load_plan
 from experiments.statistics import CONFIDENCE, POWER, PairedDifference, paired_difference
 from moda_jax.inference import depth_probes
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # in a clone; a wheel holds none
 VALIDATION = "validation"
 _NO_VALUE = "-"
 
@@ -35,13 +35,17 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments report", description=__doc__.split("\n")[0])
     parser.add_argument("plan", metavar="PLAN")
     parser.add_argument("--from", dest="files", type=Path, action="append", default=[], help="a results file to merge")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="default: experiments/results")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS if RESULTS.is_dir() else Path(),
+        help="default: experiments/results in a clone of the repository, else the current directory",
+    )  # fmt: skip
     flags = parser.parse_args(arguments)
-    committed = flags.output / f"{flags.plan}.json"
+    plan = load_plan(flags.plan)
+    committed = flags.output / f"{plan.name}.json"
     paths = [path for path in (committed,) if path.is_file()] + flags.files
     if not paths:
-        raise ValueError(f"report {flags.plan}: no {committed} yet; name results with --from=FILE")
-    text, _ = write(load_plan(flags.plan), [results_lib.load(path) for path in paths], flags.output)
+        raise ValueError(f"report {plan.name}: no {committed} yet; name results with --from=FILE")
+    text, _ = write(plan, [results_lib.load(path) for path in paths], flags.output)
     print(text)
     return 0
 

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+import moda_jax
 from experiments import corpus as corpus_lib
 from experiments import results as results_lib
 from experiments.plan import Arm, Plan
@@ -37,7 +38,9 @@ from moda_jax.training.metrics_file import read_metrics
 _logger = logging.getLogger(__name__)
 
 LOG_FILE = "run.log"
-WORKER = ("-m", "experiments.worker")
+_PACKAGE = sys.modules["experiments"].__spec__.name  # moda_jax.experiments, where it is installed
+_ROOT = Path(__file__).parents[1]
+WORKER = ("-m", f"{_PACKAGE}.worker")
 CPU = "cpu"
 POLL_SECONDS = 0.5
 TABLE_SECONDS = 30.0  # between two tables where stderr is no terminal
@@ -186,7 +189,7 @@ class Runner:
             job.process = subprocess.Popen(
                 [sys.executable, *self._worker, str(job.directory), str(os.getpid())], env=environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                cwd=Path(__file__).parents[1],
+                cwd=_ROOT if _PACKAGE == "experiments" else job.directory,
             )  # fmt: skip
         job.device, job.began = device, time.monotonic()
         _logger.info("started %s on %s: %d steps", job.name, device, config.train.num_steps)
@@ -323,13 +326,14 @@ def _is_locked(directory: Path) -> bool:
 
 
 def _git_commit() -> str:
-    """The tree's commit, with "+" for changes on top; "unknown" without git."""
-    root = Path(__file__).parents[1]
+    """The tree's commit, with "+" for changes on top; the version, where there is no repository."""
+    if not (_ROOT / ".git").exists():  # of a repository around an installed package this is no commit
+        return f"version {moda_jax.__version__}"
     try:
         commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=10"], cwd=root, capture_output=True, text=True,
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=10"], cwd=_ROOT, capture_output=True, text=True,
             check=True,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"version {moda_jax.__version__}"
     return commit

@@ -34,6 +34,7 @@ from moda_jax.exit_codes import ExitCode
 from moda_jax.inference import depth_probes
 from moda_jax.inference.decode import inference_params
 from moda_jax.inference.load import LoadedRun, restore_params
+from moda_jax.interop.start import starting_params
 from moda_jax.model.accounting import param_count
 from moda_jax.model.function import model_function
 from moda_jax.tasks.language import LanguageObjective
@@ -67,7 +68,7 @@ def main() -> int:
         config = Config.from_dict(order["config"])
         runtime.prepare(cache_directory(config.data), deterministic=config.train.deterministic)
         runtime.require_device()
-        run = TrainingRun(config, directory)
+        run = TrainingRun(config, directory, starting_params)
     if not run.is_finished:
         began = time.monotonic()
         result = run.train()

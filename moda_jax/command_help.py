@@ -7,7 +7,7 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from absl import flags
 
@@ -19,18 +19,19 @@ _WIDTH = 100  # columns
 _ATTRIBUTE = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 
 
-def asked_for(arguments: Sequence[str], description: str) -> str | None:
+def asked_for(arguments: Sequence[str], description: str, values: flags.FlagValues) -> str | None:
     """The text that a command line asks for instead of running the command; None: it asks for none.
 
     Args:
         arguments: the command line, without the program.
         description: of the command, printed first.
+        values: the command's own flags.
 
     Raises:
         ValueError: `--fields` of a section that there is not.
     """
     if any(argument in _HELP for argument in arguments):
-        return help_text(description)
+        return help_text(description, values)
     for i, argument in enumerate(arguments):
         name, equals, section = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name == "fields":
@@ -39,14 +40,32 @@ def asked_for(arguments: Sequence[str], description: str) -> str | None:
     return None
 
 
-def help_text(description: str) -> str:
-    """The command's description and its flags; of one that takes a config also our configs."""
-    text = f"{description.strip()}\n\nFlags:\n{flags.FLAGS.main_module_help()}\n"
-    text += "\n  --[no]debug: show the traceback of an error, and every library's log lines\n    (default: 'false')\n"
-    if "config" in flags.FLAGS:
-        text += f"\nConfigs by name: {', '.join(config_files.names())}; or the path of a file of your own.\n"
+def help_text(description: str, values: flags.FlagValues) -> str:
+    """The command's description and its flags; of one that takes a config also our configs.
+
+    Args:
+        description: printed first.
+        values: the command's own flags.
+    """
+    rows = [_flag_row(values[name]) for name in sorted(values)]
+    rows.append(("--[no]debug (bool, default False)", "show the traceback of an error, and every library's log lines"))
+    text = f"{description.strip()}\n\nFlags:\n\n{_listing(rows)}\n"
+    if "config" in values:
+        configs = f"Configs by name: {', '.join(config_files.names())}; or the path of a file of your own."
+        text += f"\n{textwrap.fill(configs, _WIDTH)}\n"
         text += "--fields [SECTION] lists every --config.SECTION.KEY with its type, default and meaning.\n"
     return text
+
+
+def _flag_row(flag: flags.Flag) -> tuple[str, str]:
+    """How a flag is given, and what it means."""
+    kind = {"config object": "file", "comma separated list of strings": "list"}.get(flag.flag_type(), flag.flag_type())
+    choices = getattr(flag.parser, "enum_values", None)
+    if choices:
+        kind = " | ".join(choices)
+    default = "" if flag.default in (None, []) else f", default {flag.default!r}"
+    meaning = flag.help.partition(";\n    repeat this option")[0]  # what absl adds where a flag may be repeated
+    return f"--{'[no]' if flag.boolean else ''}{flag.name} ({kind}{default})", meaning
 
 
 def fields_text(section: str = "") -> str:
@@ -62,11 +81,15 @@ def fields_text(section: str = "") -> str:
     if not rows:
         known = dict.fromkeys(name.rpartition(".")[0] for name, *_ in _rows(Config))
         raise ValueError(f"--fields={section}: no such section; known: {', '.join(known)}")
+    return _listing((f"--config.{name} ({kind}, default {default})", meaning) for name, kind, default, meaning in rows)
+
+
+def _listing(rows: Iterable[tuple[str, str]]) -> str:
+    """A line for each, and its meaning below it."""
     indent = " " * 4
     return "\n".join(
-        f"--config.{name} ({kind}, default {default})\n"
-        + textwrap.fill(meaning, _WIDTH, initial_indent=indent, subsequent_indent=indent)
-        for name, kind, default, meaning in rows
+        f"{title}\n{textwrap.fill(meaning, _WIDTH, initial_indent=indent, subsequent_indent=indent)}"
+        for title, meaning in rows
     )
 
 

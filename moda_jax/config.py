@@ -20,14 +20,22 @@ from moda_jax.config_checks import require as _require
 from moda_jax.config_checks import require_not_negative as _require_not_negative
 from moda_jax.config_checks import require_positive as _require_positive
 from moda_jax.depth_config import MECHANISMS, DepthSections
+from moda_jax.source_config import WeightedSource, weighted_sources
 from moda_jax.task_config import TASKS
+from moda_jax.vision_config import ImageDataSection, ImageModelSection
 
 NORMS = ("pre", "post", "post_sum")
+NORM_KINDS = ("rms", "layer")
+FFNS = ("swiglu", "gelu")
 REMATS = ("full", "attention", "ffn", "none")
 LAYER_LOOPS = ("scan", "unroll")
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
 FAULT_POLICIES = ("fail", "skip")
+TRACKERS = ("tensorboard", "wandb")
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "constant", "wsd")
+DECAY_SHAPES = ("linear", "cosine", "sqrt")
 _CLASS_PATH = re.compile(r"[\w.]+:\w+")  # "package.module:Class"
 # A URL, or one of remote storage after `Path` took a slash from it; a data source's kind may stand before.
 _REMOTE = re.compile(
@@ -116,7 +124,7 @@ class TransformerConfig(DepthSections):
         depth: a name of `MECHANISMS`, whose section beside these fields has the mechanism's own, or
             "package.module:Class" for a mechanism of one's own.
         rope_theta: base of the rotary embedding's wavelengths; None: no rotary embedding.
-        norm_epsilon: added to the mean square in every RMSNorm.
+        norm_epsilon: added to the mean square (or the variance) in every norm.
         tie_embeddings: the output projection is the embedding's transpose.
         qk_norm: RMSNorm over the full width of the query and the key projection.
         qk_norm_per_head: that norm is over each head's channels instead, with one scale for all heads.
@@ -129,6 +137,13 @@ class TransformerConfig(DepthSections):
         remat: what the layer loop stores for the backward pass, see `moda_jax.depth_scan`.
         layer_loop: "scan" compiles one layer; "unroll" each by itself, which is faster on a GPU and slower to compile.
         depth_gradient_dtype: dtype in which the depth stream's gradient accumulates; None: the compute dtype.
+        causal: a token sees the sequence up to itself; False: all of it, as in a model of images.
+        norm_kind: "rms": RMSNorm; "layer": LayerNorm with a bias, of the sub-layers' norms and the final one.
+        ffn: "swiglu", or "gelu": two projections with a GELU between them.
+        biases: attention's projections and those of the "gelu" network add a bias. Depth projections have none.
+        stochastic_depth: of a model of images in training: the share of rows in which the last layer's attention, and
+            its FFN, are left out; from layer to layer it rises evenly from 0.
+        image: an image as tokens, and the head, of a model of images.
 
     `depth_ffn_kv` and `depth_attn_kv` are other names of `moda.ffn_kv` and `moda.attn_kv`, for the constructor and for
     config files; they win over the section.
@@ -155,6 +170,12 @@ class TransformerConfig(DepthSections):
     remat: str = "attention"
     layer_loop: str = "scan"
     depth_gradient_dtype: str | None = None
+    causal: bool = True
+    norm_kind: str = "rms"
+    ffn: str = "swiglu"
+    biases: bool = False
+    stochastic_depth: float = 0.0
+    image: ImageModelSection = dataclasses.field(default_factory=ImageModelSection)
 
     def __post_init__(self) -> None:
         for field in ("dtype", "depth_gradient_dtype"):
@@ -162,6 +183,10 @@ class TransformerConfig(DepthSections):
         _check_types("model", self)
         for section in dataclasses.fields(DepthSections):
             getattr(self, section.name).check(f"model.{section.name}")
+        self.image.check("model.image")
+        _require(
+            0 <= self.stochastic_depth < 1, "model.stochastic_depth", self.stochastic_depth, "a share in [0, 1)"
+        )  # fmt: skip
         _require_positive(
             "model", self, "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
             "norm_epsilon", "max_sequence_length", "initializer_range",
@@ -184,7 +209,7 @@ class TransformerConfig(DepthSections):
         for field, choices in (
             ("norm", NORMS), ("remat", REMATS), ("layer_loop", LAYER_LOOPS),
             ("attention_implementation", (None, *IMPLEMENTATIONS)), ("dtype", (None, *DTYPES)),
-            ("depth_gradient_dtype", (None, *DTYPES)),
+            ("depth_gradient_dtype", (None, *DTYPES)), ("norm_kind", NORM_KINDS), ("ffn", FFNS),
         ):  # fmt: skip
             _require(getattr(self, field) in choices, f"model.{field}", getattr(self, field), f"one of {choices}")
 
@@ -218,14 +243,15 @@ class DataConfig:
         source: "python_stdlib" (built in); a directory of .txt, .md, .jsonl, .json (lines) and .parquet files, .jsonl
             and .json also as .gz; one such file; or "tfds:NAME[:VERSION]" or "tfds:DIRECTORY", a TFDS dataset that is
             prepared as array_record; or "tokens:DIRECTORY", splits `train` and `validation` as the cache holds
-            them, tokenised elsewhere.
+            them, tokenised elsewhere. A mixture: "0.7*SOURCE + 0.3*SOURCE", whose weights are shares of the rows.
         feature: the text or token feature of a TFDS dataset, the text field of a JSON line, the column of a .parquet.
         train_split, validation_split: names of a TFDS dataset's splits; other sources are split by a hash of the
             document's name (its path; where a file holds several also the number of the line, row or part). A source of
             one .txt or .md file is split by position.
         validation_fraction: share of the documents that the hash of their names sends to validation; of one text file
             the share at its end.
-        document_separator: parts a .txt or .md file into documents; None: a file is one.
+        document_separator: parts a .txt or .md file into documents; None: a file is one. Of a mixture's sources those
+            of files are parted.
         tokenizer: "bytes", or the path of a Hugging Face tokenizer.json.
         end_of_text: the tokenizer.json's token that ends a document; None: the first that is known of
             "<|endoftext|>", "</s>", "<eos>".
@@ -238,7 +264,10 @@ class DataConfig:
             named.
         on_invalid_utf8: the same for a document that is not UTF-8 under a tokenizer.json. Under "bytes" every document
             is valid and passes unchanged.
-        max_document_bytes: longest document, and longest line of a .jsonl file.
+        max_document_bytes: longest document, longest line of a .jsonl file, and largest file of an image.
+        images: of the vision task, whose `source` is "digits" (those that scikit-learn ships); a directory of class
+            folders of .jpg, .jpeg and .png files, or of one such directory for each split, named as `train_split` and
+            `validation_split`; or "tfds:..." as above. Fields that speak of text are not read then.
     """
 
     source: str = "python_stdlib"
@@ -256,9 +285,11 @@ class DataConfig:
     on_damage: str = "fail"
     on_invalid_utf8: str = "skip"
     max_document_bytes: int = 2**26
+    images: ImageDataSection = dataclasses.field(default_factory=ImageDataSection)
 
     def __post_init__(self) -> None:
         _check_types("data", self)
+        self.images.check("data.images")
         _require_positive("data", self, "sequence_length", "prefetch_batches", "max_document_bytes")
         for field in ("on_damage", "on_invalid_utf8"):
             _require(
@@ -275,47 +306,117 @@ class DataConfig:
         separator = self.document_separator
         _require(separator != "", "data.document_separator", separator, "text that stands between documents, or None")
         _require(
-            separator is None or not (self.source == "python_stdlib" or self.source.startswith("tfds:")),
+            separator is None or not all(_has_documents(source) for _, source in self.sources),
             "data.document_separator", separator, f"None with data.source={self.source!r}, which has documents",
         )  # fmt: skip
         _require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or the path of a tokenizer.json')
-        for field in ("source", "tokenizer", "cache_dir"):
+        for _, source in self.sources:
+            check_local("data.source", source)
+        for field in ("tokenizer", "cache_dir"):
             check_local(f"data.{field}", getattr(self, field) or "")
         _require(
             0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "a share in (0, 1)"
         )
 
+    @property
+    def sources(self) -> tuple[WeightedSource, ...]:
+        """What `source` names: one source, or those of a mixture with their shares."""
+        return weighted_sources(self.source)
+
+    def of_one(self, source: str) -> DataConfig:
+        """The section as one source of a mixture has it."""
+        separator = None if _has_documents(source) else self.document_separator
+        return dataclasses.replace(self, source=source, document_separator=separator)
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonConfig:
+    """What `optimizer.name="muon"` does with matrices.
+
+    Attributes:
+        learning_rate: the peak of the matrices' learning rate, by the same schedule; None: `optimizer.learning_rate`.
+        weight_decay: decoupled, of the matrices; None: `optimizer.weight_decay`.
+        momentum: decay of the running mean of the gradients; Nesterov's form of it is what becomes orthogonal.
+        newton_schulz_steps: iterations that make it so.
+        update_rms: root mean square of a matrix's update before the learning rate; 0.2 is about that of AdamW's, whose
+            learning rate and weight decay then suit; None: the orthogonal matrix times
+            sqrt(max(1, outputs / inputs)), for a learning rate of about 0.02.
+    """
+
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    update_rms: float | None = 0.2
+
+    def __post_init__(self) -> None:
+        _check_types("optimizer.muon", self)
+        _require_positive("optimizer.muon", self, "newton_schulz_steps")
+        for field in ("learning_rate", "update_rms"):
+            if getattr(self, field) is not None:
+                _require_positive("optimizer.muon", self, field)
+        if self.weight_decay is not None:
+            _require_not_negative("optimizer.muon", self, "weight_decay")
+        _require(0 <= self.momentum < 1, "optimizer.muon.momentum", self.momentum, "a number in [0, 1)")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay: OLMo 2's recipe.
+    """The optimizer and its learning rate; by default AdamW with warm-up and cosine decay, OLMo 2's recipe.
 
     Attributes:
+        name: "adamw"; or "muon", by which the matrices between two layers' activations are updated as the section
+            `muon` says, and all else by AdamW: embedding, output projection, norms, and what a depth mechanism has
+            beside such matrices.
         learning_rate: the peak, reached after `warmup_steps`.
-        final_learning_rate_fraction: the cosine ends at this share of the peak.
+        schedule: what follows the warm-up. "cosine": half a cosine down to the last step; "constant": the peak; "wsd"
+            (warm-up, stable, decay): the peak, and a decay over the last `decay_fraction` of the run.
+        final_learning_rate_fraction: "cosine" and "wsd" end at this share of the peak.
+        decay_fraction: of "wsd": share of `train.num_steps` over which the learning rate falls.
+        decay_shape: of "wsd": how it falls; "linear", "cosine" (half of one) or "sqrt" (1 minus the square root of the
+            share of the decay that is done).
         warmup_steps: linear from 0.
         beta1, beta2, epsilon: Adam's.
         weight_decay: decoupled, on matrices only: not on norm scales, not on embeddings.
         gradient_clip_norm: global norm that a gradient is scaled down to.
+        ema_decay: of a moving average of the parameters, which is evaluated beside them (`moda_jax.training.averaged`);
+            0: none is kept.
     """
 
+    name: str = "adamw"
     learning_rate: float = 3e-4
+    schedule: str = "cosine"
     final_learning_rate_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    decay_shape: str = "linear"
     warmup_steps: int = 2000
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     gradient_clip_norm: float = 1.0
+    muon: MuonConfig = dataclasses.field(default_factory=MuonConfig)
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         _check_types("optimizer", self)
         _require_positive("optimizer", self, "learning_rate", "epsilon", "gradient_clip_norm")
         _require_not_negative("optimizer", self, "warmup_steps", "weight_decay")
-        for field in ("beta1", "beta2"):
+        for field in ("beta1", "beta2", "ema_decay"):
             _require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "a number in [0, 1)")
         fraction = self.final_learning_rate_fraction
         _require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "a share in [0, 1]")
+        _require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "a share in (0, 1]")
+        for field, choices in (("name", OPTIMIZERS), ("schedule", SCHEDULES), ("decay_shape", DECAY_SHAPES)):
+            _require(getattr(self, field) in choices, f"optimizer.{field}", getattr(self, field), f"one of {choices}")
+
+    def decay_steps(self, num_steps: int) -> int:
+        """Updates over which the learning rate of a run of `num_steps` falls; 0: it does not."""
+        if self.schedule == "constant":
+            return 0
+        if self.schedule == "cosine":
+            return max(num_steps - self.warmup_steps, 1)
+        return max(round(self.decay_fraction * num_steps), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,12 +425,16 @@ class TrainConfig:
 
     Attributes:
         task: what is learned: a name of `moda_jax.task_config.TASKS`, or "package.module:Class".
+        init_from: a run's directory (its newest good checkpoint) or an export, whose parameters a new run starts with;
+            None: fresh ones. A run that has a checkpoint of its own goes on from that.
         num_steps: optimizer steps of the whole run.
         batch_size: sequences per optimizer step, over all devices and micro-batches.
         accumulation_steps: micro-batches per step; divides `batch_size`.
         seed: of parameters and of the data order.
         z_loss: weight of log(Z)^2 in the objective; not in the reported loss.
         log_interval_steps: a metrics line every so many steps.
+        trackers: what shows the metrics beside metrics.jsonl: "tensorboard", "wandb" (an extra), both with a comma
+            between, or "none".
         sample_prompt: text that the run continues when it ends; "" for no sample.
         sample_tokens: tokens of that sample.
         max_skipped_in_a_row: a step with a non-finite loss or gradient leaves parameters and optimizer as they are; so
@@ -344,12 +449,14 @@ class TrainConfig:
     """
 
     task: str = "language"
+    init_from: str | None = None
     num_steps: int = 10000
     batch_size: int = 32
     accumulation_steps: int = 1
     seed: int = 0
     z_loss: float = 1e-5
     log_interval_steps: int = 10
+    trackers: str = "tensorboard"
     sample_prompt: str = ""
     sample_tokens: int = 200
     max_skipped_in_a_row: int = 10
@@ -372,11 +479,23 @@ class TrainConfig:
             self.task in TASKS or _CLASS_PATH.fullmatch(self.task) is not None, "train.task", self.task,
             f'one of {tuple(TASKS)}, or "package.module:Class"',
         )  # fmt: skip
+        names = self.tracker_names
+        _require(
+            set(names) <= set(TRACKERS) and len(set(names)) == len(names), "train.trackers", self.trackers,
+            f'some of {TRACKERS} with a comma between, each once, or "none"',
+        )  # fmt: skip
         check_text(self.sample_prompt, "train.sample_prompt")
+        _require(self.init_from != "", "train.init_from", self.init_from, "a directory, or None")
+        check_local("train.init_from", self.init_from or "")
         _require(
             self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
             f"a divisor of train.batch_size={self.batch_size}",
         )  # fmt: skip
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """What `trackers` names."""
+        return () if self.trackers == "none" else tuple(name.strip() for name in self.trackers.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -471,6 +590,13 @@ class Config:
             self.optimizer.warmup_steps <= self.train.num_steps, "optimizer.warmup_steps", self.optimizer.warmup_steps,
             f"at most train.num_steps={self.train.num_steps}",
         )  # fmt: skip
+        optimizer, num_steps = self.optimizer, self.train.num_steps
+        stable = num_steps - optimizer.warmup_steps
+        _require(
+            optimizer.schedule != "wsd" or optimizer.decay_steps(num_steps) <= stable, "optimizer.decay_fraction",
+            optimizer.decay_fraction, f"a share of train.num_steps={num_steps} that is no more than the {stable} steps "
+            f"after optimizer.warmup_steps={optimizer.warmup_steps}",
+        )  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -488,6 +614,11 @@ class Config:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested plain dicts, ready for JSON; `from_dict` reads them back."""
         return dataclasses.asdict(self)
+
+
+def _has_documents(source: str) -> bool:
+    """Whether a data source is made of documents, not of files that may be parted into some."""
+    return source == "python_stdlib" or source.startswith("tfds:")
 
 
 def _section_from_dict(name: str, section: type, values: Mapping[str, Any]) -> Any:

@@ -1,13 +1,12 @@
 """Where config files are found: at a path, or by the name of one of ours, in a clone or in an installed package.
 
 In a clone our files are the folder `configs` at the top level, the package that they import one another from. A wheel
-holds them inside of `moda_jax`, so that no other package in site-packages can have that name; `configs` is then another
-name of `moda_jax.configs`, ours and everybody's config files go on importing `from configs import base`.
+holds them inside of `moda_jax`, so that no other package in site-packages can have that name. Config files, ours and
+everybody's, say `from configs import base` in both.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import itertools
 import sys
@@ -19,8 +18,8 @@ _PACKAGE = Path(__file__).parent
 
 def directory() -> Path:
     """The folder of our config files."""
-    clone = _PACKAGE.parent / "configs"
-    return clone if (clone / "base.py").is_file() else _PACKAGE / "configs"
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
 
 def names() -> list[str]:
@@ -73,6 +72,18 @@ def with_found_config(arguments: Sequence[str], flag: str = "config") -> list[st
 
 
 def make_importable() -> None:
-    """Lets config files import ours as `configs` where they are part of the installed package."""
-    if "configs" not in sys.modules and importlib.util.find_spec("configs") is None:
-        sys.modules["configs"] = importlib.import_module("moda_jax.configs")
+    """Lets config files import ours as `configs`, wherever they lie.
+
+    A package or folder of that name that is another's stays importable beside ours.
+    """
+    ours = directory()
+    found = importlib.util.find_spec("configs")
+    places = [] if found is None else list(found.submodule_search_locations or ())
+    if any(Path(place).resolve() == ours.resolve() for place in places):
+        return
+    spec = importlib.util.spec_from_file_location(
+        "configs", ours / "__init__.py", submodule_search_locations=[str(ours), *places]
+    )
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["configs"] = package
+    spec.loader.exec_module(package)

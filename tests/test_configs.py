@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from moda_jax import param_count
+from moda_jax import image_param_count, param_count
 from moda_jax.config import Config
 from moda_jax.depth_config import MECHANISMS
 from moda_jax.model.depth.registry import find_mechanism
+from moda_jax.tasks.vision import Vision
 
 DIRECTORY = Path(__file__).parents[1] / "configs"
 
@@ -41,6 +42,8 @@ ALL = [
     *(("small", name) for name in SMALL),
     *(("depth_comparison", name) for name in ("none", "moda", "moda_own_kv")),
     ("depthbench",), *(("depthbench", f"{form}_L{n}") for form in ("moda", "post", "none") for n in DEPTHBENCH),
+    ("vision_quickstart",), ("vision_quickstart", "none"),
+    *((f"deit_{size}", name) for size in ("tiny", "small") for name in ("none", "moda", "moda_64l")),
     ("family",), *(("family", name) for name in FAMILY), *(("family", f"48_{name}") for name in FAMILY),
 ]  # fmt: skip
 
@@ -142,3 +145,24 @@ def test_the_depth_comparison_differs_in_depth_alone():
     alike = {"depth": "none", "depth_ffn_kv": none.model.depth_ffn_kv}
     for config in (own, both):
         assert dataclasses.replace(config, model=dataclasses.replace(config.model, **alike)) == none
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "parameters"),
+    [("tiny", "none", 5_717_416), ("small", "none", 22_050_664), ("tiny", "moda", None), ("tiny", "moda_64l", None)],
+)
+def test_the_deits_are_deit_and_with_depth(size, name, parameters):
+    config = build(f"deit_{size}", name)
+    model = config.model
+    Vision(config)  # checks what a model of images needs
+    assert (model.num_layers, model.depth) == (64 if name == "moda_64l" else 12, "none" if name == "none" else "moda")
+    plain = dataclasses.replace(model, depth="none", num_layers=12)
+    assert image_param_count(plain) == {"tiny": 5_717_416, "small": 22_050_664}[size]
+    if parameters is not None:
+        assert image_param_count(model) == parameters
+    assert config.train.num_steps == 300 * (1281167 // 1024)
+
+
+def test_an_unknown_deit_is_refused():
+    with pytest.raises(ValueError, match=r"configs/deit_small\.py:x: unknown argument; known: none, moda, moda_64l"):
+        load("deit_small", "x")

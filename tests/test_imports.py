@@ -12,17 +12,18 @@ LAYERS = (
     ("pallas_kernels",),
     (
         "moda_jax.numerics", "moda_jax.config", "moda_jax.config_checks", "moda_jax.depth_config",
-        "moda_jax.task_config", "moda_jax.parameter", "moda_jax.exit_codes", "moda_jax.paths", "moda_jax.progress",
-        "moda_jax.quantities", "moda_jax.config_files", "moda_jax.command_help",
-        "moda_jax.class_path",
+        "moda_jax.vision_config", "moda_jax.task_config", "moda_jax.parameter", "moda_jax.exit_codes",
+        "moda_jax.paths", "moda_jax.progress", "moda_jax.quantities", "moda_jax.source_config",
+        "moda_jax.config_files", "moda_jax.command_help", "moda_jax.other_names", "moda_jax.class_path",
     ),
     ("moda_jax.parallel",),
     ("moda_jax.model", "moda_jax.data"),
-    ("=moda_jax",),
     ("moda_jax.inference.decode", "moda_jax.inference.generation", "moda_jax.inference.sampling"),
     ("moda_jax.tasks",),
     ("moda_jax.training",),
     ("moda_jax.inference", "moda_jax.interop"),
+    ("moda_jax.commands",),
+    ("=moda_jax",),
 )  # fmt: skip
 # Of one layer, and strangers to each other.
 APART = (("moda_jax.model", "moda_jax.data"), ("moda_jax.numerics", "moda_jax.config"))

@@ -20,13 +20,13 @@ def test_the_manifest_starts_the_processes_that_it_says():
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     flags = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"])
-    assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(flags["num_processes"])
-    assert flags["process_id"] == "$(JOB_COMPLETION_INDEX)" and container["env"][0]["name"] == "JOB_COMPLETION_INDEX"
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(flags["num-processes"])
+    assert flags["process-id"] == "$(JOB_COMPLETION_INDEX)" and container["env"][0]["name"] == "JOB_COMPLETION_INDEX"
     names = {job["metadata"]["name"], pod["subdomain"], service["metadata"]["name"]}
     assert names == {"moda"} and service["spec"]["selector"] == {"job-name": "moda"}
-    host, port = flags["coordinator_address"].split(":")
+    host, port = flags["coordinator-address"].split(":")
     assert host == "moda-0.moda" and int(port) == container["ports"][0]["containerPort"]
-    assert find_launch({}, flags["coordinator_address"], 2, 1).num_processes == 2
+    assert find_launch({}, flags["coordinator-address"], 2, 1).num_processes == 2
 
     check_config_arguments([f"--{name}={value}" for name, value in flags.items() if name != "config"])
     values = moda_700m.get_config(flags["config"].partition(":")[2])

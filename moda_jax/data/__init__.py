@@ -1,1 +1,1 @@
-"""Text to batches: corpus and TFDS sources, tokenizers, packing, and the Grain pipeline."""
+"""Text and images to batches: sources, tokenizers and packing, augmentation, and the Grain pipelines."""

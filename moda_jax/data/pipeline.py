@@ -2,21 +2,25 @@
 
 Rows are a function of (corpus, tokenizer, sequence length, seed, epoch, global row index) alone. Global rows are
 counted over the whole run: a batch of size B holds the B rows from its position on, and process p of P takes the p-th
-of P equal blocks of them, so the assembled batch is the same array whatever P is.
+of P equal blocks of them, so the assembled batch is the same array whatever P is. Of a mixture a global row is first
+one of a source, see `mixture`; each source has its own epochs, in its own order.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import grain
 import numpy as np
+from absl import flags
 
 from moda_jax.config import DataConfig
 from moda_jax.data.cache import cache_directory, cache_key
 from moda_jax.data.damage import SkippedDocuments
+from moda_jax.data.mixture import MixedOrder, TokenMixture
 from moda_jax.data.packing import Batch, pack_rows, pad_rows
 from moda_jax.data.sources import find_split
 from moda_jax.data.token_store import TOKENS_VERSION, TokenDataset, open_tokens, prepare_tokens
@@ -26,8 +30,11 @@ PREPARED_TOKENS = "tokens:"  # before the directory of splits that were tokenise
 _READ_THREADS = 2  # building a row is short work under the GIL; a second thread hides a page that must come from disk
 
 
-def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer, *, as_before: bool = False) -> TokenDataset:
-    """The tokenised split of `data.source`; prepares what the cache does not hold, with progress on stderr.
+def open_dataset(
+    config: DataConfig, split: str, tokenizer: Tokenizer, *, as_before: bool = False
+) -> TokenDataset | TokenMixture:
+    """The tokenised split of `data.source`; prepares what the cache does not hold, with progress on stderr. Of a
+    mixture each source is prepared as it would be alone, so that the cache is shared with runs on one of them.
 
     Args:
         config: the data section.
@@ -39,6 +46,10 @@ def open_dataset(config: DataConfig, split: str, tokenizer: Tokenizer, *, as_bef
         ValueError: a source that is missing, empty or not usable, or a split too small for one row; the message names
             the config field.
     """
+    if len(config.sources) > 1:
+        rows, sources = zip(*config.sources, strict=True)
+        parts = (open_dataset(config.of_one(source), split, tokenizer, as_before=as_before) for source in sources)
+        return TokenMixture(tuple(parts), rows, f"{config.source} ({split})")
     if config.source.startswith(PREPARED_TOKENS):
         dataset = open_tokens(Path(config.source.removeprefix(PREPARED_TOKENS)) / split, tokenizer)
     else:
@@ -72,9 +83,11 @@ class TrainBatches:
         position: global rows consumed so far, over all processes: what a checkpoint stores.
     """
 
-    def __init__(self, batches: grain.MapDataset, batch_size: int, position: int, prefetch_batches: int):
+    def __init__(
+        self, batches: grain.MapDataset, batch_size: int, position: int, prefetch_batches: int, **how_to_read: int
+    ):
         self._batch_size = batch_size
-        self._iterator = _iterate(batches, prefetch_batches)
+        self._iterator = read_ahead(batches, prefetch_batches, **how_to_read)
         self.position = position
 
     def __iter__(self) -> TrainBatches:
@@ -97,7 +110,7 @@ class TrainBatches:
 
 
 def train_batches(
-    dataset: TokenDataset,
+    dataset: TokenDataset | TokenMixture,
     config: DataConfig,
     *,
     batch_size: int,
@@ -106,7 +119,8 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainBatches:
-    """Endless training batches; every epoch has every row once, in its own order when `data.shuffle` is on.
+    """Endless training batches; every epoch of a source has each of its rows once, in its own order when `data.shuffle`
+    is on.
 
     Args:
         dataset: from `open_dataset`.
@@ -124,24 +138,26 @@ def train_batches(
     Raises:
         ValueError: an argument out of range, or a batch size that the processes cannot share.
     """
-    rows_here = _share(batch_size, process_index, process_count)
+    rows_here = share_of_batch(batch_size, process_index, process_count)
     for name, value in (("seed", seed), ("position", position)):
         if value < 0:
             raise ValueError(f"{name}={value}: expected a number >= 0")
     T = config.sequence_length
-    rows = grain.MapDataset.range(_num_rows(dataset, T))
-    if config.shuffle:
-        rows = rows.shuffle(seed=_order_seed(seed))
-    batches = (
-        rows.repeat()[position:]
-        .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
-        .map(lambda ids: _pack(dataset, ids[rows_here], T))
-    )
-    return TrainBatches(batches, batch_size, position, config.prefetch_batches)
+    mixture = _as_mixture(dataset)
+    epochs = [_epochs(part, config, f"{seed}/{k}" if k else str(seed)) for k, part in enumerate(mixture.parts)]
+    order = MixedOrder(mixture.rows)
+
+    def pack(places: np.ndarray) -> Batch:
+        sources, numbers = order.locate(places[rows_here])
+        rows = np.array([epochs[k][int(number)] for k, number in zip(sources, numbers, strict=True)])
+        return _pack(mixture, sources, rows, T)
+
+    batches = grain.MapDataset.range(sys.maxsize)[position:].batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
+    return TrainBatches(batches.map(pack), batch_size, position, config.prefetch_batches)
 
 
 def validation_batches(
-    dataset: TokenDataset,
+    dataset: TokenDataset | TokenMixture,
     config: DataConfig,
     *,
     batch_size: int,
@@ -150,6 +166,9 @@ def validation_batches(
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """One pass over rows in order, all or evenly spread; the last batch is filled up with rows of target mask 0.
+
+    Of a mixture the rows are in the proportion of its weights, as in training, each source's spread evenly over its
+    own validation split. No row comes twice: "all" are as many as the source that is exhausted first allows.
 
     Args:
         dataset: from `open_dataset`.
@@ -165,21 +184,26 @@ def validation_batches(
     Raises:
         ValueError: an argument out of range, or a batch size that the processes cannot share.
     """
-    rows_here = _share(batch_size, process_index, process_count)
+    rows_here = share_of_batch(batch_size, process_index, process_count)
     if num_batches < 0:
         raise ValueError(f"num_batches={num_batches}: expected a number >= 0 (0: all)")
     T = config.sequence_length
-    all_rows = _num_rows(dataset, T)
+    mixture = _as_mixture(dataset)
+    order = MixedOrder(mixture.rows)
+    whole = [_num_rows(part, T) for part in mixture.parts]
+    all_rows = min(order.place_of(k, rows) for k, rows in enumerate(whole))
     num_rows = min(all_rows, num_batches * batch_size) if num_batches else all_rows
+    chosen = order.counts(num_rows)
 
     def pack(places: np.ndarray) -> Batch:
-        ids = places * all_rows // num_rows
-        return pad_rows(_pack(dataset, ids[rows_here], T), batch_size // process_count)
+        sources, numbers = order.locate(places[rows_here])
+        rows = numbers * np.take(whole, sources) // np.take(chosen, sources)
+        return pad_rows(_pack(mixture, sources, rows, T), batch_size // process_count)
 
     batches = grain.MapDataset.range(num_rows).batch(batch_size, drop_remainder=False, batch_fn=np.asarray).map(pack)
 
     def run() -> Iterator[Batch]:
-        iterator = _iterate(batches, config.prefetch_batches)
+        iterator = read_ahead(batches, config.prefetch_batches)
         try:
             yield from iterator
         finally:
@@ -188,20 +212,44 @@ def validation_batches(
     return run()
 
 
-def _pack(dataset: TokenDataset, rows: np.ndarray, sequence_length: int) -> Batch:
-    """Rows of a dataset whose files are still those that were opened."""
-    if dataset.guard is not None:
-        dataset.guard.check()
-    return pack_rows(dataset.tokens, dataset.offsets, rows, sequence_length)
+def _as_mixture(dataset: TokenDataset | TokenMixture) -> TokenMixture:
+    """One source is a mixture of one."""
+    return dataset if isinstance(dataset, TokenMixture) else TokenMixture((dataset,), (1,), dataset.name)
 
 
-def _iterate(batches: grain.MapDataset, prefetch_batches: int) -> grain.DatasetIterator:
-    """Reads ahead in threads; the order stays."""
-    options = grain.ReadOptions(num_threads=min(_READ_THREADS, prefetch_batches), prefetch_buffer_size=prefetch_batches)
-    return iter(batches.to_iter_dataset(options))
+def _epochs(dataset: TokenDataset, config: DataConfig, seed: str) -> grain.MapDataset:
+    """The rows of a source, epoch after epoch: any of them by how many come before it."""
+    rows = grain.MapDataset.range(_num_rows(dataset, config.sequence_length))
+    return (rows.shuffle(seed=order_seed(seed)) if config.shuffle else rows).repeat()
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+def _pack(mixture: TokenMixture, sources: np.ndarray, rows: np.ndarray, sequence_length: int) -> Batch:
+    """Rows of sources whose files are still those that were opened, in the order in which they came."""
+    order = np.argsort(sources, kind="stable")
+    packed = []
+    for k in np.unique(sources) if len(sources) else (0,):
+        part = mixture.parts[k]
+        if part.guard is not None:
+            part.guard.check()
+        packed.append(pack_rows(part.tokens, part.offsets, rows[order][sources[order] == k], sequence_length))
+    if len(packed) == 1:
+        return packed[0]
+    back = np.argsort(order)
+    return Batch(*(np.concatenate(arrays)[back] for arrays in zip(*packed, strict=True)))
+
+
+def read_ahead(
+    batches: grain.MapDataset, prefetch_batches: int, *, threads: int = _READ_THREADS, workers: int = 0
+) -> grain.DatasetIterator:
+    """Reads ahead in threads, of this process or of each of `workers` others; the order stays."""
+    options = grain.ReadOptions(num_threads=min(threads, prefetch_batches), prefetch_buffer_size=prefetch_batches)
+    dataset = batches.to_iter_dataset(options)
+    if workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain asks its flags when it starts a process; only a command has parsed any
+    return iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)) if workers else dataset)
+
+
+def share_of_batch(batch_size: int, process_index: int, process_count: int) -> slice:
     """This process's rows of a global batch: one block, so that processes in order make up the batch in order."""
     if batch_size < 1 or process_count < 1 or batch_size % process_count:
         raise ValueError(f"batch_size={batch_size}: expected a positive multiple of process_count={process_count}")
@@ -221,6 +269,6 @@ def _num_rows(dataset: TokenDataset, sequence_length: int) -> int:
     return num_rows
 
 
-def _order_seed(seed: int) -> int:
+def order_seed(seed: int | str) -> int:
     """A 32-bit seed for Grain, which adds the epoch to it: without hashing, seed 1 would be seed 0 one epoch late."""
     return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")

@@ -45,6 +45,8 @@ def find_split(config: DataConfig, split: str, *, as_before: bool = False) -> Sp
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: expected one of {SPLITS}")
+    if len(config.sources) > 1:
+        raise ValueError(f"data.source={config.source!r}: is a mixture; expected one source here")
     name = f"{config.source} ({split})"
     if config.source.startswith("tfds:"):
         return SplitSource(name, *_find_tfds(config, split))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moda_jax.data.mixture import TokenMixture
 from moda_jax.data.pipeline import open_dataset
 from moda_jax.inference import attention_maps as maps_lib
 from moda_jax.inference import depth_probes
@@ -155,6 +156,7 @@ def _map_text(run: LoadedRun, domains: Sequence[perplexity_lib.Domain], context:
                 break
         return longest, domains[0].name
     data = open_dataset(run.config.data, "validation", run.tokenizer)
+    data = data.parts[0] if isinstance(data, TokenMixture) else data
     lengths = np.diff(data.offsets)
     document = int(np.argmax(lengths >= context)) if (lengths >= context).any() else int(np.argmax(lengths))
     begin = int(data.offsets[document])

@@ -162,7 +162,7 @@ class HarnessModel(TemplateLM):
         of the context.
         """
         if requests and self.max_length < 2:
-            raise ValueError(f"--context={self.max_length}: expected at least 2 for a task that generates text")
+            raise ValueError(f"context={self.max_length}: expected at least 2 for a task that generates text")
         texts: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}  # by their options; in a group the long ones first
         for index, request in enumerate(requests):

@@ -69,7 +69,7 @@ def load_run(workdir: str | Path, *, step: int | None = None, tokenizer: str | N
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_implementation=None))
     directory = workdir / CHECKPOINT_DIRECTORY
-    step = _chosen_step(workdir, directory, step)
+    step = chosen_step(workdir, directory, step)
     loaded = load_tokenizer(config.data, workdir / TOKENIZER_FILE if tokenizer is None else None)
     _check_tokenizer(loaded, config, directory / str(step))
     params = restore_params(directory / str(step), config)
@@ -90,15 +90,27 @@ def restore_params(directory: Path, config: Config, *, padded: bool = False) -> 
     """
     expected = jax.eval_shape(functools.partial(_params, config), jax.random.key(0))
     with_padding = jax.eval_shape(functools.partial(language_params, config.model), jax.random.key(0))
+    return restore_shapes(directory, *((with_padding, expected) if padded else (expected, with_padding)))
+
+
+def restore_shapes(directory: Path, expected: Any, *others: Any) -> Any:
+    """The parameters of one checkpoint, float32, on the default device.
+
+    Args:
+        directory: of the step; its files were compared with their checksums.
+        expected: their shapes, nested dicts.
+        *others: as the checkpoint may have them too; what it lacks then is zero.
+
+    Raises:
+        CheckpointError: it has others, or they cannot be read.
+    """
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {"params": jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), with_padding if padded else expected
-    )}  # fmt: skip
+    wanted = {"params": jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), expected)}
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     path = directory.absolute() / "state"
     try:
         saved = checkpointer.metadata(path).item_metadata.tree["params"]
-        if _shapes(saved) in (_shapes(expected), _shapes(with_padding)):
+        if _shapes(saved) in map(_shapes, (expected, *others)):
             how = ocp.checkpoint_utils.construct_restore_args(wanted)
             how = jax.tree.map(lambda leaf: dataclasses.replace(leaf, strict=False), how)  # pads with zeros, or cuts
             arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
@@ -121,7 +133,7 @@ def _shapes(tree: Any) -> dict[str, tuple]:
     return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def _chosen_step(workdir: Path, directory: Path, step: int | None) -> int:
+def chosen_step(workdir: Path, directory: Path, step: int | None) -> int:
     """The step that was asked for, or the newest good one. Its files are as they were written."""
     steps = saved_steps(directory)
     if not steps:

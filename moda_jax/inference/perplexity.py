@@ -162,10 +162,10 @@ def checked_windows(run: LoadedRun, context: int | None, stride: int | None) -> 
     longest = run.config.model.max_sequence_length
     context = run.config.data.sequence_length if context is None else context
     if not 1 <= context <= longest:
-        raise ValueError(f"--context={context}: expected 1..{longest}, the model's context (model.max_sequence_length)")
+        raise ValueError(f"context={context}: expected 1..{longest}, the model's context (model.max_sequence_length)")
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:
-        raise ValueError(f"--stride={stride}: expected 1..{context}, the context")
+        raise ValueError(f"stride={stride}: expected 1..{context}, the context")
     return context, stride
 
 

@@ -25,22 +25,30 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
+from moda_jax import command_help
 from moda_jax.config import Config, TransformerConfig
+from moda_jax.exit_codes import ExitCode
 from moda_jax.inference.load import load_run, restore_params
 from moda_jax.interop.depth_init import OPEN_FIELDS, add_depth
 from moda_jax.interop.exchange import TOKENIZER_FILE, export_model, is_olmo2, load_model
 from moda_jax.quantities import quantity
 from moda_jax.training import runtime
-from moda_jax.training.console import config_from_flag, print_result, run_command, user_errors
+from moda_jax.training.console import config_from_flags, print_result, run_command, user_errors
 from moda_jax.training.trainer import TrainingRun
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, CONFIG_FILE
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "import: config of the run; by default configs/base.py's.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.")
-_STEP = flags.DEFINE_integer("step", None, "export: checkpoint; by default the newest good one.")
-_OUTPUT = flags.DEFINE_string("output", None, "export: the directory to write.")
-_DTYPE = flags.DEFINE_enum("export-dtype", "float32", ["float32", "bfloat16", "float16"], "export: of the tensors.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "import: the directory to read.")
+FLAGS = flags.FlagValues()
+
+config_flags.DEFINE_config_file(
+    "config", None, "import: config of the run; by default configs/base.py's.", flag_values=FLAGS
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", flag_values=FLAGS)
+_STEP = flags.DEFINE_integer("step", None, "export: checkpoint; by default the newest good one.", flag_values=FLAGS)
+_OUTPUT = flags.DEFINE_string("output", None, "export: the directory to write.", flag_values=FLAGS)
+_DTYPE = flags.DEFINE_enum(
+    "export-dtype", "float32", ["float32", "bfloat16", "float16"], "export: of the tensors.", flag_values=FLAGS
+)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "import: the directory to read.", flag_values=FLAGS)
 
 
 def export_run() -> None:
@@ -72,7 +80,7 @@ def import_model() -> None:
             raise ValueError(f"--checkpoint={directory}: {error}") from error
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         del model
-        config = run_config(directory, base, None if _CONFIG.value is None else config_from_flag(_CONFIG)[0])
+        config = run_config(directory, base, None if FLAGS["config"].value is None else config_from_flags(FLAGS)[0])
         if config.model.depth != base.depth:
             params = add_depth(base, params, config.model, jax.random.key(config.train.seed))
         run = TrainingRun(config, workdir)
@@ -126,9 +134,14 @@ def main() -> None:
     commands = {"export": export_run, "import": import_model}
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in commands:
-        sys.exit(f"error: {command!r}: expected one of {', '.join(commands)}\n{__doc__}")
+        text = command_help.asked_for(sys.argv[1:], __doc__, FLAGS)
+        if text is not None:
+            print(text)
+            sys.exit(int(ExitCode.FINISHED))
+        sys.stderr.write(f"error: {command!r}: expected one of {', '.join(commands)}; see --help\n")
+        sys.exit(int(ExitCode.USER_ERROR))
     sys.argv = [f"python -m moda_jax.interop {command}", *sys.argv[2:]]
-    run_command(commands[command])
+    run_command(commands[command], FLAGS, __doc__)
 
 
 if __name__ == "__main__":

@@ -66,15 +66,22 @@ def add_depth(base: TransformerConfig, params: Any, config: TransformerConfig, k
         if field.name not in OPEN_FIELDS and ours != theirs:
             raise ValueError(f"model.{field.name}={ours!r}: expected the base's {theirs!r}")
     fresh = jax.jit(lambda key: split_model(config, key)[1])(key)  # not one operation at a time
-    return _over(fresh, params, find_mechanism(config.depth))
+    return with_added(fresh, params, find_mechanism(config.depth))
 
 
-def _over(fresh: Any, params: Any, mechanism: type[DepthMechanism], path: tuple[str, ...] = ()) -> Any:
-    """The base's leaves where it has some; of the rest, what the mechanism makes of them."""
+def with_added(fresh: Any, params: Any, mechanism: type[DepthMechanism], path: tuple[str, ...] = ()) -> Any:
+    """The base's leaves where it has some; of the rest, what the mechanism makes of them.
+
+    Args:
+        fresh: all parameters of the model that starts, as initialised.
+        params: of the base.
+        mechanism: of the model that starts.
+        path: of both in the model's parameters.
+    """
     merged = {}
     for name, leaf in fresh.items():
         if isinstance(leaf, dict):
-            merged[name] = _over(leaf, params.get(name, {}), mechanism, (*path, name))
+            merged[name] = with_added(leaf, params.get(name, {}), mechanism, (*path, name))
         else:
             own = ".".join((*path, name)[2:])  # behind "layers.depth" or "last_layer.depth"
             merged[name] = params[name] if name in params else mechanism.added(own, leaf)

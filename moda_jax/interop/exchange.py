@@ -33,7 +33,18 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 def is_olmo2(config: TransformerConfig) -> bool:
     """Whether the model is one that transformers knows as OLMo 2."""
-    return config.depth == "none" and config.norm == "post" and config.qk_norm and not config.qk_norm_per_head
+    plain = (config.norm_kind, config.ffn, config.biases, config.causal) == ("rms", "swiglu", False, True)
+    normed = config.norm == "post" and config.qk_norm and not config.qk_norm_per_head
+    return config.depth == "none" and normed and plain
+
+
+def is_export(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds what `export_model` or transformers wrote: its config.json names the model's type."""
+    try:
+        values = json.loads((pathlib.Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
 
 
 def export_model(

@@ -38,6 +38,7 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 OUTER_TENSORS = {
     "embedding.table": ("model.embed_tokens.weight", 0),
     "final_norm.scale": ("model.norm.weight", 0),
+    "final_norm.bias": ("model.norm.bias", 0),
     "head.kernel": ("lm_head.weight", 1),
 }
 # The same inside a layer; in the file behind "model.layers.<i>.".
@@ -53,6 +54,15 @@ LAYER_TENSORS = {
     "ffn.up.kernel": ("mlp.up_proj.weight", 1),
     "ffn.down.kernel": ("mlp.down_proj.weight", 1),
     "ffn_norm.scale": ("post_feedforward_layernorm.weight", 0),
+    # Of models that are not OLMo 2.
+    "attention.query.bias": ("self_attn.q_proj.bias", 0),
+    "attention.key.bias": ("self_attn.k_proj.bias", 0),
+    "attention.value.bias": ("self_attn.v_proj.bias", 0),
+    "attention.output.bias": ("self_attn.o_proj.bias", 0),
+    "attention_norm.bias": ("post_attention_layernorm.bias", 0),
+    "ffn.up.bias": ("mlp.up_proj.bias", 0),
+    "ffn.down.bias": ("mlp.down_proj.bias", 0),
+    "ffn_norm.bias": ("post_feedforward_layernorm.bias", 0),
 }
 
 

@@ -11,12 +11,13 @@ from flax import nnx
 
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import HeadsNorm, PerHeadNorm, Projection, rotate
+from moda_jax.model.module import Module
 from pallas_kernels.norm import beside
 
 Array = jax.Array
 
 
-class Attention(nnx.Module):
+class Attention(Module):
     """The projections of one attention sub-layer (OLMo 2: no biases, QK-norm over the full width, rotary positions).
 
     `output` maps attention's result [B, T, N, H] back to [B, T, D]. The op between `project` and `output` belongs to
@@ -29,6 +30,7 @@ class Attention(nnx.Module):
         qk_norm_per_head: normalise each head by itself, with one scale for all heads.
         rope_theta: base of the rotary wavelengths; None: queries and keys are not rotated.
         norm_epsilon: of the QK-norm.
+        bias: every projection has one.
         initializer_range: standard deviation of the kernels at the start.
         implementation: of the op, which the QK-norm's backward goes by too (`pallas_kernels.norm.beside`).
         dtype: compute dtype.
@@ -46,6 +48,7 @@ class Attention(nnx.Module):
         qk_norm_per_head: bool = False,
         rope_theta: float | None = 500000.0,
         norm_epsilon: float = 1e-6,
+        bias: bool = False,
         initializer_range: float = 0.02,
         implementation: str | None = None,
         dtype: jnp.dtype = jnp.float32,
@@ -60,7 +63,9 @@ class Attention(nnx.Module):
         keys = InitialKeys.of(rngs)
 
         def projection(name: str, spec: str, *shape: int) -> Projection:
-            return Projection(spec, shape, initializer_range=initializer_range, dtype=dtype, rngs=keys.at(name))
+            return Projection(
+                spec, shape, initializer_range=initializer_range, dtype=dtype, bias=bias, rngs=keys.at(name)
+            )
 
         self.rope_theta = rope_theta
         self.query = projection("query", "btd,dnh->btnh", width, num_heads, head_dim)
@@ -82,9 +87,10 @@ class Attention(nnx.Module):
     def project(
         self, x: Array, positions: Array, key_input: Array | None = None, value_input: Array | None = None
     ) -> tuple[Array, Array, Array]:
-        """x [B, T, D] to query [B, T, N, H], key and value [B, T, K, H]; normalised, rotated to `positions` [B, T].
+        """x [B, T, D] to query [B, T, N, H], key and value [B, T, K, H]; normalised, rotated to `positions`.
 
-        `key_input` and `value_input` [B, T, D] stand in x's place for key and value where they are given.
+        `positions` is [B, T] int32, or [B, T, axes] as `layers.rotate` takes them. `key_input` and `value_input`
+        [B, T, D] stand in x's place for key and value where they are given.
         """
         query = self._placed(self.query(x), self.query_norm, positions)
         key = self.key(x if key_input is None else key_input)

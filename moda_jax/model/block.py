@@ -11,6 +11,7 @@ import operator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moda_jax.config import TransformerConfig
@@ -21,7 +22,7 @@ from moda_jax.model.depth.operations import SoftmaxAttention, second_of_shared
 from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.depth.stream import Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.layers import RMSNorm, SwiGLU
+from moda_jax.model.layers import GELUNetwork, LayerNorm, RMSNorm, SwiGLU
 from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.parameters import LayerGather
 from moda_jax.parameter import ParameterKinds
@@ -36,7 +37,7 @@ class Block(nnx.Module):
 
     post-norm (OLMo 2): x + norm(attention(x)), then x + norm(ffn(x)); pre-norm: x + attention(norm(x)), then x +
     ffn(norm(x)); post-norm of the sum: norm(x + attention(x)), then norm(x + ffn(x)). What x is, and what else happens
-    to it, is the depth mechanism's.
+    to it, is the depth mechanism's. With stochastic depth a row of the batch loses f(x) at random, see `drop_rates`.
 
     Args:
         config: of the whole model.
@@ -50,14 +51,11 @@ class Block(nnx.Module):
         self.attention = Attention(
             config.width, config.num_heads, config.num_kv_heads, config.head_dim, qk_norm=config.qk_norm,
             qk_norm_per_head=config.qk_norm_per_head, rope_theta=config.rope_theta, norm_epsilon=config.norm_epsilon,
-            initializer_range=config.initializer_range, implementation=config.attention_implementation, dtype=dtype,
-            rngs=keys.at("attention"),
+            bias=config.biases, initializer_range=config.initializer_range,
+            implementation=config.attention_implementation, dtype=dtype, rngs=keys.at("attention"),
         )  # fmt: skip
         self.attention_norm = layer_norm(config)
-        self.ffn = SwiGLU(
-            config.width, config.ffn_width, keep_hidden=config.remat != "ffn",
-            initializer_range=config.initializer_range, dtype=dtype, rngs=keys.at("ffn"),
-        )  # fmt: skip
+        self.ffn = _ffn(config, dtype, keys.at("ffn"))
         self.ffn_norm = layer_norm(config)
         self.depth: DepthMechanism = find_mechanism(config.depth).build(config, last=last, rngs=keys.at("depth"))
         self.kinds = ParameterKinds.of(nnx.state(self, nnx.Param))
@@ -81,12 +79,16 @@ class Block(nnx.Module):
 
     # The parts: dicts of values to dicts of values, see `_layer`.
 
-    def ask(self, values: Values, positions: Array, segment_ids: Array | None) -> tuple[Values, tuple[Entry, ...]]:
+    def ask(
+        self, values: Values, positions: Array, segment_ids: Array | None, kept: Array | None = None
+    ) -> tuple[Values, tuple[Entry, ...]]:
         """What the attention sub-layer's operation is asked with."""
         request = self.depth.request(ATTENTION, values["x"], values.get("layer"))
         return {"attention_request": request}, ()
 
-    def project(self, values: Values, positions: Array, segment_ids: Array | None) -> tuple[Values, tuple[Entry, ...]]:
+    def project(
+        self, values: Values, positions: Array, segment_ids: Array | None, kept: Array | None = None
+    ) -> tuple[Values, tuple[Entry, ...]]:
         """x to query [B, T, N, H], key and value [B, T, K, H]."""
         inputs, context = self._input(ATTENTION, values, values["x"])
         inputs, *others = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -100,7 +102,9 @@ class Block(nnx.Module):
             )
         return given, ()
 
-    def mix(self, values: Values, positions: Array, segment_ids: Array | None) -> tuple[Values, tuple[Entry, ...]]:
+    def mix(
+        self, values: Values, positions: Array, segment_ids: Array | None, kept: Array | None = None
+    ) -> tuple[Values, tuple[Entry, ...]]:
         """Query, key and value as the softmax gets them."""
         query, key, value = self.depth.mixed(
             values["query"], values["key"], values["value"], values["value_result"], values.get("layer")
@@ -108,23 +112,25 @@ class Block(nnx.Module):
         return {"mixed_query": query, "mixed_key": key, "mixed_value": value}, ()
 
     def finish_attention(
-        self, values: Values, positions: Array, segment_ids: Array | None
+        self, values: Values, positions: Array, segment_ids: Array | None, kept: Array | None = None
     ) -> tuple[Values, tuple[Entry, ...]]:
         """From the softmax's output to the carry behind the attention sub-layer, and what the FFN's operation needs."""
-        carry, entries = self._after_attention(values, positions)
+        carry, entries = self._after_attention(values, positions, kept)
         return {"middle": carry, "ffn_request": self.depth.request(FFN, carry, values.get("layer"))}, entries
 
-    def finish(self, values: Values, positions: Array, segment_ids: Array | None) -> tuple[Values, tuple[Entry, ...]]:
+    def finish(
+        self, values: Values, positions: Array, segment_ids: Array | None, kept: Array | None = None
+    ) -> tuple[Values, tuple[Entry, ...]]:
         """From the softmax's output to the end of the layer."""
-        carry, entries = self._after_attention(values, positions)
-        output, more = self._after_middle(carry, values, positions)
+        carry, entries = self._after_attention(values, positions, kept)
+        output, more = self._after_middle(carry, values, positions, kept)
         return {"output": output}, entries + more
 
     def finish_ffn(
-        self, values: Values, positions: Array, segment_ids: Array | None
+        self, values: Values, positions: Array, segment_ids: Array | None, kept: Array | None = None
     ) -> tuple[Values, tuple[Entry, ...]]:
         """The FFN sub-layer."""
-        output, entries = self._after_middle(values["middle"], values, positions)
+        output, entries = self._after_middle(values["middle"], values, positions, kept)
         return {"output": output}, entries
 
     def _input(self, site: str, values: Values, carry: PyTree) -> tuple[Array | tuple[Array, Array, Array], PyTree]:
@@ -143,15 +149,31 @@ class Block(nnx.Module):
         return self.attention_norm if site == ATTENTION else self.ffn_norm
 
     def _behind(
-        self, site: str, carry: PyTree, context: PyTree, output: Array, number: Array | int | None
+        self,
+        site: str,
+        carry: PyTree,
+        context: PyTree,
+        output: Array,
+        number: Array | int | None,
+        kept: Array | None,
     ) -> tuple[Array, PyTree]:
         """A sub-layer's output, and the carry behind it, with the norms that stand there."""
         norm = self._norm(site)
         output = norm(output) if self.config.norm == "post" else output
+        if kept is not None:
+            output = output * self._share_kept(site, number, kept).astype(output.dtype)
         carry = self.depth.residual(site, carry, context, output, number)
         return output, norm(carry) if self.config.norm == "post_sum" else carry
 
-    def _after_attention(self, values: Values, positions: Array) -> tuple[PyTree, tuple[Entry, ...]]:
+    def _share_kept(self, site: str, number: Array | int, kept: Array) -> Array:
+        """What a sub-layer's output is multiplied with, [B, 1, 1] float32: 0, or what keeps its mean."""
+        mine = jax.lax.dynamic_index_in_dim(kept, number, keepdims=False)[0 if site == ATTENTION else 1]  # [B]
+        rate = drop_rates(self.config)[number]
+        return jnp.where(mine, 1.0 / (1.0 - rate), 0.0)[:, None, None]
+
+    def _after_attention(
+        self, values: Values, positions: Array, kept: Array | None
+    ) -> tuple[PyTree, tuple[Entry, ...]]:
         x, prefix = values["x"], "mixed_" if "mixed_key" in values else ""
 
         def run() -> tuple[Array, PyTree]:
@@ -159,7 +181,7 @@ class Block(nnx.Module):
             if type(self.depth).merges(self.config):
                 attended = self.depth.attended(*attended, values["value_result"], values.get("layer"))
             y = self.attention.output(attended)
-            return self._behind(ATTENTION, x, values.get("attention_context"), y, values.get("layer"))
+            return self._behind(ATTENTION, x, values.get("attention_context"), y, values.get("layer"), kept)
 
         sublayer = SubLayer(
             ATTENTION, self.attention, lambda: self._input(ATTENTION, values, x)[0], values[f"{prefix}key"],
@@ -168,11 +190,13 @@ class Block(nnx.Module):
         entries = self._entries(sublayer)
         return sublayer.carry, entries
 
-    def _after_middle(self, carry: PyTree, values: Values, positions: Array) -> tuple[PyTree, tuple[Entry, ...]]:
+    def _after_middle(
+        self, carry: PyTree, values: Values, positions: Array, kept: Array | None
+    ) -> tuple[PyTree, tuple[Entry, ...]]:
         inputs, context = self._input(FFN, values, carry)
 
         def run() -> tuple[Array, PyTree]:
-            return self._behind(FFN, carry, context, self.ffn(inputs), values.get("layer"))
+            return self._behind(FFN, carry, context, self.ffn(inputs), values.get("layer"), kept)
 
         sublayer = SubLayer(FFN, self.attention, lambda: inputs, None, None, run, positions, values.get("layer"))
         entries = self._entries(sublayer)
@@ -214,13 +238,13 @@ def _layer(
 ) -> Layer:  # fmt: skip
     """The block cut where its mechanism reads, and at the softmax."""
     operations = mechanism.operations(config)
-    numbered = ("layer",) if mechanism.is_numbered(config) else ()
+    numbered = ("layer",) if mechanism.is_numbered(config) or config.stochastic_depth else ()
     context = ("attention_context",) if mechanism.has_context else ()
     attention_result = ("attention_result",) if ATTENTION in operations else ()
     merges = mechanism.merges(config)
     softmax = SoftmaxAttention(
         mechanism.softmax_slots(config), segment_ids=second_of_shared,
-        implementation=config.attention_implementation, with_lse=merges,
+        implementation=config.attention_implementation, with_lse=merges, causal=config.causal,
     )  # fmt: skip
 
     def part(name: str, takes: tuple[str, ...], gives: tuple[str, ...]) -> Part:
@@ -251,7 +275,21 @@ def _layer(
     return Layer(tuple(parts), tuple(cuts), reread, prepare=LayerGather(kinds))
 
 
+def drop_rates(config: TransformerConfig) -> Array:
+    """Stochastic depth (arXiv 1603.09382): the rate by layer, [L] float32, from 0 evenly up to the config's."""
+    return jnp.linspace(0.0, config.stochastic_depth, config.num_layers, dtype=jnp.float32)
+
+
+def _ffn(config: TransformerConfig, dtype: jnp.dtype, rngs: InitialKeys) -> SwiGLU | GELUNetwork:
+    options = {"initializer_range": config.initializer_range, "dtype": dtype, "rngs": rngs}
+    options["keep_hidden"] = config.remat != "ffn"
+    if config.ffn == "gelu":
+        return GELUNetwork(config.width, config.ffn_width, bias=config.biases, **options)
+    return SwiGLU(config.width, config.ffn_width, **options)
+
+
 def layer_norm(config: TransformerConfig) -> RMSNorm:
-    """An RMSNorm over the width, with the backward that fits the config's attention."""
+    """A norm over the width, with the backward that fits the config's attention."""
     implementation = beside(config.attention_implementation)
-    return RMSNorm(config.width, epsilon=config.norm_epsilon, implementation=implementation)
+    kind = RMSNorm if config.norm_kind == "rms" else LayerNorm
+    return kind(config.width, epsilon=config.norm_epsilon, implementation=implementation)

@@ -18,7 +18,7 @@ import numpy as np
 
 from moda_jax.config import TransformerConfig
 from moda_jax.model.attention import default_positions
-from moda_jax.model.stack import Step
+from moda_jax.model.stack import Stack, Step
 from moda_jax.model.transformer import Transformer
 from moda_jax.numerics.precision import dot_precision
 from moda_jax.parallel.attention import attention_forward
@@ -96,7 +96,13 @@ def probed_hidden(
             f"({module.config.moda})"
         )
     x = module.embedding(tokens)  # [B, T, D]
-    positions = default_positions(x) if positions is None else positions
+    return probed_walk(module, x, default_positions(x) if positions is None else positions, segment_ids, choice)
+
+
+def probed_walk(
+    module: Stack, x: Array, positions: Array, segment_ids: Array | None, choice: SlotChoice
+) -> tuple[Array, Array]:
+    """`probed_hidden` from the embedded tokens x [B, T, D] on, for any model whose mechanism has probes."""
     held = tuple(jnp.asarray(array, jnp.int32) for array in choice)
     hidden, masses, _ = module.walk(x, positions, segment_ids, _Probe(), held=held)
     return hidden, masses

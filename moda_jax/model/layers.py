@@ -1,6 +1,6 @@
-"""The parts of a layer that know nothing of attention: projections, RMSNorm, rotary embedding, SwiGLU, embedding.
+"""The parts of a layer that know nothing of attention: projections, norms, rotary embedding, FFNs, embedding.
 
-RMSNorm, rotary embedding and SwiGLU have their own backward, for what they keep: autodiff would keep float32
+The norms, the rotary embedding and SwiGLU have their own backward, for what they keep: autodiff would keep float32
 intermediates of the size of the activations, several for each; these keep their input (and a number per token).
 
 Axes: B batch, T tokens, D model width, F FFN hidden, N query heads, K key/value heads, H head_dim, V vocabulary.
@@ -35,7 +35,7 @@ LETTERS = {
 
 
 class Projection(nnx.Module):
-    """A linear map without bias, as one einsum: `y = einsum(spec, x, kernel)`.
+    """A linear map, as one einsum: `y = einsum(spec, x, kernel)`, plus a bias where it has one.
 
     Args:
         spec: the einsum, e.g. "btd,dnh->btnh"; the kernel's letters are its second operand.
@@ -44,6 +44,7 @@ class Projection(nnx.Module):
         dtype: compute dtype; the kernel itself is float32.
         out_dtype: dtype of the result; None: the compute dtype.
         axes: logical axes of the kernel; None: those that its letters stand for, see `LETTERS`.
+        bias: adds a vector to the result, over the kernel's letters that the result has; 0 at the start, not decayed.
         rngs: source of the kernel.
     """
 
@@ -56,19 +57,25 @@ class Projection(nnx.Module):
         dtype: jnp.dtype,
         out_dtype: jnp.dtype | None = None,
         axes: tuple[str | None, ...] | None = None,
+        bias: bool = False,
         rngs: nnx.Rngs | InitialKeys,
     ) -> None:
+        letters, _, result = spec.split(",")[1].partition("->")
         if axes is None:
-            axes = tuple(LETTERS[letter] for letter in spec.split(",")[1].partition("->")[0])
+            axes = tuple(LETTERS[letter] for letter in letters)
         self.spec = spec
         self.dtype = dtype
         self.out_dtype = out_dtype
         init = nnx.initializers.normal(initializer_range)
         self.kernel = parameter(init(rngs.params(), shape, jnp.float32), *axes, decays=True, is_cast=True)
+        kept = [place for place, letter in enumerate(letters) if letter in result]
+        zeros = jnp.zeros(tuple(shape[place] for place in kept), jnp.float32)
+        self.bias = parameter(zeros, *(axes[place] for place in kept)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        """The product, in the compute dtype."""
-        return contract(self.spec, x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.out_dtype)
+        """The result, in the compute dtype."""
+        y = contract(self.spec, x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.out_dtype)
+        return y if self.bias is None else y + norm.over_rows(self.bias[...], y).astype(y.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -91,6 +98,21 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """x of any shape [..., features]."""
         return rms_norm(x, varying_like(self.scale[...], x), self.epsilon, self.implementation)
+
+
+class LayerNorm(RMSNorm):
+    """`scale * (x - mean) / sqrt(variance + epsilon) + bias` over the last axis; arguments as of `RMSNorm`."""
+
+    def __init__(
+        self, features: int, *, epsilon: float, implementation: str | None = None, axis: str = "channels"
+    ) -> None:
+        super().__init__(features, epsilon=epsilon, implementation=implementation, axis=axis)
+        self.bias = parameter(jnp.zeros((features,), jnp.float32), axis)
+
+    def __call__(self, x: Array) -> Array:
+        """x of any shape [..., features]."""
+        scale, bias = (varying_like(array[...], x) for array in (self.scale, self.bias))
+        return layer_norm(x, scale, bias, self.epsilon, self.implementation)
 
 
 class HeadsNorm(RMSNorm):
@@ -172,6 +194,45 @@ class SwiGLU(nnx.Module):
         return swiglu(self.keep_hidden, x.astype(self.gate.dtype), *kernels)
 
 
+class GELUNetwork(nnx.Module):
+    """The feed-forward network of a vision transformer: `gelu(x up) down`, GELU with the normal distribution itself.
+
+    Args:
+        width, hidden: D, F.
+        keep_hidden: keep what stands between the matrix products for the backward pass; else it is computed again.
+        bias: both projections have one.
+        initializer_range, dtype, rngs: as in `Projection`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        keep_hidden: bool = True,
+        bias: bool = False,
+        initializer_range: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs | InitialKeys,
+    ) -> None:
+        keys = InitialKeys.of(rngs)
+        options = {"initializer_range": initializer_range, "dtype": dtype, "bias": bias}
+        self.keep_hidden = keep_hidden
+        self.up = Projection("btd,df->btf", (width, hidden), **options, rngs=keys.at("up"))
+        self.down = Projection("btf,fd->btd", (hidden, width), **options, rngs=keys.at("down"))
+
+    def __call__(self, x: Array) -> Array:
+        """x and the result: [B, T, D]."""
+        graph, params = nnx.split(self)
+
+        def run(params: nnx.State, x: Array) -> Array:
+            module = nnx.merge(graph, params)
+            hidden = constrain(module.up(x), "batch", "tokens", "ffn")
+            return module.down(jax.nn.gelu(hidden, approximate=False))
+
+        return (run if self.keep_hidden else jax.checkpoint(run))(params, x)
+
+
 class Embedding(nnx.Module):
     """Rows of a table by token id; its transpose is the output projection of a tied model."""
 
@@ -251,6 +312,46 @@ def _rms_norm_backward(epsilon: float, implementation: str | None, residuals: tu
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float, implementation: str | None = None) -> Array:
+    """`rms_norm(x - mean(x)) + bias` over the last axis, which is LayerNorm, computed in float32.
+
+    Args:
+        x: [..., D], any float dtype.
+        scale, bias: [D], any float dtype.
+        epsilon, implementation: as in `rms_norm`.
+
+    Returns:
+        [..., D] in x's dtype.
+    """
+    return (rms_norm(_centred(x), scale, epsilon, implementation) + norm.over_rows(bias, x)).astype(x.dtype)
+
+
+def _centred(x: Array) -> Array:
+    """x less its mean over the last axis, float32."""
+    wide = x.astype(jnp.float32)
+    return wide - jnp.mean(wide, axis=-1, keepdims=True)
+
+
+def _layer_norm_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float, implementation: str | None = None
+) -> tuple[Array, tuple]:
+    return layer_norm(x, scale, bias, epsilon, implementation), (x, scale, bias)
+
+
+def _layer_norm_backward(
+    epsilon: float, implementation: str | None, residuals: tuple, dy: Array
+) -> tuple[Array, Array, Array]:
+    x, scale, bias = residuals
+    dy = dy.astype(jnp.float32)
+    dcentred, dscale = rms_norm_backward(_centred(x), dy, scale, epsilon=epsilon, implementation=implementation)
+    dbias = jnp.sum(dy, axis=tuple(range(dy.ndim - 1)))
+    return _centred(dcentred).astype(x.dtype), dscale, dbias.astype(bias.dtype)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def swiglu(keep_hidden: bool, x: Array, gate: Array, up: Array, down: Array) -> Array:
     """`(silu(x gate) * (x up)) down`.
@@ -312,7 +413,9 @@ def rotate(x: Array, positions: Array, theta: float) -> Array:
 
     Args:
         x: [B, T, heads, H], any float dtype.
-        positions: [B, T] int32.
+        positions: [B, T] int32; or [B, T, axes], a place of several coordinates: the pairs are then shared out, the
+            first H / (2 axes) of them turn with the first coordinate, and so on, each share with angles as above for a
+            head of H / axes channels.
         theta: base of the wavelengths.
 
     Returns:
@@ -322,7 +425,11 @@ def rotate(x: Array, positions: Array, theta: float) -> Array:
 
 
 def _angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin of the pairs' angles: positions [B, T] to [B, T, H/2] float32 each."""
+    """cos and sin of the pairs' angles: positions [B, T] or [B, T, axes] to [B, T, H/2] float32 each."""
+    if positions.ndim == 3:
+        parts = [_angles(positions[..., i], head_dim // positions.shape[2], theta) for i in range(positions.shape[2])]
+        cos, sin = (jnp.concatenate(angles, axis=-1) for angles in zip(*parts, strict=True))
+        return cos, sin
     half = head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None].astype(jnp.float32) * norm.over_rows(frequency, positions[..., None])

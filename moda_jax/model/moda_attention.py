@@ -28,6 +28,8 @@ class MoDAAttention(Attention):
 
         y_t = W_o softmax([q_t . K[0..t], q_t . K_depth[t, :length]] / sqrt(H)) [V[0..t]; V_depth[t, :length]]
 
+    With `causal=False` a token sees the whole sequence, and depth as before.
+
     Differentiating a stack of these layers with plain autodiff is right, but keeps one copy of the depth stream per
     layer (memory grows with the square of the depth). `depth_scan` runs the same stack with one buffer.
 
@@ -35,7 +37,8 @@ class MoDAAttention(Attention):
         width, num_heads, num_kv_heads, head_dim: D, N, K, H; K divides N.
         ffn_kv: holds the projection that `write_ffn` needs (the paper's default variant).
         attention_kv: writes a projection of the input instead of the layer's own KV.
-        qk_norm, qk_norm_per_head, rope_theta, norm_epsilon, initializer_range: as in `Attention`.
+        causal: a token sees the sequence up to itself; False: all of it, and `decode` is refused.
+        qk_norm, qk_norm_per_head, rope_theta, norm_epsilon, bias, initializer_range: as in `Attention`.
         implementation: of the op, see `pallas_kernels.moda_attention`; None: the best for the device.
         dtype: compute dtype; None: bfloat16 on a GPU, float32 elsewhere.
         rngs: source of the kernels.
@@ -52,10 +55,12 @@ class MoDAAttention(Attention):
         *,
         ffn_kv: bool = False,
         attention_kv: bool = False,
+        causal: bool = True,
         qk_norm: bool = True,
         qk_norm_per_head: bool = False,
         rope_theta: float | None = 500000.0,
         norm_epsilon: float = 1e-6,
+        bias: bool = False,
         initializer_range: float = 0.02,
         implementation: str | None = None,
         dtype: jnp.dtype | str | None = None,
@@ -64,10 +69,10 @@ class MoDAAttention(Attention):
         dtype, keys = compute_dtype(dtype), InitialKeys.of(rngs)
         super().__init__(
             width, num_heads, num_kv_heads, head_dim, qk_norm=qk_norm, qk_norm_per_head=qk_norm_per_head,
-            rope_theta=rope_theta, norm_epsilon=norm_epsilon, initializer_range=initializer_range,
+            rope_theta=rope_theta, norm_epsilon=norm_epsilon, bias=bias, initializer_range=initializer_range,
             implementation=implementation, dtype=dtype, rngs=keys,
         )  # fmt: skip
-        self.implementation = implementation
+        self.implementation, self.causal = implementation, causal
         self.depth = MixtureOfDepths(
             width, num_heads, num_kv_heads, head_dim, section=MoDASection(ffn_kv=ffn_kv, attn_kv=attention_kv),
             initializer_range=initializer_range, dtype=dtype, rngs=keys.at("depth"),
@@ -99,7 +104,7 @@ class MoDAAttention(Attention):
         self._check_stream(x, stream)
         positions = default_positions(x) if positions is None else positions
         query, key, value = self.project(x, positions)
-        operation = SoftmaxAttention(True, segment_ids=_only, implementation=self.implementation)
+        operation = SoftmaxAttention(True, segment_ids=_only, implementation=self.implementation, causal=self.causal)
         y = self.output(operation((query, key, value), stream, (segment_ids,)))
         return y, self._written(ATTENTION, x, stream, positions, key, value)
 
@@ -121,8 +126,11 @@ class MoDAAttention(Attention):
             y [B, T, D], the stream with one more entry, and the cache with T more tokens in each row.
 
         Raises:
-            ValueError: a full stream or cache (when its length is concrete), or shapes that do not fit.
+            ValueError: a full stream or cache (when its length is concrete), or shapes that do not fit; or a layer with
+                `causal=False`, whose tokens change with every one that comes.
         """
+        if not self.causal:
+            raise ValueError("MoDAAttention.decode: the layer was built with causal=False, expected causal=True")
         places = cache.places(x.shape[1])
         positions = places if positions is None else positions
         query, key, value = self.project(x, positions)

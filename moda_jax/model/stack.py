@@ -26,6 +26,7 @@ from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.depth.stream import Stream
 from moda_jax.model.initial_keys import InitialKeys
+from moda_jax.model.module import Module
 from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.mesh import current_mesh
 from moda_jax.parallel.parameters import LayerGather
@@ -78,7 +79,7 @@ class Step:
         return left
 
 
-class Stack(nnx.Module):
+class Stack(Module):
     """A transformer between its embedding and its head.
 
     Args:
@@ -94,18 +95,26 @@ class Stack(nnx.Module):
         self.last_layer = Block(config, last=True, rngs=keys.layer(config.num_layers - 1))
         self.final_norm = layer_norm(config)
 
-    def __call__(self, x: Array, segment_ids: Array | None = None, positions: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        kept: Array | None = None,
+    ) -> Array:
         """The final norm's output [B, T, D] from the embedded tokens x [B, T, D].
 
         Args:
             x: in the compute dtype.
             segment_ids: [B, T] int32; tokens of different segments do not see each other. None: one segment.
-            positions: [B, T] int32, for the rotary embedding. None: 0..T-1.
+            positions: [B, T] int32, for the rotary embedding; or [B, T, axes], see `layers.rotate`. None: 0..T-1.
+            kept: [L, 2, B] bool, for stochastic depth: which rows keep the output of a layer's attention and of its FFN
+                (`Block`). None: all.
         """
         mesh = current_mesh()
         if positions is None and mesh is not None and mesh.shape["context"] > 1:
             raise ValueError("positions: expected an array: tokens lie in balanced order under mesh.context > 1")
-        return self.walk(x, default_positions(x) if positions is None else positions, segment_ids)[0]
+        return self.walk(x, default_positions(x) if positions is None else positions, segment_ids, kept=kept)[0]
 
     def walk(
         self,
@@ -117,6 +126,7 @@ class Stack(nnx.Module):
         held: PyTree = None,
         layer_params: tuple[PyTree, ...] | PyTree | None = None,
         last_token_only: bool = False,
+        kept: Array | None = None,
     ) -> tuple[Array, PyTree, PyTree]:
         """Runs all layers.
 
@@ -127,11 +137,13 @@ class Stack(nnx.Module):
             layer_params: of the first L-1 layers, one stack or a tuple of them; None: the model's own. A tuple is
                 walked layer by layer, with the numbers known in Python.
             last_token_only: the result is the last token's alone, [B, 1, D].
+            kept: as in `__call__`.
 
         Returns:
             The final norm's output; what the layers left behind, stacked [L, ...] (of a tuple, a tuple of L); `held`.
         """
-        config, shared = self.config, (positions, segment_ids)
+        config = self.config
+        shared = (positions, segment_ids) if kept is None else (positions, segment_ids, kept)
         last = _gathered(self.last_layer)
         mechanism: DepthMechanism = last.depth
         carry, stream = mechanism.begin(config, x, 0 if step is None else step.spare_slots)

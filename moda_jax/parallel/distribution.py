@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -84,6 +85,17 @@ class Distribution:
     def place(self, batch: Any) -> Any:
         """A batch as the pipeline makes it, on the devices."""
         return batch if self._batches is None else self._batches(batch)
+
+    def place_params(self, params: Any, abstract: Any) -> Any:
+        """Parameters that every process has whole, each where `abstract`, the state's, says that it lies."""
+        if self.mesh is None:
+            return params
+
+        def place(leaf: Any, wanted: Any) -> jax.Array:
+            whole = np.asarray(leaf)
+            return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: whole[index])
+
+        return jax.tree.map(place, params, abstract)
 
     def jit_train_step(self, train_step: Callable, state: Any) -> Any:
         """`train_step` (state, batch) -> (state, metrics), jitted on the mesh, its state donated."""

@@ -2,7 +2,7 @@
 
 Every process runs the same command. How many there are, which one this is and where the coordinator listens comes from
 
-1. flags: `--coordinator_address=HOST:PORT --num_processes=P --process_id=I` (Kubernetes, or by hand);
+1. flags: `--coordinator-address=HOST:PORT --num-processes=P --process-id=I` (Kubernetes, or by hand);
 2. SLURM: a step of several tasks (`srun`), one task per process;
 3. Open MPI: `mpirun` with several ranks.
 
@@ -25,9 +25,10 @@ from moda_jax.parallel.roll_call import roll_call
 
 _logger = logging.getLogger(__name__)
 
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a run of many processes.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, all machines together.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
+_COORDINATOR = flags.DEFINE_string("coordinator-address", None, "HOST:PORT of process 0, for a run of many processes.")
+_NUM_PROCESSES = flags.DEFINE_integer("num-processes", None, "Processes of the run, all machines together.")
+_PROCESS_ID = flags.DEFINE_integer("process-id", None, "This process's number, from 0.")
+FLAGS = (_COORDINATOR.name, _NUM_PROCESSES.name, _PROCESS_ID.name)
 
 # What a launcher sets: (name for jax.distributed, number of processes, this one's number).
 _LAUNCHERS = (
@@ -73,13 +74,13 @@ def find_launch(
     if not missing:
         if num_processes < 1 or not 0 <= process_id < num_processes:
             raise ValueError(
-                f"--num_processes={num_processes} --process_id={process_id}: expected a process_id in "
+                f"--num-processes={num_processes} --process-id={process_id}: expected a process-id in "
                 f"0..{max(num_processes, 1) - 1}"
             )
         return Launch("flags", **given) if num_processes > 1 else Launch()
     if len(missing) < len(given):
-        names = " and ".join(f"--{name}" for name in missing)
-        raise ValueError(f"{names}: missing; --coordinator_address, --num_processes and --process_id go together")
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise ValueError(f"{names}: missing; --coordinator-address, --num-processes and --process-id go together")
     for method, count, index in _LAUNCHERS:
         if method == "slurm" and _SLURM_STEP not in environment:
             continue

@@ -43,7 +43,7 @@ def roll_call(address: str, count: int, index: int, *, seconds: float = 300.0, s
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ValueError(f"--coordinator_address={address}: expected HOST:PORT")
+        raise ValueError(f"--coordinator-address={address}: expected HOST:PORT")
     waiting = _Waiting(seconds, speak)
     if index == 0:
         _call(int(port), count, waiting)
@@ -106,7 +106,7 @@ def _listen(port: int) -> socket.socket:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", port))
     except OSError as error:
-        raise ValueError(f"--coordinator_address: process 0 cannot listen on port {port} ({error.strerror})") from error
+        raise ValueError(f"--coordinator-address: process 0 cannot listen on port {port} ({error.strerror})") from error
 
 
 def _heard(peer: socket.socket) -> int | None:

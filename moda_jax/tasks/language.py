@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moda_jax.config import Config, TransformerConfig
+from moda_jax.config_checks import require
 from moda_jax.data.packing import Batch, batch_layout
 from moda_jax.model.accounting import param_count, train_flops_per_token
 from moda_jax.model.depth_probe import SlotChoice, depth_mass, filled_slots, probed_hidden
@@ -28,12 +29,12 @@ from moda_jax.parallel.vocabulary import loss_exchange
 from moda_jax.quantities import quantity
 from moda_jax.tasks.language_data import TOKENIZER_FILE, LanguageData
 from moda_jax.tasks.sample import sample_text
-from moda_jax.tasks.task import Metric, Task
+from moda_jax.tasks.task import Metric, Objective, Task
 
 Array = jax.Array
 
 
-class LanguageObjective:
+class LanguageObjective(Objective):
     """-log p(target) + z_loss * log(Z)^2, summed over the targets that the mask selects.
 
     Args:
@@ -65,6 +66,8 @@ class LanguageModelling(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
+        require(config.model.causal, "model.causal", config.model.causal, "True: a token is not told what comes next")
+        require(config.model.stochastic_depth == 0, "model.stochastic_depth", config.model.stochastic_depth, "0")
         self.unit = "byte" if config.data.tokenizer == "bytes" else "token"
 
     @functools.cached_property

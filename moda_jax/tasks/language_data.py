@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from moda_jax.config import Config
+from moda_jax.data.mixture import TokenMixture
 from moda_jax.data.packing import Batch
 from moda_jax.data.pipeline import TrainBatches, open_dataset, train_batches, validation_batches
+from moda_jax.data.token_store import TokenDataset
 from moda_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from moda_jax.parallel.batches import RowShare
 from moda_jax.quantities import quantity
@@ -105,10 +107,14 @@ class LanguageData:
         return {} if self._config.data.tokenizer == "bytes" else {TOKENIZER_FILE: Path(self.tokenizer.path)}
 
     def description(self) -> str:
-        """Source and size."""
-        return (
-            f"{self._config.data.source}: {quantity(self.num_items)} training tokens in "
-            f"{self.train_data.num_documents} documents"
+        """Source and size; of a mixture each source's, and how often the run goes through it."""
+        config, data = self._config, self.train_data
+        if not isinstance(data, TokenMixture):
+            return f"{config.data.source}: {_size(data)}"
+        tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length / sum(data.rows)
+        return "; ".join(
+            f"{share / sum(data.rows):.4g} of {source}: {_size(part)}, {tokens * share / part.num_tokens:.2f} epochs"
+            for (share, source), part in zip(config.data.sources, data.parts, strict=True)
         )
 
     @property
@@ -127,3 +133,7 @@ class LanguageData:
                 f"train.sample_tokens={train.sample_tokens}: expected at most {longest - prompt_tokens}, because the "
                 f"prompt has {prompt_tokens} tokens and model.max_sequence_length={longest}"
             )
+
+
+def _size(data: TokenDataset | TokenMixture) -> str:
+    return f"{quantity(data.num_tokens)} training tokens in {data.num_documents} documents"

@@ -63,6 +63,10 @@ class Objective(Protocol):
         """
         ...
 
+    def evaluate(self, params: Any, batch: Any) -> Any:
+        """The sums of a batch of the validation split: those of `loss`, without what belongs to training alone."""
+        return self.loss(params, batch, 0.0)[1]
+
 
 class Batches(Protocol):
     """An iterator of a run's training batches, this process's rows; closed at the end.

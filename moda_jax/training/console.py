@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import faulthandler
 import functools
 import logging
@@ -21,7 +20,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from moda_jax import command_help, config_files
+from moda_jax import command_help, config_files, other_names
 from moda_jax.config import Config, check_local
 from moda_jax.exit_codes import ExitCode, RunStoppedError
 from moda_jax.parallel import peers
@@ -46,7 +45,9 @@ class _LineSafeHandler(logging.Handler):
             tqdm.write(self.format(record), file=sys.stderr)
 
 
-def run_command(main: Callable[[], ExitCode | None]) -> None:
+def run_command(
+    main: Callable[[], ExitCode | None], own: flags.FlagValues | None = None, description: str | None = None
+) -> None:
     """Runs a command-line program: parses the flags, sets up logging, calls main, and exits with an `ExitCode`.
 
     A mistake on the command line, and a run that cannot go on (`RunStoppedError`), end in one line on stderr; `--debug`
@@ -56,7 +57,12 @@ def run_command(main: Callable[[], ExitCode | None]) -> None:
     Args:
         main: called without arguments once the flags are parsed; it puts what can fail by the user's fault in
             `user_errors`. Returns the exit code; None: FINISHED.
+        own: the command's own flags; None: those of absl's global `flags.FLAGS`, which are understood beside it.
+        description: of the command, for `--help`; None: the docstring of the program.
     """
+    values = flags.FLAGS if own is None else own
+    if description is None:
+        description = sys.modules["__main__"].__doc__ or ""
 
     def run(_: Sequence[str]) -> int:
         faulthandler.enable()  # a crash in native code says where
@@ -96,7 +102,7 @@ def run_command(main: Callable[[], ExitCode | None]) -> None:
             group.end(code, reason)
         return int(code)
 
-    app.run(run, flags_parser=_parse_flags)
+    app.run(run, flags_parser=functools.partial(_parse_flags, values=values, description=description))
 
 
 def print_result(text: object) -> None:
@@ -140,11 +146,12 @@ def user_errors() -> Iterator[None]:
         sys.exit(int(ExitCode.USER_ERROR))
 
 
-def config_from_flag(flag: flags.FlagHolder) -> tuple[Config, str]:
+def config_from_flags(values: flags.FlagValues, flag: str = "config") -> tuple[Config, str]:
     """The validated config that a `config_flags.DEFINE_config_file` flag holds, and a name for it.
 
     Args:
-        flag: the flag.
+        values: the command's own flags.
+        flag: the flag's name.
 
     Returns:
         The config, and the file's name without ".py", with the argument appended: "moda_700m_row4".
@@ -152,11 +159,11 @@ def config_from_flag(flag: flags.FlagHolder) -> tuple[Config, str]:
     Raises:
         ValueError: no config file was named, or the config is not valid.
     """
-    if flag.value is None:
-        raise ValueError(f"--{flag.name}: missing; name a config file, as in --{flag.name}=configs/quickstart.py")
-    path, _, argument = config_flags.get_config_filename(flags.FLAGS[flag.name]).partition(":")
+    if values[flag].value is None:
+        raise ValueError(f"--{flag}: missing; name a config file, as in --{flag}=configs/quickstart.py")
+    path, _, argument = config_flags.get_config_filename(values[flag]).partition(":")
     name = f"{Path(path).stem}_{argument}" if argument else Path(path).stem
-    return Config.from_dict(flag.value.to_dict()), name
+    return Config.from_dict(values[flag].value.to_dict()), name
 
 
 def check_config_arguments(arguments: Sequence[str], flag: str = "config") -> None:
@@ -179,10 +186,10 @@ def check_config_arguments(arguments: Sequence[str], flag: str = "config") -> No
             continue
         if path in sections:
             raise ValueError(f"--{flag}.{path}: is a section; set one of its keys, as in --{flag}.{path}.KEY=VALUE")
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+        meant = other_names.did_you_mean(path, known, other_names.FIELDS)
         section = next((name for name in _prefixes(path) if name in sections), None)
         others = [name for name in (*sections, *known) if name.rpartition(".")[0] == (section or "")]
-        hint = f"did you mean --{flag}.{near[0]}?" if near else f"known: {', '.join(others)}"
+        hint = f"did you mean --{flag}.{meant}?" if meant else f"known: {', '.join(others)}"
         raise ValueError(f"--{flag}.{path}: unknown config key; {hint}")
 
 
@@ -211,19 +218,28 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
 
 
-def _parse_flags(arguments: Sequence[str]) -> Sequence[str]:
+def _parse_flags(arguments: Sequence[str], *, values: flags.FlagValues, description: str) -> Sequence[str]:
     """absl's parser, with one line for what it and ml_collections raise."""
     try:
-        text = command_help.asked_for(arguments[1:], sys.modules["__main__"].__doc__ or "")
+        text = command_help.asked_for(arguments[1:], description, values)
         if text is not None:
             print(text)
             sys.exit(int(ExitCode.FINISHED))
-        if "config" in flags.FLAGS:
+        if "config" in values:
             config_files.make_importable()
             arguments = config_files.with_found_config(with_run_config(arguments))
+        arguments = [arguments[0], *(_with_hyphens(argument, values) for argument in arguments[1:])]
         check_config_arguments(arguments[1:])
-        rest = flags.FLAGS(arguments)
-        _check_places()
+        own = [name for name in values if "." not in name]
+        for name, flag in ((name, flags.FLAGS[name]) for name in flags.FLAGS):  # absl's, and `parallel.launch`'s
+            if name not in values and name == flag.name:  # a flag with a short name stands under both
+                values[name] = flag
+        try:
+            rest = values(arguments)
+        except flags.UnrecognizedFlagError as error:
+            raise ValueError(_unknown_flag(error.flagname, own)) from None
+        flags.FLAGS.mark_as_parsed()
+        _check_places(values)
         if len(rest) > 1:
             raise ValueError(f"{rest[1]!r}: unexpected argument; options are written --name=value")
         return rest
@@ -236,10 +252,33 @@ def _parse_flags(arguments: Sequence[str]) -> Sequence[str]:
         sys.exit(int(ExitCode.USER_ERROR))
 
 
-def _check_places() -> None:
+def _with_hyphens(argument: str, values: flags.FlagValues) -> str:
+    """An argument with its flag as we spell it: with hyphens. Underscores are understood, as some flags had them."""
+    dashes = argument[: len(argument) - len(argument.lstrip("-"))]
+    name, equals, value = argument[len(dashes) :].partition("=")
+    hyphens = name.replace("_", "-")
+    known = hyphens in values or hyphens.removeprefix("no") in values
+    return f"{dashes}{hyphens}{equals}{value}" if dashes and known else argument
+
+
+def _unknown_flag(name: str, known: Sequence[str]) -> str:
+    """What to say of a flag that a command does not have."""
+    meant = other_names.did_you_mean(name.replace("_", "-"), known, other_names.FLAGS)
+    if meant is None and "config" in known:
+        field = other_names.did_you_mean(name.replace("-", "_"), config_fields(Config)[1], other_names.FIELDS)
+        meant = None if field is None else f"config.{field}"
+    hint = (
+        f"did you mean --{meant}?"
+        if meant
+        else f"known: {', '.join(f'--{flag}' for flag in sorted(known))}; see --help"
+    )
+    return f"--{name}: unknown flag; {hint}"
+
+
+def _check_places(values: flags.FlagValues) -> None:
     """Every flag that names a file or directory names a local one."""
     for name in _PLACES:
-        value = flags.FLAGS[name].value if name in flags.FLAGS else None
+        value = values[name].value if name in values else None
         for place in value if isinstance(value, list) else [value or ""]:
             check_local(f"--{name}", place.partition("=")[2] if name == "data" else place)
 

@@ -1,4 +1,4 @@
-"""A run's numbers in its files: metrics.jsonl, TensorBoard events, and the loss plot."""
+"""A run's numbers in its files: metrics.jsonl, and the loss plot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moda_jax.tasks.task import Metric
-from moda_jax.training.workdir import METRICS_FILE, PLOT_FILE, TENSORBOARD_DIRECTORY
+from moda_jax.training.workdir import METRICS_FILE, PLOT_FILE
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and to TensorBoard's events.
+    """Appends to metrics.jsonl.
 
     Lines that a full disk does not take are held in memory and written before the next ones; the file never ends in
     half a line.
@@ -52,25 +52,16 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, step: int):
-        from moda_jax.training.tensorboard import EventFile  # 0.3 s that a refused run does not need
-
         self._path = workdir / METRICS_FILE
         self._held: list[str] = []
         if self._path.exists():
             _drop_lines_after(self._path, len([e for e in read_metrics(workdir) if e["step"] <= step]))
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._events = EventFile(workdir / TENSORBOARD_DIRECTORY, purge_step=step + 1 if step else None)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Writes one line; `entry` holds "step" and numbers (None: unknown). A kill after this loses nothing."""
         self._held.append(_line(entry))
         self._write_held(entry["step"])
-        scalars = {}
-        for name, value in entry.items():
-            if name != "step" and value is not None:
-                group = "validation" if name.startswith("validation_") else "train"
-                scalars[f"{group}/{name.removeprefix('validation_')}"] = value
-        self._events.write(entry["step"], scalars)
 
     def sync(self) -> None:
         """Puts what was written on disk, so that a checkpoint never knows of steps that metrics.jsonl has lost."""
@@ -78,13 +69,12 @@ class MetricsWriter:
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Writes what is held, and closes both."""
+        """Writes what is held, and closes the file."""
         if self._held:
             self._write_held(None)
         if self._held:
             _logger.error("%s: the last %d lines could not be written and are lost", self._path, len(self._held))
         os.close(self._descriptor)
-        self._events.close()
 
     def _write_held(self, step: int | None) -> None:
         """All lines or none."""

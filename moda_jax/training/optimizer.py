@@ -1,61 +1,50 @@
-"""OLMo 2's optimizer: AdamW with warm-up, cosine decay, clipping, and no weight decay on norms and embeddings."""
+"""The optimizer: AdamW as OLMo 2 has it, without weight decay on norms and embeddings, or Muon and AdamW."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from moda_jax.config import OptimizerConfig
 from moda_jax.parameter import ParameterKinds
-
-
-def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """The learning rate by the number of updates already done.
-
-    Update number n (counted from 1) runs at peak * n / warmup_steps during warm-up, at the peak when n = warmup_steps,
-    and then falls along half a cosine to final_learning_rate_fraction of the peak at n = num_steps, where it stays.
-
-    Args:
-        config: the optimizer's section.
-        num_steps: updates of the whole run.
-
-    Returns:
-        count -> float32 scalar; `count` is an int or an int32 scalar array, n - 1.
-    """
-    decay_steps = max(num_steps - config.warmup_steps, 1)
-    final = config.final_learning_rate_fraction
-
-    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        n = jnp.asarray(count, jnp.float32) + 1.0
-        warmup = n / max(config.warmup_steps, 1)
-        progress = jnp.clip((n - config.warmup_steps) / decay_steps, 0.0, 1.0)
-        cosine = final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        return config.learning_rate * jnp.where(n < config.warmup_steps, warmup, cosine)
-
-    return schedule
+from moda_jax.training.averaged import averaging
+from moda_jax.training.muon import is_matrix, muon
+from moda_jax.training.schedule import learning_rate_schedule
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int, kinds: ParameterKinds) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay, learning rate; moments in the parameters' dtype (float32).
+    """Clip by global norm, Adam or Muon, decoupled weight decay, learning rate; moments are float32, as parameters are.
 
     Args:
         config: the optimizer's section.
         num_steps: updates of the whole run, for the schedule.
-        kinds: what the parameters are: weight decay acts on those that say so.
+        kinds: what the parameters are: weight decay acts on those that say so, Muon on those that are matrices.
     """
+    clip = optax.clip_by_global_norm(config.gradient_clip_norm)
+    schedule = functools.partial(learning_rate_schedule, num_steps=num_steps)
     decayed = functools.partial(kinds.map, lambda kind, _: kind.decays)
-    return _in_default_modes(
-        optax.chain(
-            optax.clip_by_global_norm(config.gradient_clip_norm),
-            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
-            optax.add_decayed_weights(config.weight_decay, mask=decayed),
-            optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)),
-        )
+    adamw = (
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(schedule(config)),
     )
+    average = [averaging(config.ema_decay)] if config.ema_decay else []
+    if config.name == "adamw":
+        return _in_default_modes(optax.chain(clip, *adamw, *average))
+    own = config.muon
+    peak = config.learning_rate if own.learning_rate is None else own.learning_rate
+    matrices = (
+        muon(own, kinds),
+        optax.add_decayed_weights(config.weight_decay if own.weight_decay is None else own.weight_decay),
+        optax.scale_by_learning_rate(schedule(dataclasses.replace(config, learning_rate=peak))),
+    )
+    labels = functools.partial(kinds.map, lambda kind, _: "muon" if is_matrix(kind) else "adamw")
+    by_kind = optax.partition({"adamw": optax.chain(*adamw), "muon": optax.chain(*matrices)}, labels)
+    return _in_default_modes(optax.chain(clip, by_kind, *average))
 
 
 def _in_default_modes(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -15,7 +15,8 @@ from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.distribution import Distribution, resolved_mesh
 from moda_jax.tasks.registry import make_task
 from moda_jax.tasks.task import Task
-from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from moda_jax.training.optimizer import make_optimizer
+from moda_jax.training.schedule import learning_rate_schedule
 from moda_jax.training.state import TrainState, initial_state
 from moda_jax.training.train_step import make_eval_step, make_train_step
 

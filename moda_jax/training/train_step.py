@@ -91,7 +91,7 @@ def make_eval_step(objective: Objective, config: TrainConfig) -> Callable[[Any, 
 
     def eval_step(params: Any, batch: Any) -> Any:
         return _sum_over_micro_batches(
-            lambda micro_batch: objective.loss(params, micro_batch, 0.0)[1], batch, config.accumulation_steps
+            lambda micro_batch: objective.evaluate(params, micro_batch), batch, config.accumulation_steps
         )
 
     return eval_step

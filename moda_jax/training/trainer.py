@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ import jax
 
 from moda_jax.config import Config
 from moda_jax.parallel import peers
+from moda_jax.paths import expand_home
 from moda_jax.quantities import duration, quantity
 from moda_jax.tasks.registry import make_task
 from moda_jax.tasks.task import Batches
 from moda_jax.training import workdir as workdir_lib
+from moda_jax.training.averaged import AVERAGE_PREFIX, averaged_params, restarted_average
 from moda_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -40,6 +42,7 @@ from moda_jax.training.result import RunResult
 from moda_jax.training.signals import StopRequest
 from moda_jax.training.spikes import LossSpikes
 from moda_jax.training.status_line import StatusLine
+from moda_jax.training.trackers import check_trackers, group_scalars, open_trackers
 from moda_jax.training.train_step import StepMetrics
 from moda_jax.training.watchdog import Watchdog
 
@@ -59,16 +62,20 @@ class TrainingRun:
     Args:
         config: the run.
         workdir: its directory; created if it is not there.
+        starting_params: reads what `train.init_from` names, called with the config where the run has no checkpoint yet;
+            `moda_jax.interop.start.starting_params`. Needed for a config that names something.
 
     Raises:
         ValueError: a mistake in config, data or directory; the message names the field. Or another process trains here.
         NotImplementedError: the config asks for what this device or version cannot do.
     """
 
-    def __init__(self, config: Config, workdir: str | Path):
+    def __init__(self, config: Config, workdir: str | Path, starting_params: Callable[[Config], Any] | None = None):
         self._began = time.monotonic()
+        self._starting_params = starting_params
         self.workdir = Path(workdir)
         self.config = resolve(config)
+        check_trackers(self.config)
         self._task = make_task(self.config)
         changes = workdir_lib.check_config(self.workdir, self.config)
         self._checkpoint_directory = self.workdir / workdir_lib.CHECKPOINT_DIRECTORY
@@ -101,6 +108,9 @@ class TrainingRun:
             at_the_end.callback(self._checkpoints.close)
             metrics = MetricsWriter(self.workdir, self.step) if first else NoMetrics()
             self._metrics = at_the_end.enter_context(contextlib.closing(metrics))
+            self._trackers = open_trackers(self.config, self.workdir, self.step) if first else []
+            for tracker in self._trackers:
+                at_the_end.enter_context(contextlib.closing(tracker))
             batches = at_the_end.enter_context(contextlib.closing(self._data.train_batches(self._position)))
             self._watchdog = at_the_end.enter_context(contextlib.closing(Watchdog(self.config.train.watchdog_seconds)))
             progress = StatusLine(_logger, None if first else io.StringIO())
@@ -125,7 +135,9 @@ class TrainingRun:
         try:
             if self.step:
                 raise ValueError(f"workdir={str(self.workdir)!r}: has done {self.step} steps; name a new directory")
-            state = dataclasses.replace(self._state, params=self._task.adapted(params))
+            params = self._task.adapted(params)
+            optimizer_state = restarted_average(self._state.optimizer_state, params)
+            state = dataclasses.replace(self._state, params=params, optimizer_state=optimizer_state)
             self._checkpoints.save(self.step, state, self._record())
             if not self._checkpoints.wait():
                 raise CheckpointError(f"{self._checkpoint_directory}: step 0 could not be saved; the log says why")
@@ -147,6 +159,7 @@ class TrainingRun:
         if not is_new:
             self._lock_directory()
         self._data = self._task.open_data(self._distribution.rows, self.workdir)
+        start = self._read_start()
         self._traced = self._program.trace_train_step()
         if is_new:
             self._lock_directory()
@@ -157,7 +170,7 @@ class TrainingRun:
             self._write_config(changes)
         self._distribution.agree("config written")  # and with it the directory
         self._checkpoints = Checkpoints(self._checkpoint_directory, self.config.checkpoint)
-        self._restore_or_initialize(found, skipped)
+        self._restore_or_initialize(found, skipped, start)
         if found is not None:  # a restore can still be refused, so only now
             self._write_config(changes)
         group = peers.current()
@@ -200,10 +213,27 @@ class TrainingRun:
     def _items_per_step(self) -> int:
         return self.config.train.batch_size * self._task.items_per_row
 
-    def _restore_or_initialize(self, found: int | None, skipped: list[SkippedStep]) -> None:
+    def _read_start(self) -> Any:
+        """The parameters of `train.init_from`, for a run that has no checkpoint yet; None: fresh ones."""
+        place = self.config.train.init_from
+        if place is None or saved_steps(self._checkpoint_directory):
+            return None
+        if expand_home(place, "train.init_from").resolve() == self.workdir.resolve():
+            raise ValueError(f"train.init_from={place!r}: is the run's own directory; a run goes on by itself")
+        if self._starting_params is None:
+            raise ValueError(
+                f"train.init_from={place!r}: is read by moda_jax.interop.start.starting_params; give it to TrainingRun"
+            )
+        return self._task.adapted(self._starting_params(self.config))
+
+    def _restore_or_initialize(self, found: int | None, skipped: list[SkippedStep], start: Any) -> None:
         self._position = 0
         if found is None:
             self._state = self._program.initialize()
+            if start is not None:
+                params = self._distribution.place_params(start, self._program.abstract_state.params)
+                optimizer_state = restarted_average(self._state.optimizer_state, params)
+                self._state = dataclasses.replace(self._state, params=params, optimizer_state=optimizer_state)
             self._spikes = LossSpikes(self.config.train.loss_spike_deviations)
             return
         wanted = self._program.abstract_state
@@ -231,6 +261,8 @@ class TrainingRun:
         _logger.info(
             "resuming from step %d of %d (checkpoints found: %s)", found, self.config.train.num_steps, steps
         )  # fmt: skip
+        if self.config.train.init_from is not None:
+            _logger.info("train.init_from=%r: was where this run started; it is not read", self.config.train.init_from)
 
     # The loop.
 
@@ -306,6 +338,8 @@ class TrainingRun:
         if evaluate:
             entry |= self._evaluate(step)
         self._metrics.write(entry)
+        for tracker in self._trackers:
+            tracker.write(step, group_scalars(entry))
         self._mark_at(step)
 
     def _check_numbers(self, step: int, values: StepMetrics) -> None:
@@ -324,8 +358,11 @@ class TrainingRun:
             _logger.warning("step %d: loss spike, %.4f (number %d)", step, values.loss, self._spikes.count)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """The task's metrics over the validation split, or over `eval.num_batches` batches spread over it."""
+        """The task's metrics over the validation split, or over `eval.num_batches` batches spread over it; those of
+        averaged weights, if there are any, with "ema_" in front."""
         config, program = self.config, self._program
+        weights = {"": self._state.params, AVERAGE_PREFIX: averaged_params(self._state.optimizer_state)}
+        weights = {prefix: params for prefix, params in weights.items() if params is not None}
         self._progress.show(f"step {step}/{config.train.num_steps} | evaluating", milestone=False)
         batches = self._data.validation_batches()
         measured = {}
@@ -333,16 +370,21 @@ class TrainingRun:
             batch = next(batches)
             batches = itertools.chain([batch], batches)
             measured = {name: float(measure(self._state.params, batch)) for name, measure in program.measures.items()}
-        totals: dict[str, float] = {}
-        place = self._distribution.place
-        for sums in _one_late(program.eval_step(self._state.params, place(batch)) for batch in batches):
+        totals: dict[str, dict[str, float]] = {prefix: {} for prefix in weights}
+        placed = map(self._distribution.place, batches)
+        evaluated = ([program.eval_step(params, batch) for params in weights.values()] for batch in placed)
+        for all_sums in _one_late(evaluated):
             self._watchdog.beat()
-            totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums._asdict().items()}
-        count = max(totals.get("num_targets", 0.0), 1.0)
-        values = self._task.values({name: total / count for name, total in totals.items()} or {"loss": 0.0})
+            for total, sums in zip(totals.values(), all_sums, strict=True):
+                total |= {name: total.get(name, 0.0) + float(value) for name, value in sums._asdict().items()}
+        found = {}
+        for prefix, total in totals.items():
+            count = max(total.get("num_targets", 0.0), 1.0)
+            values = self._task.values({name: value / count for name, value in total.items()} or {"loss": 0.0})
+            found |= {f"validation_{prefix}{name}": value for name, value in values.items()}
         first = self._task.metrics[0]
-        _logger.info("step %d: validation %s", step, first.text(values[first.name]))
-        return {f"validation_{name}": value for name, value in values.items()} | measured
+        _logger.info("step %d: validation %s", step, first.text(found[f"validation_{first.name}"]))
+        return found | measured
 
     def _save(self) -> None:
         self._metrics.sync()
@@ -411,10 +453,16 @@ class TrainingRun:
         entries = [entry for entry in read_metrics(self.workdir) if f"{prefix}{first}" in entry]
         last = entries[-1] if entries else {}
         values = {name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)}
+        validation = self._task.describe(values)
+        averaged = {name.removeprefix(AVERAGE_PREFIX): value for name, value in values.items() if name.startswith(
+            AVERAGE_PREFIX
+        )}  # fmt: skip
+        if averaged:
+            validation += f"; averaged weights: {self._task.describe(averaged)}"
         return RunResult(
             workdir=self.workdir, step=self.step, num_steps=self.config.train.num_steps,
             resumed_finished=resumed_finished, validation_loss=values.get(first),
-            validation=self._task.describe(values), sample=sample, stopped_by=stopped_by,
+            validation=validation, sample=sample, stopped_by=stopped_by,
         )  # fmt: skip
 
 

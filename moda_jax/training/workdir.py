@@ -6,7 +6,8 @@ What lies in it:
     tokenizer.json   the task's copies of files, so that the run can be moved: the tokenizer, unless it is "bytes"
     changes.jsonl    a line per field that a resumed run changed: step, field, old, new
     metrics.jsonl    a line per logged step
-    tensorboard/     the same values as TensorBoard events
+    tensorboard/     the same values as TensorBoard events, see `trackers`
+    wandb_id.txt     under which Weights & Biases knows the run; what it has not sent lies in wandb/
     checkpoints/     one directory per saved step
     faults/          the step that stopped the run, to be replayed
     processes/       of a run of many processes: what libraries said, and the stacks when a peer was lost
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moda_jax.config import Config, check_local
+from moda_jax.training.schedule import is_same_plan
 
 _logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ CONFIG_FILE = "config.json"
 CHANGES_FILE = "changes.jsonl"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
+WANDB_ID_FILE = "wandb_id.txt"
 CHECKPOINT_DIRECTORY = "checkpoints"
 FAULT_DIRECTORY = "faults"
 PROCESS_DIRECTORY = "processes"
@@ -44,10 +47,10 @@ SAMPLE_FILE = "sample.txt"
 _FREE_SECTIONS = ("mesh", "checkpoint", "eval")
 _FREE_FIELDS = (
     "model.attention_implementation", "model.layer_loop", "model.remat",
-    "data.cache_dir", "data.prefetch_batches",
+    "data.cache_dir", "data.images.threads", "data.images.workers", "data.prefetch_batches",
     "train.accumulation_steps", "train.deterministic", "train.log_interval_steps", "train.loss_spike_deviations",
     "train.max_skipped_in_a_row", "train.num_steps", "train.peer_timeout_seconds", "train.sample_prompt",
-    "train.sample_tokens", "train.watchdog_seconds",
+    "train.sample_tokens", "train.trackers", "train.watchdog_seconds",
 )  # fmt: skip
 # Names of places: another name is good if the same data is there, which the checkpoint's fingerprints decide.
 _PLACES = ("data.source", "data.tokenizer", "data.end_of_text")
@@ -197,7 +200,7 @@ def write_config(workdir: Path, config: Config, changes: list[Change], step: int
     if step and any(field in _ROUNDING or field.startswith("mesh.") for field in fields):
         _logger.info("from step %d on sums are rounded in another order: the same training, not bit for bit", step)
     if step and "train.num_steps" in fields:
-        _say_new_plan(config, step)
+        _say_new_plan(config, changes[fields.index("train.num_steps")].old, step)
     path = workdir / CONFIG_FILE
     temporary = path.with_suffix(".json.new")
     try:
@@ -211,13 +214,14 @@ def write_config(workdir: Path, config: Config, changes: list[Change], step: int
         raise ValueError(f"workdir={str(workdir)!r}: cannot be written ({error})") from error
 
 
-def _say_new_plan(config: Config, step: int) -> None:
-    """The cosine spans the whole run, so another length is another learning rate."""
-    if config.optimizer.final_learning_rate_fraction == 1.0:
-        _logger.info("train.num_steps: the learning rate is constant after warm-up, so its plan is the same")
+def _say_new_plan(config: Config, old_steps: int, step: int) -> None:
+    """A decay ends with the run, so another length is another learning rate."""
+    steps = config.train.num_steps
+    if is_same_plan(config.optimizer, old_steps, steps, step):
+        _logger.info("train.num_steps: the learning rate up to step %d is that of a run of %d steps", step, steps)
         return
     _logger.warning(
         "train.num_steps: the learning rate is planned anew from step %d on, as in a run of %d steps; the steps before "
         "did not follow that plan, so this is not the run that was planned so long from its start",
-        step, config.train.num_steps,
+        step, steps,
     )  # fmt: skip

@@ -11,7 +11,7 @@ PROGRAM = """
 import sys
 import benchmarks.mesh as mesh
 mesh.EXCHANGES = ((2, 64),)
-sys.argv = ["mesh", "--config=configs/quickstart.py", "--sequences_per_device=1", "--rounds=1", "--steps=1",
+sys.argv = ["mesh", "--config=configs/quickstart.py", "--sequences-per-device=1", "--rounds=1", "--steps=1",
             "--axes=context", '--model={"num_layers": 2}', f"--output={sys.argv[1]}"]
 mesh.main()
 """

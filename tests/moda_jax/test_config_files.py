@@ -1,4 +1,6 @@
+import importlib
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +57,26 @@ def test_in_a_clone_configs_is_its_own_package(monkeypatch):
     monkeypatch.delitem(sys.modules, "configs", raising=False)
     config_files.make_importable()
     assert "configs" not in sys.modules
+
+
+def test_ours_are_importable_beside_a_folder_of_that_name(monkeypatch, tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.py").write_text("LAYERS = 7\n")
+    loaded = [name for name in sys.modules if name.partition(".")[0] == "configs"]
+    for name in (*loaded, "configs", "configs.mine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    repository = config_files.directory().parent
+    paths = [path for path in sys.path if Path(path).resolve() != repository.resolve()]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *paths])
+    config_files.make_importable()
+    assert importlib.import_module("configs.mine").LAYERS == 7
+    assert importlib.import_module("configs.quickstart").get_config().model.num_layers == 4
+
+
+def test_an_installed_package_has_its_own(monkeypatch, tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "other.py").write_text("")  # another project's, beside moda_jax in site-packages
+    (tmp_path / "moda_jax" / "configs").mkdir(parents=True)
+    (tmp_path / "moda_jax" / "configs" / "ours.py").write_text("")
+    monkeypatch.setattr(config_files, "_PACKAGE", tmp_path / "moda_jax")
+    assert config_files.names() == ["ours"]

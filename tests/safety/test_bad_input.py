@@ -25,7 +25,7 @@ POSITIVE = """
 model: vocab_size num_layers width num_heads num_kv_heads head_dim ffn_width rope_theta norm_epsilon
 model: max_sequence_length initializer_range
 data: sequence_length prefetch_batches max_document_bytes
-optimizer: learning_rate epsilon gradient_clip_norm
+optimizer: learning_rate epsilon gradient_clip_norm decay_fraction
 train: num_steps batch_size accumulation_steps log_interval_steps
 checkpoint: keep_last max_failed_saves
 """
@@ -39,7 +39,8 @@ BELOW_ONE = [("optimizer", "beta1"), ("optimizer", "beta2"), ("data", "validatio
 CHOICES = [
     ("model", "norm"), ("model", "depth"), ("model", "remat"), ("model", "layer_loop"), ("model", "dtype"),
     ("model", "attention_implementation"), ("model", "depth_gradient_dtype"), ("data", "on_damage"),
-    ("data", "on_invalid_utf8"),
+    ("model", "norm_kind"), ("model", "ffn"), ("data", "on_invalid_utf8"), ("optimizer", "name"),
+    ("optimizer", "schedule"), ("optimizer", "decay_shape"),
 ]  # fmt: skip
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
 FIELDS = [(name, field.name) for name, section in SECTIONS.items() for field in dataclasses.fields(section)]

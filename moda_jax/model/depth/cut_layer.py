@@ -122,6 +122,7 @@ class PartedBlock:
         segment_ids: (*shared) -> [B, T] int32 or None: the op's mask.
         scale: of the logits; None: H ** -0.5.
         implementation: of the op; None: the best for the device.
+        causal: a token sees the sequence up to itself; False: all of it.
         prepare: one layer's parameters -> what both parts get, differentiable; on a mesh, the gather of that layer.
     """
 
@@ -133,10 +134,11 @@ class PartedBlock:
     scale: float | None = None
     implementation: str | None = None
     prepare: Callable[[PyTree], PyTree] = lambda params: params
+    causal: bool = True
 
     def layer(self) -> Layer:
         """The same as a `Layer`."""
-        op = SoftmaxAttention(True, self.segment_ids, self.scale, self.implementation)
+        op = SoftmaxAttention(True, self.segment_ids, self.scale, self.implementation, causal=self.causal)
         return Layer(
             parts=(
                 Part(_Before(self), ("x",), ("query", "key", "value")),

@@ -94,6 +94,10 @@ class AttentionOverDepth(DepthMechanism):
     def check(cls, config: TransformerConfig) -> None:
         super().check(config)
         require(
+            config.stochastic_depth == 0, "model.stochastic_depth", config.stochastic_depth,
+            "0 with model.depth='depth_attention', where no residual stream goes around a sub-layer",
+        )  # fmt: skip
+        require(
             config.num_heads * config.head_dim == config.width, "model.width", config.width,
             f"model.num_heads * model.head_dim = {config.num_heads * config.head_dim} with model.depth="
             "'depth_attention': the heads' results together are a sub-layer's input",

@@ -87,15 +87,15 @@ def no_segments(*shared: PyTree) -> None:
     del shared
 
 
-def second_of_shared(positions: Array, segment_ids: Array | None) -> Array | None:
+def second_of_shared(positions: Array, segment_ids: Array | None, *more: PyTree) -> Array | None:
     """Of what every layer of a `Stack` gets, the segment ids."""
-    del positions
+    del positions, more
     return segment_ids
 
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxAttention(Operation):
-    """Causal attention over the sequence and, under the same softmax, over the filled slots of a `DepthStream`.
+    """Attention over the sequence and, under the same softmax, over the filled slots of a `DepthStream`.
 
     Its request is (query [B, T, N, H], key, value [B, T, K, H]), its result [B, T, N, H].
 
@@ -105,6 +105,7 @@ class SoftmaxAttention(Operation):
         scale: of the logits; None: H ** -0.5.
         implementation: see `pallas_kernels.moda_attention`.
         with_lse: the result is a pair, with the log-sum-exp [B, T, N] float32.
+        causal: a token sees the sequence up to itself; False: all of it.
     """
 
     reads_slots: bool
@@ -112,6 +113,7 @@ class SoftmaxAttention(Operation):
     scale: float | None = None
     implementation: str | None = None
     with_lse: bool = False
+    causal: bool = True
 
     def __call__(self, request: tuple, stream: Stream, shared: tuple) -> PyTree:
         if self.with_lse:
@@ -155,7 +157,8 @@ class SoftmaxAttention(Operation):
         if self.reads_slots and stream.slots:
             depth = DepthKV(stream.key, stream.value, length=filled_slots(stream))
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return Call(query, key, value, causal_mask(self.segment_ids(*shared)), depth, scale)
+        mask = dataclasses.replace(causal_mask(self.segment_ids(*shared)), causal=self.causal)
+        return Call(query, key, value, mask, depth, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

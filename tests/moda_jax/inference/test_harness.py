@@ -169,7 +169,7 @@ def test_a_prompt_that_loses_its_beginning_is_counted_and_said(generated, caplog
 
 
 def test_a_context_of_one_token_is_no_place_to_generate(generated):
-    with pytest.raises(ValueError, match=r"--context=1: expected at least 2 for a task that generates text"):
+    with pytest.raises(ValueError, match=r"context=1: expected at least 2 for a task that generates text"):
         generated([Request("a", {})], context=1)
 
 

@@ -123,7 +123,7 @@ def test_a_domain_that_cannot_be_read_says_why(tmp_path, monkeypatch, argument, 
 
 def test_context_and_stride_are_checked(run):
     assert checked_windows(run, None, None) == (32, 16)
-    with pytest.raises(ValueError, match=r"--context=65: expected 1\.\.64, the model's context"):
+    with pytest.raises(ValueError, match=r"context=65: expected 1\.\.64, the model's context"):
         checked_windows(run, 65, None)
-    with pytest.raises(ValueError, match=r"--stride=33: expected 1\.\.32, the context"):
+    with pytest.raises(ValueError, match=r"stride=33: expected 1\.\.32, the context"):
         checked_windows(run, None, 33)

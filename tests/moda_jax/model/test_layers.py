@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from moda_jax.model.layers import norm_rotate, rms_norm, rotate, swiglu
+from moda_jax.model.layers import GELUNetwork, layer_norm, norm_rotate, rms_norm, rotate, swiglu
 
 
 def draw(*shape, seed=0):
@@ -70,6 +71,31 @@ def test_norm_rotate_is_the_norm_of_all_heads_or_of_each_and_then_the_rotation(p
     assert_gradients_equal(
         lambda x, scale: norm_rotate(x, scale, positions, 0.1, theta), plain, (draw(2, 3, 2, 8), scale), argnums=(0, 1)
     )
+
+
+def test_layer_norm_is_its_formula():
+    def plain(x, scale, bias):
+        mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+        return (x - mean) / jnp.sqrt(variance + 0.1) * scale + bias
+
+    arguments = draw(2, 3, 8) + 3.0, draw(8, seed=1), draw(8, seed=2)
+    assert_gradients_equal(lambda x, scale, bias: layer_norm(x, scale, bias, 0.1), plain, arguments, argnums=(0, 1, 2))
+
+
+def test_a_gelu_network_computed_again_is_the_same():
+    options = {"bias": True, "initializer_range": 0.3, "dtype": jnp.float32}
+    kept, again = (GELUNetwork(8, 16, keep_hidden=keep, rngs=nnx.Rngs(0), **options) for keep in (True, False))
+    assert_gradients_equal(again, kept, (draw(2, 3, 8),), argnums=(0,))
+    kept = [leaf for leaf in jax.tree.leaves(jax.vjp(again, draw(2, 3, 8))[1]) if leaf.shape[-1:] == (16,)]
+    assert not [leaf for leaf in kept if leaf.ndim == 3]  # no hidden activation
+
+
+def test_places_of_two_coordinates_turn_half_of_the_pairs_each():
+    x, places = draw(1, 2, 3, 8), jnp.int32([[[4, 7], [0, 2]]])
+    got = rotate(x, places, 50.0)
+    for coordinate, channels in enumerate(([0, 1, 4, 5], [2, 3, 6, 7])):
+        expected = rotate(x[..., jnp.array(channels)], places[..., coordinate], 50.0)
+        np.testing.assert_allclose(got[..., jnp.array(channels)], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("function", ["rms_norm", "swiglu", "swiglu again", "rotate", "norm_rotate"])

@@ -15,7 +15,8 @@ from moda_jax.model.function import model_function, parameter_kinds
 from moda_jax.parallel.mesh import AXES, named_sharding, on_mesh
 from moda_jax.parallel.parameters import state_shardings
 from moda_jax.tasks.language import LanguageObjective, language_params
-from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from moda_jax.training.optimizer import make_optimizer
+from moda_jax.training.schedule import learning_rate_schedule
 from moda_jax.training.state import initial_state
 from moda_jax.training.train_step import make_train_step
 from pallas_kernels import dispatch, norm

@@ -31,9 +31,9 @@ def test_flags_come_first():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="--num_processes and --process_id: missing; --coordinator_address"):
+    with pytest.raises(ValueError, match="--num-processes and --process-id: missing; --coordinator-address"):
         find_launch({}, "host:1")
-    with pytest.raises(ValueError, match=r"--num_processes=2 --process_id=2: expected a process_id in 0..1"):
+    with pytest.raises(ValueError, match=r"--num-processes=2 --process-id=2: expected a process-id in 0..1"):
         find_launch({}, "host:1", 2, 2)
 
 

@@ -30,7 +30,7 @@ def main():
     group.write_to(Path(PLACE.value))
     group.at_step(120)
     print_result("up")
-    index = flags.FLAGS.process_id
+    index = flags.FLAGS["process-id"].value
     if MODE.value == "fails" and index == 1:
         time.sleep(1.5)
         raise RunStoppedError("runs/x: no further")

@@ -71,5 +71,5 @@ def test_a_taken_port_and_a_wrong_address_are_mistakes():
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"process 0 cannot listen on port {port} .Address already in use"):
             roll_call(f"127.0.0.1:{port}", 2, 0)
-    with pytest.raises(ValueError, match="--coordinator_address=host: expected HOST:PORT"):
+    with pytest.raises(ValueError, match="--coordinator-address=host: expected HOST:PORT"):
         roll_call("host", 2, 1)

@@ -130,6 +130,24 @@ def test_fingerprints_are_those_of_the_data(data, make, place):
     assert others["tokenizer_fingerprint"] == ours["tokenizer_fingerprint"]
 
 
+def test_a_mixture_is_data_of_its_own(data, make, place):
+    write_corpus(place / "mixed", seed=2)
+    source = f"3*{place / 'corpus'} + 1*{place / 'mixed'}"
+    mixed = opened(make(data={"source": source}))
+    assert mixed.fingerprints()["dataset_fingerprint"] != data.fingerprints()["dataset_fingerprint"]
+    assert mixed.validation_fingerprint != data.validation_fingerprint
+    parts = mixed.train_data.parts
+    assert mixed.num_items == sum(part.num_tokens for part in parts)
+    epochs = [60 * 4 * 32 * share / part.num_tokens for share, part in zip((0.75, 0.25), parts, strict=True)]
+    described = mixed.description()
+    assert described.startswith(f"0.75 of {place / 'corpus'}: ")
+    assert f"{epochs[0]:.2f} epochs; 0.25 of {place / 'mixed'}: " in described
+    assert described.endswith(f"{epochs[1]:.2f} epochs")
+    with mixed.train_batches(0) as batches:
+        assert next(batches).tokens.shape == (4, 32)
+    assert not mixed.accept_older("dataset_fingerprint", data.fingerprints()["dataset_fingerprint"])
+
+
 def test_a_vocabulary_that_is_mostly_unused_is_spoken_of(make, caplog):
     with caplog.at_level(logging.WARNING, logger="moda_jax"):
         opened(make(model={"vocab_size": 285}))  # 28 of 285: what padding may add
@@ -142,3 +160,8 @@ def test_a_prompt_must_fit_the_model(make):
     opened(make(train={"sample_prompt": "def ", "sample_tokens": 60}))
     with pytest.raises(ValueError, match=r"train\.sample_tokens=61: expected at most 60, because the prompt has 4"):
         opened(make(train={"sample_prompt": "def ", "sample_tokens": 61}))
+
+
+def test_a_model_that_sees_what_comes_next_is_refused(make):
+    with pytest.raises(ValueError, match=r"model\.causal=False: expected True"):
+        make(model={"causal": False})

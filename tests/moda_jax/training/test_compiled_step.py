@@ -12,7 +12,8 @@ from moda_jax.config import OptimizerConfig, TrainConfig, TransformerConfig
 from moda_jax.data.packing import Batch
 from moda_jax.model.function import model_function, parameter_kinds
 from moda_jax.tasks.language import LanguageObjective, language_params
-from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from moda_jax.training.optimizer import make_optimizer
+from moda_jax.training.schedule import learning_rate_schedule
 from moda_jax.training.state import initial_state
 from moda_jax.training.train_step import make_train_step
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from support.documents import REPOSITORY, start_python
 
 from moda_jax.quantities import duration, quantity
@@ -148,22 +150,65 @@ def test_stdout_holds_results_only_and_log_files_hold_lines_only():
     assert "\r" not in errors
 
 
-def test_a_remote_place_is_refused_in_every_command(monkeypatch):
-    from absl import flags
-
+def test_a_remote_place_is_refused_in_every_command():
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_multi_string("data", [], "", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "", flag_values=values)
-    monkeypatch.setattr(flags, "FLAGS", values)
     values(["x", "--workdir=runs/a", "--data=wiki=wiki.txt", "--prompt=s3://bucket"])
-    console._check_places()
+    console._check_places(values)
     for argument in ("--workdir=gs://b/run", "--data=wiki=s3://b/wiki.txt"):
         values(["x", argument])
         with pytest.raises(ValueError, match=rf"^--{argument[2:6]}\w*='\w+://.*': is remote"):
-            console._check_places()
+            console._check_places(values)
         values.unparse_flags()
         values["workdir"].value = None
+
+
+OWN_FLAGS = """
+import sys
+from absl import flags
+from ml_collections import config_flags
+from moda_jax.training.console import print_result, run_command
+
+FLAGS = flags.FlagValues()
+MOST = flags.DEFINE_integer("max-tokens", 200, "Tokens.", flag_values=FLAGS)
+LOUD = flags.DEFINE_bool("be-loud", True, "Loud.", flag_values=FLAGS)
+config_flags.DEFINE_config_file("config", None, "", flag_values=FLAGS)
+run_command(lambda: print_result((MOST.value, LOUD.value)), FLAGS, "It does nothing.")
+"""
+
+
+def own_flags(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", OWN_FLAGS, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_flags_have_hyphens_and_underscores_are_understood():
+    assert own_flags("--max-tokens=3", "--nobe-loud") == (0, "(3, False)\n")
+    assert own_flags("--max_tokens", "4", "--nobe_loud") == (0, "(4, False)\n")
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("--max_new_tokens=3", "--max_new_tokens: unknown flag; did you mean --max-tokens?"),
+        ("--max-token=3", "--max-token: unknown flag; did you mean --max-tokens?"),
+        ("--lr=3", "--lr: unknown flag; did you mean --config.optimizer.learning_rate?"),
+        ("--zzz", "--zzz: unknown flag; known: --be-loud, --config, --max-tokens; see --help"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_one_that_is_meant(argument, line, capsys):
+    values = flags.FlagValues()
+    flags.DEFINE_integer("max-tokens", 200, "", flag_values=values)
+    flags.DEFINE_bool("be-loud", True, "", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    with pytest.raises(SystemExit) as ended:
+        console._parse_flags(["x", argument], values=values, description="")
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {line}\n")
 
 
 def run_toy(main, **streams):

@@ -8,7 +8,7 @@ import pytest
 from moda_jax.config import OptimizerConfig, TransformerConfig
 from moda_jax.model.function import parameter_kinds, split_model
 from moda_jax.parameter import ParameterKind, ParameterKinds
-from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from moda_jax.training.optimizer import make_optimizer
 
 TINY = {
     "vocab_size": 20, "num_layers": 3, "width": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_width": 16,
@@ -23,24 +23,6 @@ def model_parameters(**fields):
 
 def named(tree):
     return {".".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def test_schedule_values():
-    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_learning_rate_fraction=0.1)
-    schedule = learning_rate_schedule(config, num_steps=24)
-    # Update n is schedule(n - 1): linear to the peak at n = 4, half a cosine to a tenth at n = 24.
-    expected = [2.0 * n / 4 for n in range(1, 5)]
-    expected += [2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * (n - 4) / 20)) / 2) for n in range(5, 25)]
-    np.testing.assert_allclose([schedule(n - 1) for n in range(1, 25)], expected, rtol=1e-6)
-    assert float(schedule(23)) == pytest.approx(0.2)
-    assert float(schedule(1000)) == pytest.approx(0.2)
-    assert float(schedule(jnp.int32(13))) == pytest.approx(1.1)
-
-
-@pytest.mark.parametrize(("warmup_steps", "expected"), [(0, [0.55, 0.1]), (2, [0.5, 1.0])])
-def test_schedule_without_warmup_and_without_decay(warmup_steps, expected):
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=warmup_steps)
-    np.testing.assert_allclose([learning_rate_schedule(config, num_steps=2)(n) for n in range(2)], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,7 +10,8 @@ from moda_jax.data.packing import Batch
 from moda_jax.numerics.cross_entropy import loss_sums
 from moda_jax.parameter import ParameterKind, ParameterKinds
 from moda_jax.tasks.language import LanguageObjective
-from moda_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from moda_jax.training.optimizer import make_optimizer
+from moda_jax.training.schedule import learning_rate_schedule
 from moda_jax.training.state import TrainState
 from moda_jax.training.train_step import make_eval_step, make_train_step
 

@@ -47,22 +47,31 @@ def test_what_may_change_is_logged_and_stored(tmp_path, caplog):
         "checkpoint.interval_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps",
     }  # fmt: skip
     with caplog.at_level(logging.INFO, logger="moda_jax"):
-        write_config(tmp_path, new, changes, 700)
-    assert "config changed at step 700: train.num_steps: 10000 in the directory, 20000 now" in caplog.text
-    assert "planned anew from step 700 on, as in a run of 20000 steps" in caplog.text
+        write_config(tmp_path, new, changes, 2700)
+    assert "config changed at step 2700: train.num_steps: 10000 in the directory, 20000 now" in caplog.text
+    assert "planned anew from step 2700 on, as in a run of 20000 steps" in caplog.text
     assert "rounded in another order" not in caplog.text
     assert read_config(tmp_path) == new
     kept = [json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines()]
-    assert {"step": 700, "field": "train.num_steps", "old": 10000, "new": 20000} in kept and len(kept) == 7
+    assert {"step": 2700, "field": "train.num_steps", "old": 10000, "new": 20000} in kept and len(kept) == 7
 
 
-def test_a_constant_learning_rate_has_no_other_plan(tmp_path, caplog):
-    constant = {"final_learning_rate_fraction": 1.0}
-    write_config(tmp_path, config(optimizer=constant), [])
-    new = config(optimizer=constant, train={"num_steps": 20000})
+@pytest.mark.parametrize(
+    ("optimizer", "is_same"),
+    [
+        ({"final_learning_rate_fraction": 1.0}, True),
+        ({"schedule": "constant"}, True),
+        ({"schedule": "wsd", "warmup_steps": 100}, True),  # neither run's decay has begun at step 700
+        ({"schedule": "wsd", "warmup_steps": 100, "decay_fraction": 0.95}, False),
+    ],
+)
+def test_a_longer_run_with_the_same_beginning_is_not_planned_anew(optimizer, is_same, tmp_path, caplog):
+    write_config(tmp_path, config(optimizer=optimizer), [])
+    new = config(optimizer=optimizer, train={"num_steps": 20000})
     with caplog.at_level(logging.INFO, logger="moda_jax"):
         write_config(tmp_path, new, check_config(tmp_path, new), 700)
-    assert "constant after warm-up, so its plan is the same" in caplog.text and "anew" not in caplog.text
+    assert ("the learning rate up to step 700 is that of a run of 20000 steps" in caplog.text) == is_same
+    assert ("planned anew" in caplog.text) != is_same
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,174 @@
+"""Attention maps over an image: where each head of the class token looks, over the patches and over the depth slots.
+
+The probabilities of one softmax over [patches | depth] for the query that the head of the model reads: the class
+token's, or the mean over all patches where the model pools them.
+
+Axes: L layers, N query heads, R patches along a side, T tokens, S depth slots, K key/value heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moda_jax.inference.attention_maps import MASKED, choose
+from moda_jax.model.depth.registry import find_mechanism
+from moda_jax.model.function import ModelFunction
+from moda_jax.model.stack import Step
+from moda_jax.numerics.precision import dot_precision
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageMaps:
+    """Probabilities of all layers for one image, on the host. The three sum to 1.
+
+    Attributes:
+        patches: float32 [L, N, R, R].
+        class_token: float32 [L, N], on the class token itself; 0 in a model without.
+        depth: float32 [L, N, S]; slots that a layer does not see are 0.
+        entries_per_layer: slots that a layer writes: the first is the attention's, the second the FFN's.
+    """
+
+    patches: np.ndarray
+    class_token: np.ndarray
+    depth: np.ndarray
+    entries_per_layer: int
+
+    @property
+    def depth_mass(self) -> np.ndarray:
+        """[L]: mean over the heads of the mass on the depth slots."""
+        return self.depth.sum(axis=-1).mean(axis=-1)
+
+
+def image_maps(model: ModelFunction, params: Any, image: np.ndarray) -> ImageMaps:
+    """The maps of one image.
+
+    Args:
+        model: of a `VisionTransformer`.
+        params: its parameters.
+        image: [size, size, channels] float32, normalised as in training.
+    """
+    sequence, depth = (np.asarray(part) for part in _all_layers(model, params, jnp.asarray(image)[None]))
+    config = model.module(params).config
+    grid = config.image.grid
+    patches = sequence[..., -(grid**2) :].reshape(*sequence.shape[:2], grid, grid)
+    first = sequence[..., 0] if config.image.pooling == "class_token" else np.zeros_like(sequence[..., 0])
+    mechanism = find_mechanism(config.depth)
+    entries = len(mechanism.entry_sites(config)) if mechanism.softmax_slots(config) else 0
+    return ImageMaps(patches, first, depth, entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Maps(Step):
+    """Leaves each layer's probabilities behind, [N, T] and [N, S]: of the first query, or the mean over all."""
+
+    first_only: bool
+
+    def attend(self, operation, request, stream, shared, number, held):
+        query, key, _ = request
+        if operation.reads_slots:
+            depth_key, length = stream.key[0], stream.length
+        else:
+            depth_key, length = jnp.zeros((key.shape[1], 0, *key.shape[2:]), key.dtype), 0
+        asked = query[0, :1] if self.first_only else query[0]
+        left = _probabilities(asked, key[0], depth_key[: len(asked)], length)
+        return operation(request, stream, shared), left, stream, 0
+
+
+def _probabilities(query: Array, key: Array, depth_key: Array, length: Array | int) -> tuple[Array, Array]:
+    """query [Q, N, H], key [T, K, H], depth_key [Q, S, K, H]: the means over the queries, [N, T] and [N, S] float32."""
+    count, heads, head_dim = query.shape
+    grouped = query.reshape(count, key.shape[1], -1, head_dim)  # [Q, K, G, H]
+    options = {"precision": dot_precision(query.dtype), "preferred_element_type": jnp.float32}
+    over_keys = jnp.einsum("qkgh,ukh->kgqu", grouped, key, **options)
+    over_slots = jnp.einsum("qkgh,qskh->kgqs", grouped, depth_key, **options)
+    filled = (jnp.arange(depth_key.shape[1]) < length)[None, None, None]
+    logits = jnp.concatenate([over_keys, jnp.where(filled, over_slots, MASKED)], axis=-1) * head_dim**-0.5
+    both = jax.nn.softmax(logits, axis=-1).mean(axis=2).reshape(heads, -1)
+    return both[:, : len(key)], both[:, len(key) :]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _all_layers(model: ModelFunction, params: Any, images: Array) -> tuple[Array, Array]:
+    """[L, N, T] and [L, N, S]."""
+    module = model.module(params)
+    x = module.tokens(images)
+    step = _Maps(module.config.image.pooling == "class_token")
+    return module.walk(x, module.positions(x), None, step)[1]
+
+
+def draw_image_maps(
+    maps: ImageMaps, picture: np.ndarray, path: Path, *, title: str, max_layers: int = 4, max_heads: int = 4
+) -> None:
+    """Draws the image, and for sampled layers (columns) and heads (rows) a map: patches | depth slots, the oldest slot
+    at the top.
+
+    Args:
+        maps: from `image_maps`.
+        picture: uint8 [height, width, channels].
+        path: the PNG to write.
+        title: above the figure.
+        max_layers, max_heads: how many are drawn, evenly spread.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state; slow to import
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    num_layers, num_heads = maps.patches.shape[:2]
+    layers, heads = choose(num_layers, max_layers), choose(num_heads, max_heads)
+    figure = Figure(figsize=(2.6 * (1 + len(layers)) + 0.8, 2.2 * len(heads) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(heads), 1 + len(layers), squeeze=False)
+    norm = LogNorm(1e-4, 1.0, clip=True)
+    for row, head in enumerate(heads):
+        grey = picture.shape[-1] == 1
+        grid[row, 0].imshow(picture[..., 0] if grey else picture, cmap="gray" if grey else None)
+        grid[row, 0].set_ylabel(f"head {head}", fontsize=8)
+        for column, layer in enumerate(layers, start=1):
+            axes = grid[row, column]
+            drawn = axes.imshow(map_picture(maps, layer, head), norm=norm, cmap="magma", interpolation="nearest")
+            mass = maps.depth[layer, head].sum()
+            axes.set_xlabel(f"patches | depth {mass:.2f}", fontsize=7)
+            if row == 0:
+                axes.set_title(f"layer {layer}", fontsize=9)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=grid, label="attention probability", shrink=0.6, pad=0.01)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=80)
+
+
+def map_picture(maps: ImageMaps, layer: int, head: int) -> np.ndarray:
+    """One map as numbers: the patches, a white column, and the filled slots one below the other; NaN is white.
+
+    Returns:
+        float32 [height, width]: every patch and slot as a block of equal numbers.
+    """
+    patches, grid = maps.patches[layer, head], maps.patches.shape[-1]
+    filled = min(maps.depth.shape[-1], layer * maps.entries_per_layer)
+    scale = max(1, -(-filled // grid))  # a slot is at least a row high
+    image = np.kron(patches, np.ones((scale, scale), np.float32))
+    if not maps.depth.shape[-1]:
+        return image
+    strip = np.full((grid * scale, max(2, grid * scale // 6)), np.nan, np.float32)
+    for slot, rows in enumerate(np.array_split(np.arange(grid * scale), filled) if filled else []):
+        strip[rows, 1:] = maps.depth[layer, head, slot]
+    return np.concatenate([image, strip], axis=1)
+
+
+def save_image_masses(maps: ImageMaps, path: Path) -> None:
+    """Writes the masses by layer as JSON."""
+    values = {
+        "depth_mass": [round(float(mass), 6) for mass in maps.depth_mass],
+        "class_token_mass": [round(float(mass), 6) for mass in maps.class_token.mean(axis=-1)],
+    }
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
