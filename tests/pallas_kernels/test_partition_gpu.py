@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 P = PartitionSpec
-B, T, S, K, G, H = 2, 512, 20, 4, 2, 64
+B, T, S, K, G, H = 2, 512, 20, 4, 4, 64
 LAYOUTS = {
     "rows": (P("a"),) * 5,
     "heads": (*(P(None, None, "a"),) * 3, *(P(None, None, None, "a"),) * 2),
@@ -99,8 +99,8 @@ def test_the_op_and_its_gradients(layout, kind):
     arrays = draw()
     found, compiled = on_two(functools.partial(gradients, moda), KINDS[kind], LAYOUTS[layout], arrays)
     assert_close(found, jax.jit(functools.partial(gradients, moda))(*arrays))
-    largest = max(moved(compiled.as_text()), default=0)
-    assert largest <= (B * T * K * H if layout == "tokens" else 0)
+    largest = max(moved(compiled.as_text()), default=0)  # XLA may sum the keys' and the values' gradients as one array
+    assert largest <= (2 * B * T * K * H if layout == "tokens" else 0)  # queries have twice as many
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -95,9 +95,8 @@ def assert_softmax_ignores_the_key_bias(gradient):
     assert jnp.linalg.norm(of_key) < 2e-5 * jnp.linalg.norm(of_query)
 
 
-@pytest.mark.parametrize(
-    "depth", [pytest.param(name, marks=() if name == "moda" else pytest.mark.slow) for name in MECHANISMS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", MECHANISMS)
 def test_patches_have_no_order_under_any_mechanism(depth):
     """Without positions the mean over the patches does not see where a patch stands."""
     config = tiny(norm="pre", depth=depth, num_layers=4, image=IMAGE | {"pooling": "mean"}, initializer_range=0.05)
@@ -111,6 +110,7 @@ def test_patches_have_no_order_under_any_mechanism(depth):
     np.testing.assert_allclose(run(given), run(turned), rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_stochastic_depth_leaves_outputs_out_and_keeps_their_mean():
     config = tiny(**CASES["deit with depth"], stochastic_depth=0.6)
     function, params = perturbed(config)
