@@ -31,7 +31,7 @@ def test_a_file_comes_before_a_name(tmp_path, monkeypatch):
     "value", ["no_such", "/nowhere/x.py:row1", "configs/no_such.py", "elsewhere/quickstart.py", ""]
 )
 def test_what_is_not_there_is_said_with_what_is(value):
-    with pytest.raises(ValueError, match=r"no such file; ours by name: base, depth_comparison, .*quickstart"):
+    with pytest.raises(ValueError, match=r"no such file; ours by name: base, .*depth_comparison, .*quickstart"):
         config_files.find(value)
 
 
