@@ -20,10 +20,8 @@ LARGEST_BLOCK = {"cpu": 256, "gpu": 1024}
 DEPTH = {"cpu": 2**18, "gpu": 2**26}
 SLOT_CHUNK = 8
 # As many queries of a KV head take all keys at once: their logits are fewer than the keys' elements, and XLA would copy
-# a cache that a loop reads before it is written. On a GPU by products and sums that XLA fuses: on an H100 a decode step
-# of the 700M model took 3.6 ms that way, with matrix products 4.4. On a CPU matrix products are faster.
+# a cache that a loop reads before it is written.
 FEW_QUERIES = 16
-BY_SUMS = {"cpu": False, "gpu": True}
 FEWEST_TOKENS = 8  # of a block of the depth part: with less, no part of it would be left to some of 8 devices
 
 # A masked logit, and the running maximum before the first one: the lowest number, so that no real logit lies below it,
@@ -134,11 +132,6 @@ def sequence_blocks(query: Array, key: Array) -> tuple[Blocks, Blocks]:
 def few_queries(query: Array) -> bool:
     """Whether query [B, K, G, T, H] is so small that all keys are taken at once."""
     return query.shape[2] * query.shape[3] <= FEW_QUERIES
-
-
-def by_sums(query: Array) -> bool:
-    """Whether query [B, K, G, T, H] meets all keys by products and sums instead of matrix products."""
-    return few_queries(query) and BY_SUMS[_platform()]
 
 
 def depth_blocks(depth_key: Array) -> tuple[TokenBlocks, Blocks]:

@@ -7,7 +7,7 @@ from jax import Array
 
 from pallas_kernels.operands import Call, Mask, Upstream
 from pallas_kernels.parts import Part
-from pallas_kernels.xla.blocks import MASKED, Blocks, by_sums, dot, loop, sequence_blocks
+from pallas_kernels.xla.blocks import MASKED, Blocks, dot, loop, sequence_blocks
 
 
 def _key_blocks_seen(mask: Mask, queries: Blocks, keys: Blocks, index: Array | int) -> Array | int:
@@ -99,8 +99,6 @@ def forward(call: Call) -> Part:
     mask, scale = call.mask, call.scale
     query = _group(call.query, call.num_kv_heads)  # [B, K, G, T, H]
     key, value = (jnp.moveaxis(array, 1, 2) for array in (call.key, call.value))  # [B, K, U, H]
-    if by_sums(query):
-        return _by_sums(call, query, key, value)
     queries, keys = sequence_blocks(query, key)
 
     def query_block(i: Array | int, results: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -134,22 +132,6 @@ def forward(call: Call) -> Part:
     results = jnp.zeros_like(query, dtype=jnp.float32), jnp.zeros_like(query[..., 0], dtype=jnp.float32)
     out, lse = loop(queries.count, query_block, results)
     return Part(_ungroup(out), _ungroup(lse))
-
-
-def _by_sums(call: Call, query: Array, key: Array, value: Array) -> Part:
-    """Few queries [B, K, G, T, H] over keys [B, K, U, H]: no loop and no matrix product, all in float32."""
-    queries, keys = (Blocks.of(size, size) for size in (query.shape[3], key.shape[2]))
-    k, v = (_filled_keys(x, call.mask, keys, 0).astype(jnp.float32)[:, :, None, None] for x in (key, value))
-    visible = _visible(call.mask, queries, keys, 0, 0)
-    logits = jnp.sum(query.astype(jnp.float32)[:, :, :, :, None] * k, axis=-1) * call.scale  # [B, K, G, T, U]
-    logits = logits if visible is None else jnp.where(visible, logits, MASKED)
-    top = jnp.max(logits, axis=-1)
-    weights = jnp.exp(logits - top[..., None])
-    weights = weights if visible is None else jnp.where(visible, weights, 0.0)
-    total = jnp.sum(weights, axis=-1)
-    empty = total == 0
-    out = jnp.sum(weights[..., None] * v, axis=-2) / jnp.where(empty, 1.0, total)[..., None]
-    return Part(_ungroup(out), _ungroup(jnp.where(empty, 0.0, top) + jnp.log(total)))
 
 
 def backward(call: Call, upstream: Upstream) -> tuple[Array, Array, Array]:

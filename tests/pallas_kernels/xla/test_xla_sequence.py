@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import block
 from pallas_kernels.operands import Call, Mask, Upstream
-from pallas_kernels.xla import blocks, sequence
+from pallas_kernels.xla import sequence
 from pallas_kernels.xla.blocks import sequence_blocks
 
 
@@ -48,10 +48,9 @@ def test_as_many_key_blocks_as_the_latest_query_needs():
     assert sequence._key_blocks_seen(unknown, queries, keys, 0) == 8
 
 
-@pytest.mark.parametrize("by_sums", [False, True], ids=["products", "sums"])
 @pytest.mark.parametrize("masked", ["positions and length", "segments", "nothing"])
-def test_few_queries_take_all_keys_at_once(monkeypatch, masked, by_sums):
-    """By matrix products as on a CPU, by sums as on a GPU; hidden keys and values are NaN."""
+def test_few_queries_take_all_keys_at_once(masked):
+    """Hidden keys and values are NaN."""
     B, T, U, K, G, H = 2, 2, 300, 2, 3, 8
     draw = np.random.default_rng(0)
     query, key, value = (draw.standard_normal(s).astype(np.float32) for s in ((B, T, K * G, H), *2 * [(B, U, K, H)]))
@@ -66,8 +65,6 @@ def test_few_queries_take_all_keys_at_once(monkeypatch, masked, by_sums):
         mask = Mask(False, query_segment_ids=np.array([[1, 7], [0, 2]], np.int32), key_segment_ids=ids)
     call = Call(query, key, value, mask, scale=0.3)
     expected = block.forward(call, implementation="reference")
-    for platform in ("cpu", "gpu"):
-        monkeypatch.setitem(blocks.BY_SUMS, platform, by_sums)
     assert "while" not in str(jax.make_jaxpr(lambda call: block.forward(call, implementation="xla"))(call))
     part = block.forward(call, implementation="xla")
     np.testing.assert_allclose(part.out, expected.out, rtol=1e-5, atol=1e-6)
