@@ -155,7 +155,7 @@ def moda_sequence_forward(
         if rest is not None:
             other += rows.load(other_rest + statistics_start * H, statistics * H, exists, H, COLUMNS).to(tl.float32)
         accumulator = accumulator * (weight * mine / both)[:, None] + other * (others / both)[:, None]
-    else:
-        accumulator = accumulator * weight[:, None]
+    else:  # the sum keeps a compiler from fusing product and rest: the bits are those of a merge with nothing
+        accumulator = accumulator * weight[:, None] + 0.0
     rows.store_rounded(out, rest, statistics_start * H, statistics * H, exists, accumulator, H, COLUMNS)
     tl.store(lse + statistics_start + statistics, own_lse, exists)
