@@ -18,6 +18,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,9 @@ def run(grid: str, implementation: str | None, rounds: int) -> dict[str, Any]:
             if isinstance(value, str):
                 print(f"    {name}: {value}")
         rows.append(row)
-    return {"environment": timing.environment(), "grid": grid, "copy_bytes_per_second": bandwidth, "rows": rows}
+    compiled_for = {name: os.environ[name] for name in ("MODA_TRITON_CAPABILITY",) if name in os.environ}
+    environment = timing.environment() | compiled_for
+    return {"environment": environment, "grid": grid, "copy_bytes_per_second": bandwidth, "rows": rows}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -186,7 +189,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Runs one grid and writes attention_GRID.json and .png."""
+    """Runs one grid and writes attention_GRID[_IMPLEMENTATION].json and .png."""
     parser = argparse.ArgumentParser(description="Times the MoDA op against cuDNN on the sequence part alone.")
     parser.add_argument("--grid", choices=GRIDS, default="paper")
     parser.add_argument("--implementation", default=None, help="of the op; by default the best for this device")
@@ -195,7 +198,8 @@ def main() -> None:
     arguments = parser.parse_args()
     result = run(arguments.grid, arguments.implementation, arguments.rounds)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"attention_{arguments.grid}.json"
+    name = "_".join(filter(None, ("attention", arguments.grid, arguments.implementation)))
+    path = arguments.output / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     if any("ratio forward+backward" in row for row in result["rows"]):
         plot(result, path.with_suffix(".png"))

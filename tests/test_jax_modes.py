@@ -113,7 +113,7 @@ def _gradient(block, loops):
 
 @pytest.mark.parametrize(
     "mode",
-    [pytest.param(MODES[name], marks=pytest.mark.slow if name == "tracer_leaks" else ()) for name in MODES],
+    [pytest.param(MODES[name], marks=() if name == "x64" else pytest.mark.slow) for name in MODES],
     ids=MODES, indirect=True,
 )  # fmt: skip
 def test_the_layer_in_a_remat_scan_and_in_our_loop(mode):

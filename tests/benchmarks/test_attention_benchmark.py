@@ -11,7 +11,7 @@ def test_smoke_grid_writes_a_result_that_names_its_machine(tmp_path, monkeypatch
     arguments = ["attention", "--grid=smoke", "--implementation=xla", "--rounds=1", f"--output={tmp_path}"]
     monkeypatch.setattr("sys.argv", arguments)
     attention.main()
-    result = json.loads((tmp_path / "attention_smoke.json").read_text())
+    result = json.loads((tmp_path / "attention_smoke_xla.json").read_text())
     assert set(result["environment"]) == {"device", "platform", "jax", "python", "date"}
     assert len(result["rows"]) == 2
     for row in result["rows"]:

@@ -99,6 +99,7 @@ def test_later_losses_are_those_of_a_run_without_that_update(place, monkeypatch,
             np.testing.assert_array_equal(x, y, err_msg=part + jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run_and_can_be_replayed(place, monkeypatch, capsys):
     run = new_run(place, "stopped", max_skipped_in_a_row=2)
     poison(run, monkeypatch, (5, 11, 12, 13))  # the step behind the last one is sound: it must not hide the fault

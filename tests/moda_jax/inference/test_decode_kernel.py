@@ -51,6 +51,7 @@ def check(*shape, length, padded):
     assert 0 < error["xla"] < 2e-2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="on the chip the next test does it")
 def test_the_kernels_compute_what_products_do(monkeypatch):
     monkeypatch.setattr(split, "CTAS", 8)

@@ -87,6 +87,7 @@ def test_the_others_end_at_once_when_process_0_is_gone(tmp_path):
         assert "JAX distributed service detected fatal errors" in stacks  # and what JAX had to say
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_by_an_error_says_why_to_all(tmp_path):
     codes, words, seconds = ended(start(tmp_path, "fails"))
     assert codes == [69, 1, 69], words

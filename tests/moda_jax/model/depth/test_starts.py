@@ -47,13 +47,14 @@ def test_denseformer_starts_as_the_plain_transformer():
     assert_close(fresh_logits("pre", "denseformer"), fresh_logits("pre", "none"), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         {"entry_bias": True},
-        pytest.param({"read": "top", "read_slots": 2}, marks=pytest.mark.slow),
-        pytest.param({"key": "writer_norm", "query_rotated": False}, marks=pytest.mark.slow),
-        pytest.param({"key": "reader_norm", "query_rotated": False}, marks=pytest.mark.slow),
+        {"read": "top", "read_slots": 2},
+        {"key": "writer_norm", "query_rotated": False},
+        {"key": "reader_norm", "query_rotated": False},
     ],
     ids=str,
 )
