@@ -32,6 +32,7 @@ from benchmarks import timing
 from pallas_kernels import moda_attention
 
 RESULTS = Path(__file__).parent / "results"
+CAPABILITY = "MODA_TRITON_CAPABILITY"  # see pallas_kernels/triton/call.py, which needs Triton to be imported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +163,13 @@ def run(grid: str, implementation: str | None, rounds: int) -> dict[str, Any]:
             if isinstance(value, str):
                 print(f"    {name}: {value}")
         rows.append(row)
-    compiled_for = {name: os.environ[name] for name in ("MODA_TRITON_CAPABILITY",) if name in os.environ}
-    environment = timing.environment() | compiled_for
-    return {"environment": environment, "grid": grid, "copy_bytes_per_second": bandwidth, "rows": rows}
+    return {"environment": _environment(), "grid": grid, "copy_bytes_per_second": bandwidth, "rows": rows}
+
+
+def _environment() -> dict[str, str]:
+    """Also for which compute capability the Triton kernels were compiled, if it is not the card's."""
+    given = os.environ.get(CAPABILITY)
+    return timing.environment() | ({} if given is None else {CAPABILITY: given})
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -196,7 +201,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Runs one grid and writes attention_GRID[_IMPLEMENTATION].json and .png."""
+    """Runs one grid and writes attention_GRID[_IMPLEMENTATION][_for_CAPABILITY].json and .png."""
     parser = argparse.ArgumentParser(description="Times the MoDA op against cuDNN on the sequence part alone.")
     parser.add_argument("--grid", choices=GRIDS, default="paper")
     parser.add_argument("--implementation", default=None, help="of the op; by default the best for this device")
@@ -205,8 +210,9 @@ def main() -> None:
     arguments = parser.parse_args()
     result = run(arguments.grid, arguments.implementation, arguments.rounds)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    name = "_".join(filter(None, ("attention", arguments.grid, arguments.implementation)))
-    path = arguments.output / f"{name}.json"
+    given = os.environ.get(CAPABILITY)
+    parts = ("attention", arguments.grid, arguments.implementation, given and f"for_{given}")
+    path = arguments.output / ("_".join(filter(None, parts)) + ".json")
     path.write_text(json.dumps(result, indent=1) + "\n")
     if any("ratio forward+backward" in row for row in result["rows"]):
         plot(result, path.with_suffix(".png"))

@@ -17,6 +17,10 @@ def test_smoke_grid_writes_a_result_that_names_its_machine(tmp_path, monkeypatch
     for row in result["rows"]:
         assert row["seconds"]["ours forward"] > 0 and row["seconds"]["ours forward+backward"] > 0
     assert "B1 T64 G2 S3/3" in capsys.readouterr().out
+    monkeypatch.setenv("MODA_TRITON_CAPABILITY", "8.0")
+    attention.main()
+    result = json.loads((tmp_path / "attention_smoke_xla_for_8.0.json").read_text())
+    assert result["environment"]["MODA_TRITON_CAPABILITY"] == "8.0"
 
 
 def test_depth_bytes():
