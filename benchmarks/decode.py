@@ -158,6 +158,7 @@ def measure(
         row |= {
             "weight_bytes": weights, "cache_bytes": cache, "milliseconds_per_step": seconds * 1e3,
             "tokens_per_second": batch / seconds, "floor_milliseconds": floor * 1e3, "of_floor": floor / seconds,
+            "cache_bytes_per_token": decoders[name].state.cache.nbytes // (batch * decoders[name].state.cache.capacity),
         }  # fmt: skip
     return list(contestants.values())
 

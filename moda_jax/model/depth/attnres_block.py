@@ -91,6 +91,12 @@ class BlockAttentionResiduals(DepthMechanism):
         return 4 * config.width * sources
 
     @classmethod
+    def slots_read(cls, config: TransformerConfig) -> int:
+        """The sources but the unfinished block, which is the carry."""
+        size = cls.sublayers_a_source(config)
+        return sum(1 + done // size for done in range(2 * config.num_layers + 1))
+
+    @classmethod
     def operations(cls, config: TransformerConfig) -> dict[str, Operation]:
         return dict.fromkeys((ATTENTION, FFN, OUTPUT), SoftmaxMixture(EPSILON))
 

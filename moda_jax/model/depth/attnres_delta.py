@@ -84,9 +84,13 @@ class DeltaAttentionResiduals(DepthMechanism):
     @classmethod
     def read_flops(cls, config: TransformerConfig) -> int:
         """Two products of 2 D FLOPs a source: its logit, and the sum."""
+        null_sources = 2 * config.num_layers if config.attnres_delta.null_source else 0
+        return 4 * config.width * (cls.slots_read(config) + null_sources)
+
+    @classmethod
+    def slots_read(cls, config: TransformerConfig) -> int:
         sublayers = 2 * config.num_layers
-        sources = sublayers * (sublayers + 1) // 2 - 1  # the first has none
-        return 4 * config.width * (sources + (sublayers if config.attnres_delta.null_source else 0))
+        return sublayers * (sublayers + 1) // 2 - 1  # the first has none
 
     @classmethod
     def operations(cls, config: TransformerConfig) -> dict[str, Operation]:

@@ -78,7 +78,12 @@ class DenseFormer(DepthMechanism):
 
     @classmethod
     def read_flops(cls, config: TransformerConfig) -> int:
-        return 2 * config.width * cls.parameters(config)
+        return 2 * config.width * cls.slots_read(config)
+
+    @classmethod
+    def slots_read(cls, config: TransformerConfig) -> int:
+        """Each with a weight of its own."""
+        return cls.parameters(config)
 
     @classmethod
     def operations(cls, config: TransformerConfig) -> dict[str, Operation]:

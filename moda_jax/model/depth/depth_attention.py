@@ -123,9 +123,14 @@ class AttentionOverDepth(DepthMechanism):
 
     @classmethod
     def read_flops(cls, config: TransformerConfig) -> int:
-        """Two products of 2 N H FLOPs a slot; the head's read meets all, each before it one less."""
+        """Two products of 2 N H FLOPs a slot."""
+        return 4 * config.num_heads * config.head_dim * cls.slots_read(config)
+
+    @classmethod
+    def slots_read(cls, config: TransformerConfig) -> int:
+        """The head's read meets all, each before it one less."""
         slots = cls.slots(config)
-        return 4 * config.num_heads * config.head_dim * slots * (slots + 1) // 2
+        return slots * (slots + 1) // 2
 
     @classmethod
     def operations(cls, config: TransformerConfig) -> dict[str, Operation]:

@@ -163,6 +163,12 @@ class DepthMechanism(nnx.Module):
         return 0
 
     @classmethod
+    def slots_read(cls, config: TransformerConfig) -> int:
+        """Slots that a token's reads of the stream meet, summed over the layers: what must move at the least."""
+        del config
+        return 0
+
+    @classmethod
     def operations(cls, config: TransformerConfig) -> dict[str, Operation]:
         """The operations on the stream by site, one of `SITES`; the same in all layers."""
         del config

@@ -188,10 +188,13 @@ class MixtureOfDepths(DepthMechanism):
     @classmethod
     def read_flops(cls, config: TransformerConfig) -> int:
         """Two products of 2 N H FLOPs a slot that is read."""
+        return 4 * config.num_heads * config.head_dim * cls.slots_read(config)
+
+    @classmethod
+    def slots_read(cls, config: TransformerConfig) -> int:
         section = config.moda
         most = section.read_slots if section.read in ("window", "hybrid", "top") else cls.slots(config)
-        slots_met = sum(min(_filled(config, layer), most) for layer in range(config.num_layers))
-        return 4 * config.num_heads * config.head_dim * slots_met
+        return sum(min(_filled(config, layer), most) for layer in range(config.num_layers))
 
     @classmethod
     def added(cls, name: str, parameter: Array) -> Array:

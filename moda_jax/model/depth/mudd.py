@@ -136,6 +136,11 @@ class MultiwayDynamicDense(DepthMechanism):
         return 2 * config.width * sum(sums * (number + 1) for sums, number in _generators(config))
 
     @classmethod
+    def slots_read(cls, config: TransformerConfig) -> int:
+        """All sums of a generator are one read."""
+        return sum(number + 1 for _, number in _generators(config))
+
+    @classmethod
     def operations(cls, config: TransformerConfig) -> dict[str, Operation]:
         return dict.fromkeys((ATTENTION, OUTPUT), WeightedSums())
 

@@ -57,9 +57,11 @@ class ValueMixing(DepthMechanism):
     @classmethod
     def read_flops(cls, config: TransformerConfig) -> int:
         """Two products of 2 K H FLOPs a source, the layer's own among them."""
-        stride = config.value_mixing.stride
-        sources = sum(len(range(0, layer, stride)) + 1 for layer in range(config.num_layers))
-        return 4 * config.num_kv_heads * config.head_dim * sources
+        return 4 * config.num_kv_heads * config.head_dim * (cls.slots_read(config) + config.num_layers)
+
+    @classmethod
+    def slots_read(cls, config: TransformerConfig) -> int:
+        return sum(len(range(0, layer, config.value_mixing.stride)) for layer in range(config.num_layers))
 
     @classmethod
     def operations(cls, config: TransformerConfig) -> dict[str, Operation]:

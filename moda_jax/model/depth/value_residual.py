@@ -102,7 +102,11 @@ class ValueResidual(DepthMechanism):
     @classmethod
     def read_flops(cls, config: TransformerConfig) -> int:
         """Two products of K H in every layer but the first."""
-        return (config.num_layers - 1) * 4 * config.num_kv_heads * config.head_dim
+        return 4 * config.num_kv_heads * config.head_dim * cls.slots_read(config)
+
+    @classmethod
+    def slots_read(cls, config: TransformerConfig) -> int:
+        return config.num_layers - 1
 
     @classmethod
     def operations(cls, config: TransformerConfig) -> dict[str, Operation]:
