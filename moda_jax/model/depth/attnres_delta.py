@@ -23,13 +23,15 @@ from flax import nnx
 from moda_jax.model.depth.attnres_block import EPSILON, Direction
 from moda_jax.model.depth.mechanism import ATTENTION, FFN, DepthMechanism, SubLayer
 from moda_jax.model.depth.operations import Operation
-from moda_jax.model.depth.reads import HiddenStream, SoftmaxMixture, joined, mixture_logit
+from moda_jax.model.depth.reads import HiddenStream, SoftmaxMixture, joined
 from moda_jax.model.depth.stream import Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
 
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
 from moda_jax.parameter import parameter
+from pallas_kernels.mixture import mixture_logit
+from pallas_kernels.norm import beside
 
 Array = jax.Array
 
@@ -94,7 +96,7 @@ class DeltaAttentionResiduals(DepthMechanism):
 
     @classmethod
     def operations(cls, config: TransformerConfig) -> dict[str, Operation]:
-        return dict.fromkeys((ATTENTION, FFN), SoftmaxMixture(EPSILON))
+        return dict.fromkeys((ATTENTION, FFN), SoftmaxMixture(EPSILON, beside(config.attention_implementation)))
 
     def begin(self, config: TransformerConfig, x: Array, spare: int = 0) -> tuple[Array, HiddenStream]:
         return x, HiddenStream.starting_with(x, self.slots(config))

@@ -21,9 +21,10 @@ MESHES = {"data2": {"data": 2}, "fsdp2": {"data": 1, "fsdp": 2}, "tensor2": {"da
 TOLERANCES = {"float32": (1e-4, 1e-5), "bfloat16": (2e-2, 5e-2)}
 
 
-def config(dtype):
+def config(dtype, depth):
     """float32: the XLA implementation. bfloat16: the best one for the device, which is the kernels on Hopper."""
     model = TransformerConfig(
+        depth=depth,
         vocab_size=259, num_layers=4, width=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_width=512,
         max_sequence_length=512, dtype=dtype, attention_implementation="xla" if dtype == "float32" else None,
     )  # fmt: skip
@@ -46,16 +47,18 @@ def train(config, mesh=None):
     return np.array(losses), gradients
 
 
-@pytest.fixture(scope="module", params=list(TOLERANCES))
+@pytest.fixture(
+    scope="module", params=[("float32", "moda"), ("bfloat16", "moda"), ("bfloat16", "attnres")], ids="-".join
+)
 def one(request):
-    return request.param, train(config(request.param))
+    return request.param, train(config(*request.param))
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_two_devices_train_as_one(one, name):
-    dtype, (expected_losses, expected) = one
+    (dtype, depth), (expected_losses, expected) = one
     loss_tolerance, gradient_tolerance = TOLERANCES[dtype]
-    losses, gradients = train(config(dtype), MESHES[name])
+    losses, gradients = train(config(dtype, depth), MESHES[name])
     np.testing.assert_allclose(losses, expected_losses, atol=loss_tolerance, rtol=0)
     for key, reference in expected.items():
         gradient = gradients[key][: reference.shape[0]]

@@ -1,0 +1,225 @@
+"""A softmax mixture of a token's slots of hidden states, and its backward: the choice between the kernels and XLA.
+
+    l_s = (w . v_s) / sqrt(mean(v_s^2) + epsilon),    out = sum_s softmax(l)_s v_s
+
+Memory is all that it costs. XLA goes over all slots, filled or not, twice forward and at least twice backward; the
+kernels over the filled ones, once each.
+
+Axes: B batch, T tokens, S slots, D columns.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pallas_kernels import dispatch, partition
+
+IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+MASKED = -1e30  # a masked logit: exp(MASKED - any real logit) is exactly 0
+
+_STREAM, _TOKENS = ("batch", "tokens", "slots", "columns"), ("batch", "tokens")
+_WHOLE = frozenset({"slots", "columns"})
+
+
+def softmax_mixture(
+    hidden: Array, direction: Array, length: Array | np.int32, *, epsilon: float, implementation: str | None = None
+) -> tuple[Array, Array]:
+    """The mixture and its log-sum-exp.
+
+    Args:
+        hidden: [B, T, S, D], any float dtype. What stands in slots from `length` on does not count, and may be NaN.
+        direction: [D] float32.
+        length: int32 scalar, the filled slots.
+        epsilon: added to the mean square.
+        implementation: "xla" or "mosaic_gpu"; None: the best that this device and these shapes have.
+
+    Returns:
+        [B, T, D] in hidden's dtype, and [B, T] float32; without a filled slot 0 and -inf.
+
+    Raises:
+        ValueError: no such implementation.
+        NotImplementedError: "mosaic_gpu" was asked for and does not take such a stream.
+    """
+    if _chosen(implementation, hidden) == "xla":
+        return _xla_forward(hidden, direction, length, epsilon)
+    rule = partition.Rule((_STREAM, ("columns",), ()), ((*_TOKENS, "columns"), _TOKENS), _WHOLE)
+
+    def local(axes: partition.Axes, hidden: Array, direction: Array, length: Array) -> tuple[Array, Array]:
+        del axes
+        if not _takes(hidden):  # a device's part may be of another number of tokens
+            return _xla_forward(hidden, direction, length, epsilon)
+        out, lse = _kernels().mixture_forward(_rows(hidden), direction, length, epsilon=epsilon)
+        return out.reshape(*hidden.shape[:2], -1), lse.reshape(hidden.shape[:2])
+
+    return tuple(partition.partitioned(local, rule, [hidden, direction, jnp.asarray(length, jnp.int32)]))
+
+
+def softmax_mixture_backward(
+    hidden: Array,
+    direction: Array,
+    length: Array | np.int32,
+    result: tuple[Array, Array],
+    dresult: tuple[Array, Array],
+    dhidden: Array,
+    *,
+    epsilon: float,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """The direction's gradient, and `dhidden` with the slots' gradients added.
+
+    The kernel takes what the mixture's gradient has along it from the rounded mixture, XLA's form from the products.
+
+    Args:
+        hidden, direction, length, epsilon, implementation: as in `softmax_mixture`.
+        result: what that returned.
+        dresult: its gradient.
+        dhidden: [B, T, S, D], any float dtype; in place where the caller donates or carries it.
+
+    Returns:
+        [D] float32, summed over all tokens, and [B, T, S, D] in dhidden's dtype.
+
+    Raises:
+        ValueError, NotImplementedError: as `softmax_mixture`.
+    """
+    if _chosen(implementation, hidden) == "xla":
+        return _xla_backward(hidden, direction, length, result, dresult, dhidden, epsilon)
+    outer = (*_TOKENS, "columns")
+    rule = partition.Rule(
+        (_STREAM, ("columns",), (), outer, _TOKENS, outer, _TOKENS, _STREAM), (("columns",), _STREAM), _WHOLE
+    )
+
+    def local(axes: partition.Axes, hidden: Array, direction: Array, length: Array, *others: Array) -> list[Array]:
+        out, lse, dout, dlse, dhidden = others
+        if _takes(hidden):
+            ddirection, total = _kernels().mixture_backward(
+                _rows(hidden), direction, length, (_rows(out), lse.reshape(-1)), (_rows(dout), dlse.reshape(-1)),
+                _rows(dhidden), epsilon=epsilon,
+            )  # fmt: skip
+            total = total.reshape(dhidden.shape)
+        else:
+            ddirection, total = _xla_backward(hidden, direction, length, (out, lse), (dout, dlse), dhidden, epsilon)
+        split = tuple(axis for name in _TOKENS for axis in axes.get(name, ()))
+        return [jax.lax.psum(ddirection, split) if split else ddirection, total]
+
+    operands = [hidden, direction, jnp.asarray(length, jnp.int32), *result, *dresult, dhidden]
+    ddirection, total = partition.partitioned(local, rule, operands, references=True)
+    return partition.laid_out_like(ddirection, direction), partition.laid_out_like(total, dhidden)
+
+
+def filled(hidden: Array, length: Array | np.int32) -> Array:
+    """hidden [B, T, S, D] as float32, zero in slots that are not filled, which may hold anything."""
+    return jnp.where(is_filled(hidden.shape[2], length)[..., None], hidden, 0).astype(jnp.float32)
+
+
+def is_filled(slots: int, length: Array | np.int32) -> Array:
+    """[1, 1, S], beside [B, T, S]."""
+    return (jnp.arange(slots, dtype=jnp.int32) < length)[None, None]
+
+
+def along_last(vector: Array, like: Array) -> Array:
+    """`vector` [D] as float32 beside `like` [..., D]: of its rank, so that strict rank promotion has nothing to say."""
+    return vector.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def mixture_logit(direction: Array, hidden: Array, epsilon: float) -> tuple[Array, Array]:
+    """The logits of hidden states [..., D], and their inverse root mean squares, [...] float32."""
+    hidden = hidden.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(hidden * hidden, axis=-1) + epsilon)
+    return jnp.sum(hidden * along_last(direction, hidden), axis=-1) * inverse, inverse
+
+
+def added(buffer: Array, more: Array) -> Array:
+    """`buffer` plus `more` float32, in the buffer's dtype."""
+    return (buffer.astype(jnp.float32) + more).astype(buffer.dtype)
+
+
+def _chosen(implementation: str | None, hidden: Array) -> str:
+    if implementation is None:
+        return "mosaic_gpu" if "mosaic_gpu" in dispatch.preferred() and _takes(hidden) else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: expected None or one of {IMPLEMENTATIONS}")
+    if implementation == "mosaic_gpu":
+        _check(hidden)
+    return implementation
+
+
+def _check(hidden: Array) -> None:
+    batch, tokens, _, columns = hidden.shape
+    _kernels().check_supported(dtype=hidden.dtype, tokens=batch * tokens, columns=columns)
+
+
+def _takes(hidden: Array) -> bool:
+    try:
+        _check(hidden)
+    except NotImplementedError as error:
+        dispatch.logger.info("softmax mixture: xla (%s)", error)
+        return False
+    return True
+
+
+def _kernels() -> ModuleType:
+    """Imported when it is wanted, as `dispatch` does: not every installation of JAX can."""
+    return importlib.import_module("pallas_kernels.mosaic_gpu.mixture")
+
+
+def _rows(array: Array) -> Array:
+    """[B, T, ...] as [B T, ...]."""
+    return array.reshape(-1, *array.shape[2:])
+
+
+def _xla_forward(hidden: Array, direction: Array, length: Array | np.int32, epsilon: float) -> tuple[Array, Array]:
+    logits, _, wide = _logits(hidden, direction, length, epsilon)
+    top = jnp.max(logits, axis=-1)  # [B, T]
+    weights = jnp.exp(logits - top[..., None])
+    total = jnp.sum(jnp.where(logits > MASKED, weights, 0.0), axis=-1)
+    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    mixture = jnp.sum(_weights(logits, lse)[..., None] * wide, axis=2)
+    return mixture.astype(hidden.dtype), lse
+
+
+def _xla_backward(
+    hidden: Array,
+    direction: Array,
+    length: Array | np.int32,
+    result: tuple[Array, Array],
+    dresult: tuple[Array, Array],
+    dhidden: Array,
+    epsilon: float,
+) -> tuple[Array, Array]:
+    """dv_s = a_s dmix + dlogit_s (r_s direction - logit_s r_s^2 / D v_s), dlogit_s = a_s (dmix . v_s - delta)."""
+    (_, lse), (dmixture, dlse) = result, dresult
+    logits, inverse, wide = _logits(hidden, direction, length, epsilon)
+    weights = _weights(logits, lse)  # [B, T, S]
+    dmixture = dmixture.astype(jnp.float32)
+    along = jnp.sum(dmixture[:, :, None] * wide, axis=-1)  # [B, T, S]
+    # From the products themselves, not from the rounded mixture.
+    delta = jnp.sum(weights * along, axis=-1) - dlse
+    dlogits = weights * (along - delta[..., None])
+    slope = dlogits * inverse
+    ddirection = jnp.sum(slope[..., None] * wide, axis=(0, 1, 2))
+    curvature = dlogits * logits * inverse**2 / wide.shape[-1]
+    more = (
+        weights[..., None] * dmixture[:, :, None]
+        + slope[..., None] * along_last(direction, wide)
+        - jnp.where(weights > 0, curvature, 0.0)[..., None] * wide
+    )
+    return ddirection, added(dhidden, more)
+
+
+def _logits(hidden: Array, direction: Array, length: Array | np.int32, epsilon: float) -> tuple[Array, Array, Array]:
+    """Logits and inverse root mean squares [B, T, S], and the slots [B, T, S, D], zero where not filled."""
+    wide = filled(hidden, length)
+    logits, inverse = mixture_logit(direction, wide, epsilon)
+    return jnp.where(is_filled(hidden.shape[2], length), logits, MASKED), inverse, wide
+
+
+def _weights(logits: Array, lse: Array) -> Array:
+    """softmax(logits) from their log-sum-exp; 0 where nothing is filled."""
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None])
+    return jnp.where(logits > MASKED, weights, 0.0)
