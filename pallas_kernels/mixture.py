@@ -2,29 +2,20 @@
 
     l_s = (w . v_s) / sqrt(mean(v_s^2) + epsilon),    out = sum_s softmax(l)_s v_s
 
-Memory is all that it costs. XLA goes over all slots, filled or not, twice forward and at least twice backward; the
-kernels over the filled ones, once each.
-
 Axes: B batch, T tokens, S slots, D columns.
 """
 
 from __future__ import annotations
-
-import importlib
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels import dispatch, partition
+from pallas_kernels import partition
+from pallas_kernels.hidden_slots import STREAM, TOKENS, WHOLE, added, chosen, filled, is_filled, kernels, rows, takes
 
-IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 MASKED = -1e30  # a masked logit: exp(MASKED - any real logit) is exactly 0
-
-_STREAM, _TOKENS = ("batch", "tokens", "slots", "columns"), ("batch", "tokens")
-_WHOLE = frozenset({"slots", "columns"})
 
 
 def softmax_mixture(
@@ -46,15 +37,15 @@ def softmax_mixture(
         ValueError: no such implementation.
         NotImplementedError: "mosaic_gpu" was asked for and does not take such a stream.
     """
-    if _chosen(implementation, hidden) == "xla":
+    if chosen(implementation, hidden) == "xla":
         return _xla_forward(hidden, direction, length, epsilon)
-    rule = partition.Rule((_STREAM, ("columns",), ()), ((*_TOKENS, "columns"), _TOKENS), _WHOLE)
+    rule = partition.Rule((STREAM, ("columns",), ()), ((*TOKENS, "columns"), TOKENS), WHOLE)
 
     def local(axes: partition.Axes, hidden: Array, direction: Array, length: Array) -> tuple[Array, Array]:
         del axes
-        if not _takes(hidden):  # a device's part may be of another number of tokens
+        if not takes(hidden):  # a device's part may be of another number of tokens
             return _xla_forward(hidden, direction, length, epsilon)
-        out, lse = _kernels().mixture_forward(_rows(hidden), direction, length, epsilon=epsilon)
+        out, lse = kernels("mixture").mixture_forward(rows(hidden), direction, length, epsilon=epsilon)
         return out.reshape(*hidden.shape[:2], -1), lse.reshape(hidden.shape[:2])
 
     return tuple(partition.partitioned(local, rule, [hidden, direction, jnp.asarray(length, jnp.int32)]))
@@ -87,39 +78,29 @@ def softmax_mixture_backward(
     Raises:
         ValueError, NotImplementedError: as `softmax_mixture`.
     """
-    if _chosen(implementation, hidden) == "xla":
+    if chosen(implementation, hidden) == "xla":
         return _xla_backward(hidden, direction, length, result, dresult, dhidden, epsilon)
-    outer = (*_TOKENS, "columns")
+    outer = (*TOKENS, "columns")
     rule = partition.Rule(
-        (_STREAM, ("columns",), (), outer, _TOKENS, outer, _TOKENS, _STREAM), (("columns",), _STREAM), _WHOLE
+        (STREAM, ("columns",), (), outer, TOKENS, outer, TOKENS, STREAM), (("columns",), STREAM), WHOLE
     )
 
     def local(axes: partition.Axes, hidden: Array, direction: Array, length: Array, *others: Array) -> list[Array]:
         out, lse, dout, dlse, dhidden = others
-        if _takes(hidden):
-            ddirection, total = _kernels().mixture_backward(
-                _rows(hidden), direction, length, (_rows(out), lse.reshape(-1)), (_rows(dout), dlse.reshape(-1)),
-                _rows(dhidden), epsilon=epsilon,
+        if takes(hidden):
+            ddirection, total = kernels("mixture").mixture_backward(
+                rows(hidden), direction, length, (rows(out), lse.reshape(-1)), (rows(dout), dlse.reshape(-1)),
+                rows(dhidden), epsilon=epsilon,
             )  # fmt: skip
             total = total.reshape(dhidden.shape)
         else:
             ddirection, total = _xla_backward(hidden, direction, length, (out, lse), (dout, dlse), dhidden, epsilon)
-        split = tuple(axis for name in _TOKENS for axis in axes.get(name, ()))
+        split = tuple(axis for name in TOKENS for axis in axes.get(name, ()))
         return [jax.lax.psum(ddirection, split) if split else ddirection, total]
 
     operands = [hidden, direction, jnp.asarray(length, jnp.int32), *result, *dresult, dhidden]
     ddirection, total = partition.partitioned(local, rule, operands, references=True)
     return partition.laid_out_like(ddirection, direction), partition.laid_out_like(total, dhidden)
-
-
-def filled(hidden: Array, length: Array | np.int32) -> Array:
-    """hidden [B, T, S, D] as float32, zero in slots that are not filled, which may hold anything."""
-    return jnp.where(is_filled(hidden.shape[2], length)[..., None], hidden, 0).astype(jnp.float32)
-
-
-def is_filled(slots: int, length: Array | np.int32) -> Array:
-    """[1, 1, S], beside [B, T, S]."""
-    return (jnp.arange(slots, dtype=jnp.int32) < length)[None, None]
 
 
 def along_last(vector: Array, like: Array) -> Array:
@@ -132,45 +113,6 @@ def mixture_logit(direction: Array, hidden: Array, epsilon: float) -> tuple[Arra
     hidden = hidden.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(hidden * hidden, axis=-1) + epsilon)
     return jnp.sum(hidden * along_last(direction, hidden), axis=-1) * inverse, inverse
-
-
-def added(buffer: Array, more: Array) -> Array:
-    """`buffer` plus `more` float32, in the buffer's dtype."""
-    return (buffer.astype(jnp.float32) + more).astype(buffer.dtype)
-
-
-def _chosen(implementation: str | None, hidden: Array) -> str:
-    if implementation is None:
-        return "mosaic_gpu" if "mosaic_gpu" in dispatch.preferred() and _takes(hidden) else "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: expected None or one of {IMPLEMENTATIONS}")
-    if implementation == "mosaic_gpu":
-        _check(hidden)
-    return implementation
-
-
-def _check(hidden: Array) -> None:
-    batch, tokens, _, columns = hidden.shape
-    _kernels().check_supported(dtype=hidden.dtype, tokens=batch * tokens, columns=columns)
-
-
-def _takes(hidden: Array) -> bool:
-    try:
-        _check(hidden)
-    except NotImplementedError as error:
-        dispatch.logger.info("softmax mixture: xla (%s)", error)
-        return False
-    return True
-
-
-def _kernels() -> ModuleType:
-    """Imported when it is wanted, as `dispatch` does: not every installation of JAX can."""
-    return importlib.import_module("pallas_kernels.mosaic_gpu.mixture")
-
-
-def _rows(array: Array) -> Array:
-    """[B, T, ...] as [B T, ...]."""
-    return array.reshape(-1, *array.shape[2:])
 
 
 def _xla_forward(hidden: Array, direction: Array, length: Array | np.int32, epsilon: float) -> tuple[Array, Array]:

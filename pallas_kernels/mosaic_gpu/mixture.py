@@ -7,8 +7,7 @@ Equation (one token, its n filled slots v_s [D], a direction w; r_s = 1 / sqrt(m
 
 Grid: at most `forward_programs` or `backward_programs` of one warpgroup; a program takes every so manieth group of 4
     tokens.
-Blocks: a warp owns a token of the group and goes over its slots; a lane holds 8 columns out of every 256 (4 out of 128,
-    where D is no multiple of 256). Sums over a slot's columns stay inside the warp, so no warp waits for another.
+Blocks: a warp owns a token, see `token_slots`.
 Loop: over the slots, with the next one's load in flight. Forward: an online softmax, the mixture in registers.
     Backward: one pass, since delta is known from the rounded mixture; the slot's gradient is added in place.
 Bytes: forward n D in; backward n D in, and the gradient of n D in and out (dw: a row for each program). Bound: memory.
@@ -22,34 +21,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.modes import in_default_modes
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
+from pallas_kernels.mosaic_gpu.token_slots import ROWS, TokenShape, wide
 
-ROWS = 4  # tokens of a program at a time, one for each warp
-MAX_COLUMNS = 1024  # a lane then holds 32 numbers each of a slot, of the direction and of a sum
 FORWARD_CTAS = 1188  # 9 for each multiprocessor of an H100, of which 3 run at a time
 BACKWARD_CTAS = 528  # 4, of which 2: each writes a row of dw
-
-
-def check_supported(*, dtype: jnp.dtype, tokens: int, columns: int) -> None:
-    """Raises NotImplementedError, with the reason, if the kernels do not take such a stream.
-
-    Args:
-        dtype: of the hidden states.
-        tokens: B T.
-        columns: D.
-    """
-    name = jnp.dtype(dtype).name
-    if name not in ("bfloat16", "float16"):
-        raise NotImplementedError(f"mixture: dtype={name}: expected bfloat16 or float16")
-    if columns > MAX_COLUMNS or columns % 128:
-        raise NotImplementedError(f"mixture: {columns} columns: expected a multiple of 128, at most {MAX_COLUMNS}")
-    if tokens % ROWS:
-        raise NotImplementedError(f"mixture: {tokens} tokens: expected a multiple of {ROWS}")
 
 
 @in_default_modes
@@ -69,9 +48,9 @@ def mixture_forward(
         out [R, D] in hidden's dtype and lse [R] float32; without a slot 0 and -inf.
 
     Raises:
-        NotImplementedError: see `check_supported`.
+        NotImplementedError: see `token_slots.check_supported`.
     """
-    shape = _Shape.of(hidden, FORWARD_CTAS)
+    shape = TokenShape.of(hidden, FORWARD_CTAS)
     out, lse = plgpu.kernel(
         functools.partial(_forward, shape=shape, epsilon=epsilon),
         out_type=(
@@ -107,9 +86,9 @@ def mixture_backward(
         ddirection [D] float32, and dhidden.
 
     Raises:
-        NotImplementedError: see `check_supported`.
+        NotImplementedError: see `token_slots.check_supported`.
     """
-    shape = _Shape.of(hidden, BACKWARD_CTAS)
+    shape = TokenShape.of(hidden, BACKWARD_CTAS)
     (out, lse), (dout, dlse) = result, dresult
     total = jax.new_ref(shape.view(dhidden))
     [parts] = plgpu.kernel(
@@ -124,101 +103,10 @@ def mixture_backward(
     return jnp.sum(parts, axis=0).reshape(shape.columns), jax.freeze(total).reshape(dhidden.shape)
 
 
-class _Shape:
-    """How a stream [R, S, D] lies on programs, warps and lanes.
-
-    Attributes:
-        tokens, slots, columns: R, S, D.
-        block: columns that a warp holds side by side, `lane` of them in a lane.
-        blocks: of a slot.
-        groups: of `ROWS` tokens.
-        programs: that share the groups.
-        layout: of [ROWS, block] over the warps and their lanes.
-    """
-
-    def __init__(self, tokens: int, slots: int, columns: int, most: int) -> None:
-        self.tokens, self.slots, self.columns = tokens, slots, columns
-        self.lane = 8 if columns % 256 == 0 else 4
-        self.block = 32 * self.lane
-        self.blocks = columns // self.block
-        self.groups = tokens // ROWS
-        self.programs = min(most, self.groups)
-        tiling = fragmented_array.Tiling(((ROWS, self.block), (self.lane,)))
-        self.layout = plgpu.Layout.TILED(tiling, (-3,), (-2,), -1)
-
-    @classmethod
-    def of(cls, hidden: jax.Array, most: int) -> _Shape:
-        """Of hidden states [R, S, D] for at most so many programs; see `check_supported`."""
-        tokens, slots, columns = hidden.shape
-        check_supported(dtype=hidden.dtype, tokens=tokens, columns=columns)
-        return cls(tokens, slots, columns, most)
-
-    def view(self, array: jax.Array) -> jax.Array:
-        """[..., D] as [..., blocks, block]."""
-        return array.reshape(*array.shape[:-1], self.blocks, self.block)
-
-    def options(self, name: str, interpret: bool | None) -> dict:
-        """Of `plgpu.kernel`."""
-        interpret = wg_lib.default_interpret() if interpret is None else interpret
-        return {
-            "grid": (self.programs,), "grid_names": ("program",),
-            "compiler_params": plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane,
-                unsafe_no_auto_barriers=True,  # the one place that is read after it was written has a barrier
-            ),
-            "interpret": wg_lib.interpret_params(interpret),
-            "kernel_name": f"{name}_R{self.tokens}_S{self.slots}_D{self.columns}",
-        }  # fmt: skip
-
-    # In a kernel.
-
-    def zeros(self) -> tuple[jax.Array, ...]:
-        """A token's columns, by block, [ROWS, block] float32 each."""
-        return tuple(wg_lib.full((ROWS, self.block), 0.0, self.layout) for _ in range(self.blocks))
-
-    def load(self, ref, *index) -> tuple[jax.Array, ...]:
-        """A row's blocks, as they are stored. index: the tokens, and the slot if there is one."""
-        return tuple(
-            plgpu.load(ref.at[(*index, block)], layout=self.layout, optimized=False) for block in range(self.blocks)
-        )
-
-    def load_direction(self, ref) -> tuple[jax.Array, ...]:
-        """The direction, the same for every token of the group."""
-        columns = self.layout.reduce(0)
-        parts = (plgpu.load(ref.at[block], layout=columns, optimized=False) for block in range(self.blocks))
-        return tuple(self._spread(part, 1) for part in parts)
-
-    def load_row_values(self, ref, rows) -> jax.Array:
-        """[ROWS] float32."""
-        return plgpu.load(ref.at[rows], layout=self.layout.reduce(1), optimized=False)
-
-    def rows(self, values: jax.Array) -> jax.Array:
-        """[ROWS], over a block's columns."""
-        return self._spread(values, 0)
-
-    def dot(self, a, b) -> jax.Array:
-        """Of every token, over all its columns: [ROWS]."""
-        return jnp.sum(functools.reduce(jnp.add, [x * y for x, y in zip(a, b, strict=True)]), axis=1)
-
-    def logit(self, direction, v, epsilon: float) -> tuple[jax.Array, jax.Array]:
-        """l and r of a slot, [ROWS] each."""
-        inverse = lax.rsqrt(self.dot(v, v) / self.columns + epsilon)
-        return self.dot(direction, v) * inverse, inverse
-
-    def walk(self, program, step, carry):
-        """carry = step(tokens of the group, carry), over the program's groups."""
-
-        def one(i, carry):
-            return step(pl.ds(ROWS * (program + i * self.programs), ROWS), carry)
-
-        return lax.fori_loop(0, lax.div(self.groups - program + self.programs - 1, self.programs), one, carry)
-
-    def _spread(self, array, dimension: int) -> jax.Array:
-        return plgpu.layout_cast(lax.broadcast_in_dim(array, (ROWS, self.block), (dimension,)), self.layout)
-
-
-def _wide(parts) -> tuple[jax.Array, ...]:
-    return tuple(part.astype(jnp.float32) for part in parts)
+def _logit(shape, direction, v, epsilon):
+    """l and r of a slot, [ROWS] each."""
+    inverse = lax.rsqrt(shape.dot(v, v) / shape.columns + epsilon)
+    return shape.dot(direction, v) * inverse, inverse
 
 
 def _forward(hidden_ref, direction_ref, length_ref, out_ref, lse_ref, *, shape, epsilon):
@@ -229,9 +117,9 @@ def _forward(hidden_ref, direction_ref, length_ref, out_ref, lse_ref, *, shape, 
     def group(rows, carry):
         def one_slot(s, state):
             following, top, total, mixture = state
-            v = _wide(following)
+            v = wide(following)
             following = shape.load(hidden_ref, rows, jnp.minimum(s + 1, length - 1))
-            logit, _ = shape.logit(direction, v, epsilon)
+            logit, _ = _logit(shape, direction, v, epsilon)
             higher = jnp.maximum(top, logit)
             rescale, p = jnp.exp(top - higher), jnp.exp(logit - higher)
             wide_rescale, wide_p = shape.rows(rescale), shape.rows(p)
@@ -263,16 +151,16 @@ def _backward(
     direction = shape.load_direction(direction_ref)
 
     def group(rows, sums):
-        dout = _wide(shape.load(dout_ref, rows))
+        dout = wide(shape.load(dout_ref, rows))
         lse = shape.load_row_values(lse_ref, rows)
-        delta = shape.dot(dout, _wide(shape.load(out_ref, rows))) - shape.load_row_values(dlse_ref, rows)
+        delta = shape.dot(dout, wide(shape.load(out_ref, rows))) - shape.load_row_values(dlse_ref, rows)
 
         def one_slot(s, state):
             following, sums = state
-            v = _wide(following)
+            v = wide(following)
             old = shape.load(total_ref, rows, s)
             following = shape.load(hidden_ref, rows, jnp.minimum(s + 1, length - 1))
-            logit, inverse = shape.logit(direction, v, epsilon)
+            logit, inverse = _logit(shape, direction, v, epsilon)
             weight = jnp.exp(logit - lse)
             slope = weight * (shape.dot(dout, v) - delta) * inverse
             curvature = slope * logit * inverse / shape.columns

@@ -142,7 +142,7 @@ class MultiwayDynamicDense(DepthMechanism):
 
     @classmethod
     def operations(cls, config: TransformerConfig) -> dict[str, Operation]:
-        return dict.fromkeys((ATTENTION, OUTPUT), WeightedSums())
+        return dict.fromkeys((ATTENTION, OUTPUT), WeightedSums(beside(config.attention_implementation)))
 
     @classmethod
     def used_sizes(cls, config: TransformerConfig, name: str, layer: int) -> tuple[int, ...] | None:

@@ -1,8 +1,9 @@
 """Reads of a stream outside of attention's softmax: sums over the filled slots of each token.
 
 Every read has its own backward, that adds to the gradient buffer, and keeps nothing of the stream's size: nothing of
-[B, T, S, D] stands in memory but the stream and its gradient. Attention and the softmax mixture have kernels on GPUs;
-the sums are plain JAX, whose products XLA fuses into them.
+[B, T, S, D] stands in memory but the stream and its gradient. Attention, the softmax mixture and sums with a
+token's own weights have kernels on GPUs; the sum with the same weights for all is plain JAX, whose products XLA fuses
+into it.
 
 Axes: B batch, T tokens, S slots, D model width, K key/value heads, H head_dim.
 """
@@ -19,8 +20,13 @@ import numpy as np
 from moda_jax.model.depth.operations import Operation, filled_slots, with_own_backward
 from moda_jax.model.depth.stream import DepthStream, Entry, Stream, empty_slots
 from moda_jax.parallel.attention import attention_backward, attention_forward
-from moda_jax.parallel.mixture import softmax_mixture, softmax_mixture_backward
-from pallas_kernels.mixture import added, filled, is_filled
+from moda_jax.parallel.hidden_slots import (
+    softmax_mixture,
+    softmax_mixture_backward,
+    weighted_sums,
+    weighted_sums_backward,
+)
+from pallas_kernels.hidden_slots import added, filled, is_filled
 from pallas_kernels.operands import Call, DepthKV, Upstream
 from pallas_kernels.parts import Part, delta
 
@@ -138,28 +144,27 @@ class WeightedSum(Read):
 
 @dataclasses.dataclass(frozen=True)
 class WeightedSums(Read):
-    """C sums of hidden states, with weights of each token's own: sum_s weight_cs v_s over the filled slots.
+    """C sums of hidden states, with weights of each token's own: `pallas_kernels.weighted_sums`.
 
     Request: (weights [B, T, C, S] float32). Result: [B, T, C, D] in the stream's dtype.
+
+    Attributes:
+        implementation: see `pallas_kernels.weighted_sums.weighted_sums`.
     """
+
+    implementation: str | None = None
 
     def forward(self, request: tuple, stream: HiddenStream, shared: tuple) -> tuple[Array, None]:
         """As the class says, in float32."""
-        (weights,) = request
-        known = jnp.where(is_filled(stream.slots, stream.length)[:, :, None], weights, 0.0)
-        sums = [_weighted_sum(known[:, :, c], stream) for c in range(weights.shape[2])]
-        return jnp.stack(sums, axis=2).astype(stream.hidden.dtype), None
+        return weighted_sums(stream.hidden, *request, stream.length, implementation=self.implementation), None
 
     def backward(self, request, result, saved, stream, shared, dresult, dbuffers):
-        """dv_s = sum_c weight_cs dresult_c, dweight_cs = dresult_c . v_s."""
+        """As `Operation.backward`; the kernel adds to the buffer in place."""
         (weights,), (dhidden,) = request, dbuffers
-        dresult = dresult.astype(jnp.float32)
-        hidden = filled(stream.hidden, stream.length)
-        known = jnp.where(is_filled(stream.slots, stream.length)[:, :, None], weights, 0.0)
-        sums = range(weights.shape[2])
-        dweights = jnp.stack([jnp.sum(dresult[:, :, c, None] * hidden, axis=-1) for c in sums], axis=2)
-        more = sum(known[:, :, c, :, None] * dresult[:, :, c, None] for c in sums)
-        return (dweights.astype(weights.dtype),), (added(dhidden, more),)
+        dweights, dhidden = weighted_sums_backward(
+            stream.hidden, weights, stream.length, dresult, dhidden, implementation=self.implementation
+        )
+        return (dweights.astype(weights.dtype),), (dhidden,)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from pallas_kernels.mosaic_gpu import mixture
+from pallas_kernels.mosaic_gpu import mixture, token_slots
 from pallas_kernels.mosaic_gpu.mixture import mixture_backward, mixture_forward
 
 EPSILON = 1e-3
@@ -143,7 +143,7 @@ def _specs(case):
 )
 def test_what_is_not_supported(options, message):
     with pytest.raises(NotImplementedError, match=message):
-        mixture.check_supported(**options)
+        token_slots.check_supported(**options)
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=on_the_gpu) for case in LARGE], ids=str)
