@@ -23,6 +23,8 @@ import queue
 import statistics
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,23 +139,29 @@ def _in_process(name: str, device: str, argv: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(names: list[str], devices: list[str], argv: list[str]) -> list[dict[str, Any]]:
-    """Every name's result, in the order of the names; each device has one process at a time."""
+def measure(
+    names: list[str], devices: list[str], argv: list[str], write: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """Every name; each device has one process at a time. `write` gets all results so far, in the order of the names."""
+    results: dict[str, dict[str, Any]] = {}
     free: queue.Queue[str] = queue.Queue()
+    writing = threading.Lock()
     for device in devices:
         free.put(device)
 
-    def one(name: str) -> dict[str, Any]:
+    def one(name: str) -> None:
         device = free.get()
         try:
             result = _in_process(name, device, argv)
         finally:
             free.put(device)
         print(table([result]).splitlines()[1], flush=True)
-        return result
+        with writing:
+            results[name] = result
+            write([results[name] for name in names if name in results])
 
     with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
-        return list(pool.map(one, names))
+        list(pool.map(one, names))
 
 
 def main() -> None:
@@ -187,15 +195,16 @@ def main() -> None:
         runtime.prepare(cache_directory(DataConfig()), deterministic=False)
         print(json.dumps(run(names[0], arguments)))
         return
-    results = measure(names, find_devices(arguments.devices), sys.argv[1:])
-    environment = next((r["environment"] for r in results if "environment" in r), {})
-    text = table(results)
-    print(f"\n{environment}\n{text}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "family_700m.json"
-    path.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
-    path.with_suffix(".txt").write_text(f"{environment}\n{text}\n")
-    print(f"\nwritten to {path}")
+
+    def write(results: list[dict[str, Any]]) -> None:
+        environment = next((r["environment"] for r in results if "environment" in r), {})
+        path.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
+        path.with_suffix(".txt").write_text(f"{environment}\n{table(results)}\n")
+
+    measure(names, find_devices(arguments.devices), sys.argv[1:], write)
+    print(f"\n{path.with_suffix('.txt').read_text()}\nwritten to {path}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,11 @@ MODA_TRITON_CAPABILITY=8.0, which runs an A100's instructions.
 """
 
 import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -116,3 +121,16 @@ def test_a_whole_models_gradients_are_those_of_xla(depth):
     np.testing.assert_allclose(came_loss, loss, rtol=1e-3)
     norm = optax.tree.norm(expected)
     assert optax.tree.norm(jax.tree.map(jnp.subtract, came, expected)) < 0.02 * norm
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer, of the CUDA toolkit")
+def test_no_kernel_touches_memory_beyond_its_arrays():
+    tests = Path(__file__).parents[2]
+    path = os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    done = subprocess.run(
+        [*sanitizer, sys.executable, "-m", "support.triton_memcheck"], cwd=tests, env=os.environ | {"PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "ERROR SUMMARY: 0 errors" in done.stdout, (done.stdout + done.stderr)[-3000:]
+    assert done.stdout.count("ran (") == 3
