@@ -435,14 +435,17 @@ def test_the_unrolled_loop_keeps_what_the_loop_keeps():
 @pytest.mark.slow
 def test_compile_time_does_not_follow_depth(no_shared_programs):
     def seconds(num_layers):
+        """Of the processor, whatever else the machine does; a program that was compiled before would take none."""
         step, shapes = train_step(model_config(num_layers))
-        best = float("inf")
-        for _ in range(3):
+        times = []
+        for _ in range(2):
+            jax.clear_caches()
             lowered = step.lower(*shapes)
-            begin = time.perf_counter()
+            begin = time.process_time()
             lowered.compile()
-            best = min(best, time.perf_counter() - begin)
-        return best
+            times.append(time.process_time() - begin)
+        return min(times)
 
     twelve, forty_eight = seconds(12), seconds(48)
+    assert twelve > 0.1, f"12 layers compile in {twelve:.3f} s: nothing was compiled"
     assert forty_eight <= 1.5 * twelve, f"12 layers compile in {twelve:.2f} s, 48 in {forty_eight:.2f} s"
