@@ -26,7 +26,7 @@ GREY = "#8A8A8A"  # what is not shown to differ, and reference lines
 PROBABILITY = "magma"  # the colour map of probabilities, on a logarithmic scale
 UNFILLED = {"facecolor": "#D9D9D9", "edgecolor": "#7A7A7A", "hatch": "////", "linewidth": 0.0}  # slots not written yet
 FAINT = 0.3  # the opacity of values as they came, beneath their smoothed line
-SMOOTHING = 1 / 40  # of a curve's length: the standard deviation of the window
+SMOOTHING = 1 / 30  # of a curve's length: the standard deviation of the window
 
 STYLE = {
     "axes.axisbelow": True,
@@ -114,7 +114,7 @@ def smooth(values: Sequence[float], window: float | None = None) -> np.ndarray:
 
     Args:
         values: evenly spaced.
-        window: the Gaussian's standard deviation, in values; None: SMOOTHING of the curve, at least 1.
+        window: the Gaussian's standard deviation, in values; None: SMOOTHING of the curve, at least 1.5.
 
     Returns:
         float64, of the same length.
@@ -122,7 +122,7 @@ def smooth(values: Sequence[float], window: float | None = None) -> np.ndarray:
     y = np.asarray(values, np.float64)
     if len(y) < 3:
         return y.copy()
-    window = max(1.0, SMOOTHING * len(y)) if window is None else window
+    window = max(1.5, SMOOTHING * len(y)) if window is None else window
     reach = min(len(y) - 1, max(1, int(np.ceil(3 * window))))
     offset = np.arange(-reach, reach + 1)
     kernel = np.exp(-0.5 * (offset / window) ** 2)
@@ -180,3 +180,11 @@ def shade_unfilled(axes: Axes, left: float, right: float) -> None:
         low, high = axes.get_ylim()
         axes.axvspan(left, right, **UNFILLED)
         axes.set_ylim(low, high)
+
+
+def whole_ticks(axes: Axes) -> None:
+    """Ticks at whole numbers only: slots, layers."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
