@@ -4,6 +4,7 @@ import json
 import matplotlib
 import numpy as np
 import pytest
+from support.drawn import keep_figures, legend_texts
 
 from moda_jax import pictures
 from moda_jax.config import Config
@@ -36,16 +37,7 @@ def seeded(seed, learning_rate=1e-3, tokenizer="bytes"):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are drawn, kept after they are written."""
-    figures, picture = [], pictures.picture
-
-    @pictures.contextlib.contextmanager
-    def keep(*arguments):
-        with picture(*arguments) as figure:
-            figures.append(figure)
-            yield figure
-
-    monkeypatch.setattr(compare, "picture", keep)
-    return figures
+    return keep_figures(monkeypatch, compare)
 
 
 def test_runs_are_compared_on_one_plot_with_a_table(tmp_path, capsys):
@@ -72,7 +64,7 @@ def test_seeds_of_an_arm_have_a_mean_in_table_and_picture(tmp_path, drawn):
     assert rows["a1"][-4:] == ["2.5000", "2", "0.001", "1"] and rows["b0"][-2:] == ["0.0003", "0"]
     assert rows["mean of 2 seeds"] == ["8", "-", "0.3750", "3.2500", "-", "-", "2.2500", "-", "0.001", "-"]
     curves, gaps = drawn[0].axes
-    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    labels = legend_texts(drawn[0])
     assert labels == ["mean of 2 seeds: a0, a1", "b0"]
     mean, other = (next(line for line in curves.lines if line.get_label() == label) for label in labels)
     np.testing.assert_allclose(mean.get_ydata(), pictures.smooth([1 / n + 0.25 for n in range(1, 9)]))
