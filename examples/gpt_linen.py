@@ -24,7 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moda_jax import AttentionCache, DepthStream, MoDAAttention
 
-LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, DROPOUT = 3, 64, 4, 2, 16, 0.1
+LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, DROPOUT = 2, 64, 4, 2, 16, 0.1
 BATCH, TOKENS = 8, 64
 OPTIMIZER = optax.adamw(3e-3, weight_decay=0.01)
 

@@ -79,7 +79,7 @@ def test_the_notebooks_cells_run_in_order(tmp_path, monkeypatch):
         values["data"] |= {"source": str(corpus), "cache_dir": str(tmp_path / "cache"), "sequence_length": 64}
         values["model"] |= {"width": 32, "head_dim": 8, "ffn_width": 48}
         values["train"] |= {"sample_tokens": 24}
-        values["eval"] |= {"num_batches": 2}
+        values["eval"] |= {"num_batches": 2, "depth_mass": False}
         return original(values)
 
     monkeypatch.setattr(Config, "from_dict", small)
