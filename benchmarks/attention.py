@@ -174,10 +174,7 @@ def _environment() -> dict[str, str]:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Bars of forward + backward as a ratio to cuDNN, with the goal as a line over each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from moda_jax.pictures import COLORS, labelled, legend_below, look, picture
 
     rows = [row for row in result["rows"] if "ratio forward+backward" in row]
     labels = [
@@ -186,18 +183,25 @@ def plot(result: dict[str, Any], path: Path) -> None:
         + (f"\ndocuments\nof {row['document']}" if row["document"] else "")
         for row in rows
     ]
-    figure, axes = plt.subplots(figsize=(1 + 0.75 * len(rows), 4))
-    axes.bar(range(len(rows)), [row["ratio forward+backward"] for row in rows], color="#2f6fb7", label="ours")
-    for i, row in enumerate(rows):
-        goal = row["goal forward+backward"]
-        axes.plot([i - 0.4, i + 0.4], [goal, goal], color="#c46a12", label="cuDNN + depth bytes" if i == 0 else None)
-    axes.axhline(1, color="#444444", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(rows)), labels, fontsize=7)
-    axes.set_ylabel("forward + backward, times cuDNN's\nsequence part alone")
-    axes.set_title(", ".join(result["environment"][key] for key in ("device", "date")), fontsize=9)
-    axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    facts = [result["environment"][key] for key in ("device", "date")]
+    if CAPABILITY in result["environment"]:
+        facts.append(f"kernels compiled for capability {result['environment'][CAPABILITY]}")
+    with picture(path, max(7, 1.5 + 0.75 * len(rows)), 5) as figure:
+        axes = figure.subplots()
+        ratios = [row["ratio forward+backward"] for row in rows]
+        axes.bar(range(len(rows)), ratios, label="this op, sequence and depth", **look(0).bar)
+        for i, row in enumerate(rows):
+            goal, label = row["goal forward+backward"], "goal: cuDNN's time and that of the depth part's bytes"
+            axes.plot([i - 0.42, i + 0.42], [goal] * 2, color=COLORS[1], linewidth=2.5, label=None if i else label)
+        axes.axhline(1, color=COLORS[6], linewidth=1, linestyle=":", label="cuDNN, sequence alone")
+        axes.set_xticks(range(len(rows)), labels, fontsize=7)
+        axes.grid(axis="x", visible=False)
+        axes.set(
+            ylabel="times cuDNN's time",
+            title="Time of forward and backward, against cuDNN's attention over the sequence alone\n"
+            + ", ".join(facts),
+        )
+        legend_below(figure, labelled(axes), columns=3 if len(rows) > 6 else 1)
 
 
 def main() -> None:

@@ -133,42 +133,47 @@ def name_of(mesh: dict[str, int]) -> str:
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Bytes by axis, memory, and the predicted step time, a bar per mesh."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from moda_jax.pictures import picture
 
-    figure = Figure(figsize=(12, 1.6 + 0.42 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    sent, memory, step = figure.subplots(1, 3, sharey=True)
-    names = [f"{name_of(row['mesh'])}  ({row['devices']})" for row in rows]
-    stacked(sent, names, [traffic_by_axis(row) for row in rows])
-    sent.set(xlabel="GiB that a device sends per step")
-    parts = [{"state": row["state_gib"], "temporaries": row["temporaries_gib"]} for row in rows]
-    stacked(memory, names, parts)
-    memory.set(xlabel="GiB of a device")
-    times = [
-        {
-            "compute": row["compute_seconds"],
-            "links that nothing hides": row["step_seconds"]["best"] - row["compute_seconds"],
-            "links that compute may hide": row["step_seconds"]["sum"] - row["step_seconds"]["best"],
-        }
-        for row in rows
-    ]
-    stacked(step, names, times)
-    step.set(xlabel="predicted seconds per step")
-    sent.invert_yaxis()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    with picture(path, 14, 2.6 + 0.4 * len(rows)) as figure:
+        sent, memory, step = figure.subplots(1, 3, sharey=True)
+        names = [f"{name_of(row['mesh'])}  ({row['devices']} devices)" for row in rows]
+        stacked(sent, names, [traffic_by_axis(row) for row in rows])
+        sent.set(xlabel="GiB", title="What a device sends per step, over")
+        parts = [{"state": row["state_gib"], "temporaries": row["temporaries_gib"]} for row in rows]
+        stacked(memory, names, parts)
+        memory.set(xlabel="GiB", title="What a device holds")
+        times = [
+            {
+                "compute": row["compute_seconds"],
+                "links that nothing hides": row["step_seconds"]["best"] - row["compute_seconds"],
+                "links that compute may hide": row["step_seconds"]["sum"] - row["step_seconds"]["best"],
+            }
+            for row in rows
+        ]
+        stacked(step, names, times)
+        step.set(xlabel="seconds", title="Predicted time of a step")
+        sent.invert_yaxis()
+        figure.suptitle(title)
 
 
 def stacked(axes: Any, names: list[str], parts: list[dict[str, float]]) -> None:
-    """A horizontal bar per name, of its parts."""
+    """A horizontal bar per name, of its parts; what they are stands below."""
+    from moda_jax.pictures import look
+
     left = [0.0] * len(names)
-    for part in dict.fromkeys(key for of_row in parts for key in of_row):
+    for number, part in enumerate(dict.fromkeys(key for of_row in parts for key in of_row)):
         widths = [of_row.get(part, 0.0) for of_row in parts]
-        axes.barh(names, widths, left=left, label=part)
+        axes.barh(names, widths, left=left, label=part, **look(number).bar)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.legend(fontsize="small")
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(axis="y", visible=False)
+    columns = 1 if any(len(part) > 15 for of_row in parts for part in of_row) else 2
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.09), ncols=columns)
+
+
+def title_of(config: str) -> str:
+    """Of the picture."""
+    return f"{config}: memory and collectives of the compiled step; seconds from a model of the links"
 
 
 def traffic_by_axis(row: dict[str, Any]) -> dict[str, float]:
@@ -239,9 +244,7 @@ def main() -> None:
     }
     path = arguments.output / f"scaling_{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    plot(
-        rows, f"{arguments.config}: collectives of the compiled step; times from a link model", path.with_suffix(".png")
-    )
+    plot(rows, title_of(arguments.config), path.with_suffix(".png"))
     print(f"{path} and {path.with_suffix('.png').name}")
 
 

@@ -271,33 +271,35 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Stacked bars of where a step's time goes, tokens/s on top."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from moda_jax.pictures import labelled, look, picture
 
     profiled = [r for r in results if "seconds_by_category" in r]
     names = list(dict.fromkeys(name for r in profiled for name in r["seconds_by_category"]))
-    figure, axes = plt.subplots(figsize=(2 + 1.1 * len(profiled), 5))
-    bottoms = [0.0] * len(profiled)
-    colors = plt.get_cmap("tab10").colors
-    for name, color in zip(names, colors, strict=False):
-        heights = [1e3 * r["seconds_by_category"].get(name, 0.0) for r in profiled]
-        axes.bar(range(len(profiled)), heights, bottom=bottoms, label=name, color=color)
-        bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
-    for i, r in enumerate(profiled):
-        axes.text(i, bottoms[i], f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s\n{100 * r['mfu']:.1f} % MFU",
-                  ha="center", va="bottom", fontsize=7)  # fmt: skip
-    axes.set_xticks(range(len(profiled)), [r["case"].replace(":", "\n") for r in profiled], fontsize=8)
-    axes.set_ylim(0, 1.15 * max(bottoms))
-    axes.set_ylabel("ms of GPU time in one step")
-    environment = profiled[0]["environment"]
-    axes.set_title(
-        f"700M train step, rows of {SEQUENCE_LENGTH}: {environment['device']}, {environment['date']}", fontsize=9
-    )
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    with picture(path, 5 + 1.2 * len(profiled), 5.4) as figure:
+        axes = figure.subplots()
+        bottoms = [0.0] * len(profiled)
+        for number, name in enumerate(names):
+            heights = [1e3 * r["seconds_by_category"].get(name, 0.0) for r in profiled]
+            axes.bar(range(len(profiled)), heights, bottom=bottoms, label=name, **look(number).bar)
+            bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
+        for i, r in enumerate(profiled):
+            speed = f"{r['tokens_per_second'] / 1e3:.1f}k tokens/s\n{100 * r['mfu']:.1f} % MFU"
+            axes.text(i, bottoms[i], speed, ha="center", va="bottom")
+        axes.set_xticks(range(len(profiled)), [_case_text(r["case"]) for r in profiled])
+        axes.grid(axis="x", visible=False)
+        environment = profiled[0]["environment"]
+        axes.set(
+            ylim=(0, 1.15 * max(bottoms)), ylabel="ms of GPU time in one step",
+            title=f"Where a train step of the 700M models goes, rows of {SEQUENCE_LENGTH} tokens\n"
+            f"{environment['device']}, {environment['date']}",
+        )  # fmt: skip
+        figure.legend(handles=labelled(axes)[::-1], loc="outside right center")  # in the order of the stacks
+
+
+def _case_text(case: str) -> str:
+    """ "row4:8:none" for people."""
+    row, batch, remat = case.split(":")
+    return f"{row}\nbatch of {batch}\nremat {remat}"
 
 
 def _run_in_process(case: Case, argv: list[str]) -> dict[str, Any]:

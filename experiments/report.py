@@ -20,6 +20,7 @@ from experiments import results as results_lib
 from experiments.plan import Plan, load_plan
 from experiments.statistics import CONFIDENCE, POWER, PairedDifference, paired_difference
 from moda_jax.inference import depth_probes
+from moda_jax.pictures import COLORS, GREY, labelled, legend_below, look, picture
 
 RESULTS = Path(__file__).parent / "results"  # in a clone; a wheel holds none
 VALIDATION = "validation"
@@ -69,7 +70,7 @@ def write(plan: Plan, files: Sequence[dict[str, Any]], output: Path) -> tuple[st
     (output / f"{plan.name}.md").write_text(text, encoding="utf-8")
     draw(plan, values, output / f"{plan.name}.png")
     for arm, probes in mean_probes(plan, values).items():
-        title = f"{plan.name}, {arm}: {probes['tokens']} targets, mean over the runs"
+        title = f"{plan.name}, {arm}: {probes['tokens']} targets of the validation split, mean over the runs"
         depth_probes.draw(probes, output / probes_picture(plan, arm), title=title)
     return text, values
 
@@ -273,50 +274,59 @@ def _set_text(corpus: dict[str, Any], name: str) -> str:
 
 def draw(plan: Plan, values: dict[str, Any], path: Path) -> None:
     """The validation loss while training, its difference to the baseline's, and the paired intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state; slow to import
-    from matplotlib.figure import Figure
+    unit = "nats per token"
+    with picture(path, 15, 5.8) as figure:
+        curves, gaps, intervals = figure.subplots(1, 3)
+        step_tokens = values["budget"]["batch_size"] * values["budget"]["sequence_length"] / 1e6
+        for number, arm in enumerate(plan.arms):
+            curve, appearance = _mean_curve(values, arm.name), look(number)
+            if not curve:
+                continue
+            options = {"marker": appearance.marker, "label": arm.name} | appearance.curve
+            places = [step * step_tokens for step in curve]
+            curves.plot(places, list(curve.values()), **options)
+            gap = _mean_gap(values, arm.name, plan.arms[0].name)
+            if number and list(gap) == list(curve):
+                gaps.plot(places, list(gap.values()), **options)
+        curves.set(
+            xlabel="million tokens", ylabel=f"validation loss ({unit})",
+            title="Validation loss while training, mean over the seeds",
+        )  # fmt: skip
+        gaps.set(
+            xlabel="million tokens", ylabel=f"difference ({unit})",
+            title=f"The same minus {plan.arms[0].name}'s, at equal steps",
+        )  # fmt: skip
+        gaps.axhline(0, color=GREY, linewidth=1)
+        _draw_intervals(intervals, compare(plan, values, VALIDATION))
+        intervals.set_xlabel(f"difference of the final validation loss ({unit})")
+        legend_below(figure, labelled(curves), columns=len(plan.arms))
+        devices = ", ".join(dict.fromkeys(run["environment"]["device"] for run in values["runs"]))
+        figure.suptitle(f"{plan.name}: {plan.question} ({devices})")
 
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    curves, gaps, intervals = figure.subplots(1, 3)
-    step_tokens = values["budget"]["batch_size"] * values["budget"]["sequence_length"] / 1e6
-    for number, arm in enumerate(plan.arms):
-        curve = _mean_curve(values, arm.name)
-        if not curve:
-            continue
-        places = [step * step_tokens for step in curve]
-        curves.plot(places, list(curve.values()), marker="o", markersize=3, color=f"C{number}", label=arm.name)
-        gap = _mean_gap(values, arm.name, plan.arms[0].name)
-        if number and list(gap) == list(curve):
-            gaps.plot(places, list(gap.values()), marker="o", markersize=3, color=f"C{number}", label=arm.name)
-    curves.set(xlabel="million tokens", ylabel="validation loss (nats per token)", title="mean over the seeds")
-    gaps.set(xlabel="million tokens", ylabel=f"loss minus {plan.arms[0].name}'s", title="arms of equal steps")
-    gaps.axhline(0, color="black", linewidth=1)
-    compared = compare(plan, values, VALIDATION)
+
+def _draw_intervals(axes: Any, compared: dict[tuple[str, str], PairedDifference]) -> None:
+    """A line per comparison: mean, interval, and a tick per seed above it."""
     for place, d in enumerate(reversed(compared.values())):
         shown = d.verdict in ("lower", "higher")
-        color = "C0" if shown else "0.5"
-        intervals.errorbar(d.mean, place, xerr=d.half_width, fmt="o", color=color, capsize=4)
-        intervals.plot(d.differences, [place + 0.22] * len(d.differences), "|", color=color, alpha=0.7)
-    names = [f"{a} - {b}" for a, b in reversed(compared)]
-    intervals.set_yticks(range(len(names)), names)
-    intervals.axvline(0, color="black", linewidth=1)
+        color = COLORS[0] if shown else GREY
+        axes.errorbar(
+            d.mean,
+            place,
+            xerr=d.half_width,
+            fmt="o",
+            color=color,
+            capsize=4,
+            markerfacecolor=color if shown else "white",
+        )
+        axes.plot(d.differences, [place + 0.22] * len(d.differences), "|", color=color)
+    axes.set_yticks(range(len(compared)), [f"{a} - {b}" for a, b in reversed(compared)])
+    axes.axvline(0, color=GREY, linewidth=1)
     sizes = sorted(abs(d.mean) for d in compared.values())
     if sizes and sizes[-1] > 5 * sizes[len(sizes) // 2]:  # one large difference would hide the others
-        intervals.set_xscale("symlog", linthresh=2 * sizes[len(sizes) // 2])
-        intervals.tick_params(axis="x", labelrotation=45, labelsize=7)
-    intervals.set(
-        xlabel="difference of the final validation loss",
-        title=f"{CONFIDENCE:.0%} intervals (ticks: seeds; grey: not shown)",
-    )
-    for axes in (curves, gaps, intervals):
-        axes.grid(alpha=0.3)
-    curves.legend(fontsize=8)
-    if gaps.lines[1:]:
-        gaps.legend(fontsize=8)
-    devices = ", ".join(dict.fromkeys(run["environment"]["device"] for run in values["runs"]))
-    figure.suptitle(f"{plan.name}: {plan.question}\n{devices}", fontsize=10)
-    figure.savefig(path, dpi=110)
+        axes.set_xscale("symlog", linthresh=2 * sizes[len(sizes) // 2])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+        axes.tick_params(axis="x", labelrotation=45, labelsize=8)
+    axes.set_title(f"{CONFIDENCE:.0%} intervals, a tick per seed\n(filled: shown; open, grey: not shown)")
 
 
 def _mean_curve(values: dict[str, Any], arm: str) -> dict[int, float]:

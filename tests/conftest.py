@@ -9,7 +9,8 @@ XLA's for every warpgroup that waits at a barrier, and with two threads in all i
 stand in the environment before JAX is imported or meets a device.
 
 Tests marked `gpu` are skipped, with a reason, where JAX sees no NVIDIA GPU. Those marked `slow` are deselected unless
-`-m` says otherwise (pyproject.toml).
+`-m` says otherwise (pyproject.toml). Those marked `precise` too, some of the slow ones, come near to their bounds, and
+are compiled with XLA's own emitters; the others in half of that time: `-m "slow and not precise"`, then `-m precise`.
 """
 
 import atexit
@@ -50,11 +51,15 @@ def _share_compiled_programs() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+def _precise_tests_are_wanted(command: str) -> bool:
+    """Those marked `precise` are slow ones, too."""
+    return "not precise" not in command and ("slow" in command or "precise" in command)
+
+
 if not HAS_GPU:
     os.environ.setdefault("NPROC", str(max(XLA_THREADS, os.cpu_count() or 1)))  # XLA's name for it
     if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits them
-        # The slow tests have the cases that come nearest to their bounds: they are compiled with XLA's own emitters.
-        flags = QUICK_XLA_FLAGS if any("slow" in argument for argument in sys.argv) else NO_MLIR_XLA_FLAGS
+        flags = QUICK_XLA_FLAGS if _precise_tests_are_wanted(" ".join(sys.argv)) else NO_MLIR_XLA_FLAGS
         os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()  # the last of a name holds
     _share_compiled_programs()
 

@@ -18,7 +18,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").glob("*.md"))
 ]  # fmt: skip
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
-PROJECT = ("moda_jax", "pallas_kernels", "benchmarks", "configs", "tests", "docs")
+PROJECT = ("moda_jax", "pallas_kernels", "benchmarks", "configs", "examples", "tests", "docs")
 
 every_document = pytest.mark.parametrize("name", TEXTS)
 

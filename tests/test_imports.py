@@ -15,6 +15,7 @@ LAYERS = (
         "moda_jax.vision_config", "moda_jax.task_config", "moda_jax.parameter", "moda_jax.exit_codes",
         "moda_jax.paths", "moda_jax.progress", "moda_jax.quantities", "moda_jax.source_config",
         "moda_jax.config_files", "moda_jax.command_help", "moda_jax.other_names", "moda_jax.class_path",
+        "moda_jax.pictures",
     ),
     ("moda_jax.parallel",),
     ("moda_jax.model", "moda_jax.data"),

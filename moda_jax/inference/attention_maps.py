@@ -26,6 +26,18 @@ from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.function import ModelFunction
 from moda_jax.model.stack import Step
 from moda_jax.numerics.precision import dot_precision
+from moda_jax.pictures import (
+    COLORS,
+    PROBABILITY,
+    UNFILLED,
+    labelled,
+    legend_below,
+    log_probability,
+    look,
+    patch,
+    picture,
+    shade_unfilled,
+)
 
 Array = jax.Array
 
@@ -174,53 +186,72 @@ def draw(maps: AttentionMaps, path: Path, *, title: str, max_layers: int = 4, ma
     Args:
         maps: from `attention_maps`.
         path: the PNG to write.
-        title: above the figure.
+        title: of what run and text.
         max_layers, max_heads: how many are drawn, evenly spread.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state; slow to import
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-
     num_layers, num_heads = maps.sequence.shape[:2]
     layers, heads = choose(num_layers, max_layers), choose(num_heads, max_heads)
-    figure = Figure(figsize=(0.8 + 2.6 * len(layers), 2.2 * len(heads) + 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.2 * len(heads), 2.4])
-    grid = top.subplots(len(heads), len(layers), squeeze=False)
-    norm = LogNorm(_LOWEST, 1.0, clip=True)
-    for row, head in enumerate(heads):
-        for column, layer in enumerate(layers):
-            axes = grid[row, column]
-            image, boundary = _picture(maps, layer, head)
-            drawn = axes.imshow(image, norm=norm, cmap="magma", aspect="auto", interpolation="nearest")
-            axes.axvline(boundary - 0.5, color="tab:cyan", linestyle="--", linewidth=1)
-            axes.set_yticks([])
-            labels = [(boundary / 2, f"sequence 0..{maps.tokens - 1}")]
-            if image.shape[1] > boundary:
-                labels.append(((boundary + image.shape[1]) / 2, f"depth 0..{maps.depth.shape[-1] - 1}"))
-            axes.set_xticks([place for place, _ in labels], [text for _, text in labels], fontsize=7)
-            axes.tick_params(length=0)
-            if row == 0:
-                axes.set_title(f"layer {layer}", fontsize=9)
-            if column == 0:
-                axes.set_ylabel(f"head {head}\nquery", fontsize=8)
-    top.colorbar(drawn, ax=grid, label="attention probability", shrink=0.6, pad=0.01)
-    top.suptitle(title, fontsize=9)
-    axes = bottom.subplots()
-    layer = np.arange(num_layers)
-    for name, mass, marker in (("attention entries", maps.attention_mass, "o"), ("FFN entries", maps.ffn_mass, "s")):
-        axes.plot(layer, mass, marker=marker, markersize=4, label=name)
+    with picture(path, 1.6 + 2.5 * len(layers), 2.2 * len(heads) + 3.6) as figure:
+        top, bottom = figure.subfigures(2, 1, height_ratios=[2.2 * len(heads) + 0.9, 2.7])
+        grid = top.subplots(len(heads), len(layers), squeeze=False, sharey=True)
+        for row, head in enumerate(heads):
+            for column, layer in enumerate(layers):
+                drawn = _draw_map(grid[row, column], maps, layer, head)
+            grid[row, 0].set_ylabel(f"head {head}\nquery token")
+        for axes, layer in zip(grid[0], layers, strict=True):
+            axes.set_title(f"layer {layer}")
+        top.colorbar(drawn, ax=grid, label="attention probability", shrink=0.6, pad=0.01)
+        top.suptitle(f"Where each query looks, tokens | depth slots\n{title}")
+        meanings = [patch("tokens after the query: masked", facecolor="white", edgecolor="black", linewidth=0.5)]
+        if maps.depth.shape[-1]:
+            meanings.append(patch("slots that no layer before has written", **UNFILLED))
+        legend_below(top, meanings, columns=2)
+        _draw_masses(bottom, maps)
+
+
+def _draw_map(axes: Any, maps: AttentionMaps, layer: int, head: int) -> Any:
+    """One head of one layer; returns what the colour bar needs."""
+    image, boundary = _picture(maps, layer, head)
+    drawn = axes.imshow(image, norm=log_probability(_LOWEST), cmap=PROBABILITY, aspect="auto", interpolation="nearest")
+    axes.grid(visible=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(True)
+    pixels, width = len(image), image.shape[1]
+    shown = choose(pixels, 4)
+    tokens = [round(pixel * (maps.tokens - 1) / max(1, pixels - 1)) for pixel in shown]
+    axes.set_yticks(shown, map(str, tokens))
+    ends = [0, boundary - 1]
+    if width > boundary:
+        axes.axvline(boundary - 0.5, color=COLORS[5], linestyle="--", linewidth=1)
+        slots = maps.depth.shape[-1]
+        columns = (width - boundary) // slots
+        filled = min(slots, layer * maps.entries_per_layer)
+        shade_unfilled(axes, boundary + filled * columns - 0.5, width - 0.5)
+        axes.set_xlabel(f"key token | slots 0..{slots - 1}", fontsize=8)
+    else:
+        axes.set_xlabel("key token", fontsize=8)
+    axes.set_xticks(ends, ["0", str(maps.tokens - 1)])
+    axes.tick_params(labelsize=7, length=2)
+    return drawn
+
+
+def _draw_masses(figure: Any, maps: AttentionMaps) -> None:
+    """The mass on the depth slots by layer."""
+    axes = figure.subplots()
+    layer = np.arange(len(maps.sequence))
+    curves = {"attention entries": maps.attention_mass, "FFN entries": maps.ffn_mass}
+    for number, (name, mass) in enumerate(curves.items()):
+        axes.plot(layer, mass, marker=look(number).marker, label=name, **look(number).curve)
     total = maps.attention_mass + maps.ffn_mass
     axes.plot(layer, total, color="black", linestyle=":", label="both")
     axes.set(
+        title="Probability on the depth slots, mean over tokens and heads",
         xlabel="layer",
-        ylabel="mass on depth slots",
+        ylabel="mass",
         ylim=(0, max(1e-3, 1.1 * total.max())),
-        xticks=choose(num_layers, 13),
+        xticks=choose(len(layer), 13),
     )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+    legend_below(figure, labelled(axes), columns=3)
 
 
 def save_masses(maps: AttentionMaps, path: Path) -> None:

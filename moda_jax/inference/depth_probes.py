@@ -32,6 +32,7 @@ from moda_jax.model.depth_probe import (
 )
 from moda_jax.model.function import ModelFunction
 from moda_jax.numerics.cross_entropy import ALONE, projected_loss_sums
+from moda_jax.pictures import PROBABILITY, UNFILLED, labelled, legend_below, log_probability, look, picture, whole_ticks
 
 Array = jax.Array
 
@@ -40,6 +41,12 @@ PICTURE_FILE = "depth_probes.png"
 KINDS = ("attention", "ffn")
 KEPT = (1, 2, 4, 8, 16)  # slots that a window keeps; the steps of a stride
 PROBE_TOKENS = 2**18
+# What the bars of a picture are grouped by: how the names of the rules begin.
+_GROUPS = {
+    "all, or one kind": ("all", "kind:"),
+    "what one layer wrote": "layer:",
+    "all but a few": "only ",
+}
 
 
 def hidings(config: TransformerConfig) -> dict[str, np.ndarray]:
@@ -159,31 +166,50 @@ def format_table(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(values: dict[str, Any], path: Path, *, title: str) -> None:
-    """Draws the mass by reading layer and slot, and the cost of each hiding."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state; slow to import
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+def draw(values: dict[str, Any], path: Path, *, title: str, unit: str = "token") -> None:
+    """Draws the mass by reading layer and slot, and the cost of each hiding.
 
+    Args:
+        values: from `probe`.
+        path: the PNG to write; its directory is made.
+        title: of what run and text.
+        unit: what a target is: the loss is in nats per token, or byte.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with picture(path, 11, 9.5) as figure:
+        top, bottom = figure.subplots(2, 1, height_ratios=(1, 1))
+        figure.suptitle(title)
+        _draw_mass(figure, top, values)
+        names = [name for name in values["losses"] if name != "none"]
+        costs = {name: values["losses"][name] - values["losses"]["none"] for name in names}
+        for number, (label, starts) in enumerate(_GROUPS.items()):
+            places = [place for place, name in enumerate(names) if name.startswith(starts)]
+            if places:
+                bottom.bar(places, [costs[names[place]] for place in places], label=label, **look(number).bar)
+        bottom.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        bottom.grid(axis="x", visible=False)
+        bottom.set_yscale("symlog", linthresh=1e-3)
+        bottom.set(
+            ylabel=f"nats per {unit} above the model's own loss",
+            title="What the trained model loses when slots are hidden from every layer",
+        )
+        legend_below(figure, labelled(bottom), columns=len(_GROUPS))
+
+
+def _draw_mass(figure: Any, axes: Any, values: dict[str, Any]) -> None:
+    """The map of the masses: a row per reading layer, a column per slot."""
     mass = np.asarray(values["slot_mass"])
     filled = mass > 0
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1)
-    shown = np.where(filled, mass, np.nan)
-    norm = LogNorm(max(1e-5, float(mass[filled].min(initial=1.0))), max(2e-5, float(mass.max())))
-    drawn = top.imshow(shown, norm=norm, aspect="auto", interpolation="nearest", cmap="viridis")
-    top.set(xlabel=f"slot (entries of a layer: {', '.join(values['kinds'])})", ylabel="reading layer", title=title)
-    top.xaxis.set_major_locator(MaxNLocator(integer=True))
-    top.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(drawn, ax=top, label="mean probability")
-    names = [name for name in values["losses"] if name != "none"]
-    costs = [values["losses"][name] - values["losses"]["none"] for name in names]
-    bottom.bar(range(len(names)), costs)
-    bottom.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    bottom.set(ylabel="nats above the model's own loss", title="the loss when slots are hidden")
-    bottom.set_yscale("symlog", linthresh=1e-3)
-    bottom.grid(axis="y", alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    norm = log_probability(max(1e-5, float(mass[filled].min(initial=1.0))), max(2e-5, float(mass.max())))
+    axes.set_facecolor(UNFILLED["facecolor"])
+    drawn = axes.imshow(
+        np.where(filled, mass, np.nan), norm=norm, aspect="auto", interpolation="nearest", cmap=PROBABILITY
+    )
+    axes.grid(visible=False)
+    axes.set(
+        xlabel=f"slot (a layer's entries in order: {', '.join(values['kinds'])}); grey: not written before that layer",
+        ylabel="reading layer",
+        title="Mean attention probability of each depth slot",
+    )
+    whole_ticks(axes)
+    figure.colorbar(drawn, ax=axes, label="mean probability")

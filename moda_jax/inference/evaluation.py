@@ -141,7 +141,8 @@ def run_depth_probes(run: LoadedRun, output: Path, *, tokens: int = depth_probes
         values = depth_probes.probe(run, batches, rules, progress=bar.update)
     _write(output / depth_probes.PROBES_FILE, _header(run) | values)
     picture = output / depth_probes.PICTURE_FILE
-    depth_probes.draw(values, picture, title=f"{run.workdir.name}, step {run.step}: {values['tokens']} targets")
+    title = f"{run.workdir.name}, step {run.step}: {values['tokens']} targets of the validation split"
+    depth_probes.draw(values, picture, title=title, unit=run.unit)
     return f"{depth_probes.format_table(values)}\ndrawn: {picture}"
 
 

@@ -23,6 +23,7 @@ from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.function import ModelFunction
 from moda_jax.model.stack import Step
 from moda_jax.numerics.precision import dot_precision
+from moda_jax.pictures import PROBABILITY, UNFILLED, legend_below, log_probability, patch, picture, shade_unfilled
 
 Array = jax.Array
 
@@ -107,44 +108,44 @@ def _all_layers(model: ModelFunction, params: Any, images: Array) -> tuple[Array
 
 
 def draw_image_maps(
-    maps: ImageMaps, picture: np.ndarray, path: Path, *, title: str, max_layers: int = 4, max_heads: int = 4
+    maps: ImageMaps, image: np.ndarray, path: Path, *, title: str, max_layers: int = 4, max_heads: int = 4
 ) -> None:
     """Draws the image, and for sampled layers (columns) and heads (rows) a map: patches | depth slots, the oldest slot
     at the top.
 
     Args:
         maps: from `image_maps`.
-        picture: uint8 [height, width, channels].
+        image: uint8 [height, width, channels].
         path: the PNG to write.
-        title: above the figure.
+        title: of what run and image.
         max_layers, max_heads: how many are drawn, evenly spread.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state; slow to import
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-
     num_layers, num_heads = maps.patches.shape[:2]
     layers, heads = choose(num_layers, max_layers), choose(num_heads, max_heads)
-    figure = Figure(figsize=(2.6 * (1 + len(layers)) + 0.8, 2.2 * len(heads) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(heads), 1 + len(layers), squeeze=False)
-    norm = LogNorm(1e-4, 1.0, clip=True)
-    for row, head in enumerate(heads):
-        grey = picture.shape[-1] == 1
-        grid[row, 0].imshow(picture[..., 0] if grey else picture, cmap="gray" if grey else None)
-        grid[row, 0].set_ylabel(f"head {head}", fontsize=8)
-        for column, layer in enumerate(layers, start=1):
-            axes = grid[row, column]
-            drawn = axes.imshow(map_picture(maps, layer, head), norm=norm, cmap="magma", interpolation="nearest")
-            mass = maps.depth[layer, head].sum()
-            axes.set_xlabel(f"patches | depth {mass:.2f}", fontsize=7)
-            if row == 0:
-                axes.set_title(f"layer {layer}", fontsize=9)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-    figure.colorbar(drawn, ax=grid, label="attention probability", shrink=0.6, pad=0.01)
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=80)
+    with picture(path, 2.3 * (1 + len(layers)) + 1.2, 2.3 * len(heads) + 1.3) as figure:
+        grid = figure.subplots(len(heads), 1 + len(layers), squeeze=False)
+        for row, head in enumerate(heads):
+            grey = image.shape[-1] == 1
+            grid[row, 0].imshow(image[..., 0] if grey else image, cmap="gray" if grey else None)
+            grid[row, 0].set_ylabel(f"head {head}")
+            for column, layer in enumerate(layers, start=1):
+                axes = grid[row, column]
+                shown = map_picture(maps, layer, head)
+                drawn = axes.imshow(shown, norm=log_probability(1e-4), cmap=PROBABILITY, interpolation="nearest")
+                if maps.depth.shape[-1] and not layer * maps.entries_per_layer:
+                    shade_unfilled(axes, len(shown) + 0.5, shown.shape[1] - 0.5)
+                axes.set_xlabel(f"on the slots: {maps.depth[layer, head].sum():.2f}", fontsize=8)
+        grid[0, 0].set_title("image")
+        for axes, layer in zip(grid[0, 1:], layers, strict=True):
+            axes.set_title(f"layer {layer}")
+        for axes in grid.flat:
+            axes.grid(visible=False)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        figure.colorbar(drawn, ax=grid, label="attention probability", shrink=0.6, pad=0.01)
+        figure.suptitle(f"Where the image's query looks, patches | depth slots\n{title}")
+        if maps.depth.shape[-1]:
+            legend_below(figure, [patch("no slot is written yet", **UNFILLED)], columns=1)
 
 
 def map_picture(maps: ImageMaps, layer: int, head: int) -> np.ndarray:

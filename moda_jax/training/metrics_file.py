@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from moda_jax.pictures import draw_smoothed, labelled, legend_below, look, picture
 from moda_jax.tasks.task import Metric
 from moda_jax.training.workdir import METRICS_FILE, PLOT_FILE
 
@@ -115,25 +116,27 @@ class NoMetrics:
 
 def plot_curves(workdir: Path, metric: Metric) -> Path:
     """Draws a metric of training and validation, from metrics.jsonl, into loss.png and returns its path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state; slow to import
-    from matplotlib.figure import Figure
-
     entries = read_metrics(workdir)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for prefix, label, marker in (("", "training", None), ("validation_", "validation", "o")):
-        key = f"{prefix}{metric.name}"
-        points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=f"{label} (last: {points[-1][1]:.3f})", marker=marker)
-    axes.set(xlabel="step", ylabel=metric.label, title=workdir.name)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
     path = workdir / PLOT_FILE
-    figure.savefig(path, dpi=120)
+    with picture(path, 8, 4.8) as figure:
+        axes = figure.subplots()
+        steps, values = points(entries, metric.name)
+        if steps:
+            label = f"training, smoothed (last step: {values[-1]:.3f})"
+            draw_smoothed(axes, steps, values, look(0), label)
+        steps, values = points(entries, f"validation_{metric.name}")
+        if steps:
+            label = f"validation (last: {values[-1]:.3f})"
+            axes.plot(steps, values, marker=look(1).marker, label=label, **look(1).curve)
+        axes.set(xlabel="step", ylabel=metric.label, title=f"{workdir.name}: {metric.name} while training")
+        legend_below(figure, labelled(axes), columns=2)
     return path
+
+
+def points(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """The steps at which a number was taken, and the numbers."""
+    found = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def _line(entry: dict[str, Any]) -> str:

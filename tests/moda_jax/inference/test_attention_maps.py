@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import plain_model
+from support.drawn import keep_figures, legend_texts
 from support.saved_run import loaded_run, tiny_run_config
 
 from moda_jax.inference import attention_maps as maps_lib
@@ -77,11 +78,16 @@ def test_memory_grows_with_a_block_and_not_with_the_square():
     assert compiled.memory_analysis().temp_size_in_bytes < dense / 2
 
 
-def test_the_picture_and_its_numbers(tmp_path):
-    run = loaded_run(tiny_run_config())
+def test_the_picture_and_its_numbers(tmp_path, monkeypatch):
+    run, figures = loaded_run(tiny_run_config()), keep_figures(monkeypatch, maps_lib)
     maps = maps_lib.attention_maps(run.model, run.params, TOKENS)
     maps_lib.draw(maps, tmp_path / "maps.png", title="random", max_layers=2, max_heads=1)
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
+    first, last, *_ = figures[0].subfigs[0].axes  # layers 0 and 2: no slot is filled, and all four are
+    assert [tick.get_text() for tick in first.get_yticklabels()] == ["0", "6", "13", "20"]
+    assert [[patch.get_hatch() for patch in axes.patches] for axes in (first, last)] == [["////"], []]
+    assert first.patches[0].get_x() == 20.5 and first.get_title("left") == "layer 0"
+    assert "slots that no layer before has written" in legend_texts(figures[0])
     maps_lib.save_masses(maps, tmp_path / "maps.json")
     values = json.loads((tmp_path / "maps.json").read_text())
     assert values["tokens"] == 21 and values["attention_entries"][0] == values["ffn_entries"][0] == 0

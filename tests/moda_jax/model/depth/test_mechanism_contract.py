@@ -54,7 +54,9 @@ FORMS = [(loop, remat) for loop in ("scan", "unroll") for remat in ("full", "att
 def slow(value, quick):
     """A case, marked slow unless it is among the quick ones."""
     values = value if isinstance(value, tuple) else (value,)
-    return pytest.param(*values, marks=() if value in quick else pytest.mark.slow)
+    near = value in {("mhc", form) for form in FORMS if form[0] == "unroll"}  # the gates' gradients nearly cancel
+    marks = () if value in quick else (pytest.mark.slow, pytest.mark.precise) if near else pytest.mark.slow
+    return pytest.param(*values, marks=marks)
 
 
 every_case = pytest.mark.parametrize("name", [slow(name, {"moda", "mhc"}) for name in CASES])
