@@ -146,9 +146,15 @@ def draw_smoothed(axes: Axes, x: Sequence[float], y: Sequence[float], appearance
 
 
 def legend_below(figure: Figure | SubFigure, handles: Sequence[Any], columns: int) -> None:
-    """A legend under all of a figure's axes; without anything to explain there is none."""
-    if handles:
-        figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, handlelength=3.5)
+    """A legend under all of a figure's axes, in so many columns or as many as it is wide enough for; without anything
+    to explain there is none."""
+    if not handles:
+        return
+    for count in range(columns, 0, -1):
+        legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=count, handlelength=3.5)
+        if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def labelled(*axes: Axes) -> list[Any]:

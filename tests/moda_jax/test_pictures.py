@@ -95,3 +95,13 @@ def test_a_legend_stands_outside_of_the_axes(tmp_path):
         assert [text.get_text() for text in legend.get_texts()] == ["a curve"]
         box = legend.get_window_extent()
         assert all(not box.overlaps(each.get_tightbbox()) for each in axes)
+
+
+def test_a_legend_takes_as_many_columns_as_the_figure_is_wide_enough_for(tmp_path):
+    with pictures.picture(tmp_path / "a.png", 4, 3) as figure:
+        axes = figure.subplots()
+        for number in range(3):
+            axes.plot([0, number], label=f"a curve with a long name, number {number}")
+        pictures.legend_below(figure, pictures.labelled(axes), columns=3)
+        (legend,) = figure.legends
+        assert legend._ncols == 1 and legend.get_window_extent().width <= figure.bbox.width
