@@ -51,12 +51,15 @@ FAMILY_FORMS = [("scan", "attention"), ("unroll", "none")]
 FORMS = [(loop, remat) for loop in ("scan", "unroll") for remat in ("full", "attention", "ffn", "none")]
 
 
-def slow(value, quick):
-    """A case, marked slow unless it is among the quick ones."""
+def slow(value, quick, *more):
+    """A case, marked slow, and with more marks, unless it is among the quick ones."""
     values = value if isinstance(value, tuple) else (value,)
-    near = value in {("mhc", form) for form in FORMS if form[0] == "unroll"}  # the gates' gradients nearly cancel
-    marks = () if value in quick else (pytest.mark.slow, pytest.mark.precise) if near else pytest.mark.slow
-    return pytest.param(*values, marks=marks)
+    return pytest.param(*values, marks=() if value in quick else (pytest.mark.slow, *more))
+
+
+def near(value, quick):
+    """A case of gradients in float32, some of which nearly cancel: `precise` where it is slow."""
+    return slow(value, quick, pytest.mark.precise)
 
 
 every_case = pytest.mark.parametrize("name", [slow(name, {"moda", "mhc"}) for name in CASES])
@@ -65,9 +68,9 @@ every_case = pytest.mark.parametrize("name", [slow(name, {"moda", "mhc"}) for na
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        *(slow((name, form), QUICK_FORMS) for name in FULL for form in FORMS),
-        *(slow((name, FORMS[(0, 7)[i % 2]]), ()) for i, name in enumerate(OTHERS)),
-        *(slow((name, form), QUICK_FORMS) for name in FAMILY for form in FAMILY_FORMS),
+        *(near((name, form), QUICK_FORMS) for name in FULL for form in FORMS),
+        *(near((name, FORMS[(0, 7)[i % 2]]), ()) for i, name in enumerate(OTHERS)),
+        *(near((name, form), QUICK_FORMS) for name in FAMILY for form in FAMILY_FORMS),
     ],
     ids=str,
 )
