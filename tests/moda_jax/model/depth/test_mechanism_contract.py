@@ -58,8 +58,9 @@ def slow(value, quick, *more):
 
 
 def near(value, quick):
-    """A case of gradients in float32, some of which nearly cancel: `precise` where it is slow."""
-    return slow(value, quick, pytest.mark.precise)
+    """A case of gradients in float32, some of which nearly cancel: `precise` where it is slow. A mechanism's cases
+    share what the independent model gives, and so a process."""
+    return slow(value, quick, pytest.mark.precise, pytest.mark.xdist_group(value[0]))
 
 
 every_case = pytest.mark.parametrize("name", [slow(name, {"moda", "mhc"}) for name in CASES])
