@@ -60,6 +60,7 @@ def loss_and_gradient(config, params):
 
 
 @pytest.mark.slow
+@pytest.mark.precise
 def test_the_first_step_is_close_to_the_bases(base):
     expected, _, norm = loss_and_gradient(BASE, base)
     config, params = start(base, **ROWS["row 5"])

@@ -6,6 +6,7 @@ from support.virtual_devices import run_module
 
 
 @pytest.mark.slow
+@pytest.mark.precise
 def test_steps_and_evaluation_on_a_mesh_are_those_of_one_device(tmp_path):
     run_module("support.vision_meshes", tmp_path, devices=4)
     ours, expected = np.load(tmp_path / "mesh.npz"), np.load(tmp_path / "one.npz")

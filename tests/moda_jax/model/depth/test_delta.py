@@ -31,6 +31,7 @@ def exact_backward(self, request, result, saved, stream, shared, dresult, dbuffe
 
 
 @pytest.mark.slow
+@pytest.mark.precise
 @pytest.mark.parametrize("sharpness", [1.0, 4.0])
 def test_the_rounded_output_serves_a_model_as_well_as_the_exact_one(sharpness, monkeypatch):
     config = case_config("moda", layer_loop="unroll")
