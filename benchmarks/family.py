@@ -18,22 +18,21 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
-import os
 import queue
 import statistics
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import processes
+
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
 
 RESULTS = Path(__file__).parent / "results"
 BASE = "none"
-CHILD = "BENCHMARK_CHILD"
 TRAFFIC = 4  # bytes that move for a byte that is read: forward, backward, and the gradient there and back
 TOY = {
     "vocab_size": 300, "num_layers": 2, "width": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
@@ -129,14 +128,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def _in_process(name: str, device: str, argv: list[str]) -> dict[str, Any]:
-    environment = os.environ | {CHILD: "1"} | ({} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device})
-    command = [sys.executable, "-m", "benchmarks.family", *argv, f"--names={name}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "Error" in line or "RESOURCE_EXHAUSTED" in line]
-        print(done.stderr[-2000:], file=sys.stderr)
-        return {"case": name, "error": (errors or done.stderr.splitlines() or ["?"])[-1][:200]}
-    return json.loads(done.stdout.splitlines()[-1])
+    environment = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device}
+    return processes.run_case("benchmarks.family", name, [*argv, f"--names={name}"], environment)
 
 
 def measure(
@@ -187,7 +180,7 @@ def main() -> None:
     for name in names:
         if name not in NAMES:
             parser.error(f"--names: unknown mechanism {name!r}; known: {', '.join(NAMES)}")
-    if os.environ.get(CHILD):
+    if processes.is_child():
         from moda_jax.config import DataConfig
         from moda_jax.data.cache import cache_directory
         from moda_jax.training import runtime
