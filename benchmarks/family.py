@@ -90,6 +90,8 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "case": name, "stream_bytes": held, "stream_bytes_read": read, "copy_bytes_per_second": bandwidth,
         "floor_seconds": TRAFFIC * read * arguments.batch * arguments.sequence_length / bandwidth,
     }  # fmt: skip
+    if not arguments.decode_batch:
+        return result
     try:
         size = decode.Size({name: config}, arguments.prompt, arguments.decode_steps, (arguments.decode_batch,))
         only = (decode.implementations()[-1],)
@@ -170,7 +172,9 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5, help="steps of a timed round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--decode-batch", type=int, default=64)
+    parser.add_argument(
+        "--decode-batch", type=int, default=64, help="rows that decode together; 0: none, which is sooner done"
+    )
     parser.add_argument("--decode-steps", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=2048, help="tokens before the decoded ones")
     parser.add_argument("--toy", action="store_true", help="a toy model, which proves the script on a CPU")
