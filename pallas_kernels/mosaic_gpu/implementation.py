@@ -54,6 +54,8 @@ def check_supported(call: Call) -> None:
         shape = tiles.DepthShape(batch * tokens, call.slots, num_heads, call.num_kv_heads, head_dim, heads)
         tiles.forward_tiles(shape)
         tiles.backward_tiles(shape, tiles.SMALL_BUFFERS)
+        if call.depth.deferred is not None:
+            tiles.backward_tiles(shape, tiles.SMALL_BUFFERS, deferred=True)
 
 
 @in_default_modes
@@ -99,6 +101,8 @@ def backward(
         depth = (jnp.zeros_like(call.depth.key), jnp.zeros_like(call.depth.value)) if buffers is None else buffers
     else:
         depth = (None, None)
+    if not call.query_gradient:
+        return Gradients(None, dkey, dvalue, *depth)
     return Gradients(jnp.zeros_like(call.query) if dquery is None else dquery, dkey, dvalue, *depth)
 
 
