@@ -9,6 +9,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from support.selection import quick_first
 
+from pallas_kernels import dispatch
 from pallas_kernels.mosaic_gpu import implementation
 from pallas_kernels.mosaic_gpu.depth import tiles as depth_tiles
 from pallas_kernels.mosaic_gpu.depth.backward import depth_backward
@@ -337,6 +338,17 @@ def test_what_is_not_taken(facts, message):
     check()
     with pytest.raises(NotImplementedError, match=message):
         check(**facts)
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "slots", "expected"),
+    [(2, 64, 70, 4), (1, 64, 46, 4), (4, 128, 35, 4), (8, 64, 70, 1), (2, 256, 70, 4), (4, 256, 70, 1), (2, 64, 16, 1)],
+)
+def test_calls_go_together_whose_heads_fit_into_a_tile(group, head_dim, slots, expected):
+    depth = jax.ShapeDtypeStruct((2, 16, slots, 3, head_dim), jnp.bfloat16)
+    call = Call(jax.ShapeDtypeStruct((2, 16, 3 * group, head_dim), jnp.bfloat16), depth=DepthKV(depth, depth))
+    assert dispatch.gradient_group("mosaic_gpu", call) == expected
+    assert dispatch.gradient_group("xla", call) == 1
 
 
 def test_tiles_that_do_not_fit_are_refused_with_shape_and_tiles():
