@@ -1,5 +1,7 @@
 """Kernels on a mesh of the caller's: each device runs on its own rows, KV heads and tokens, and nothing else moves."""
 
+import dataclasses
+import functools
 import json
 import re
 
@@ -12,8 +14,9 @@ from support.callers_mesh import CASES, MANY_SLOTS, MANY_TOKENS, B, H, K, S, T
 from support.tolerances import FLOAT32
 from support.virtual_devices import run_module
 
-from pallas_kernels import depth_attention, dispatch, moda_attention, norm
+from pallas_kernels import block, depth_attention, dispatch, moda_attention, norm
 from pallas_kernels.mosaic_gpu import warpgroup
+from pallas_kernels.operands import Call, DepthKV, Upstream
 from pallas_kernels.partition import Rule, partitioned
 
 P = PartitionSpec
@@ -130,6 +133,26 @@ def test_depth_attention_lowers_for_a_device_s_own_tokens(for_the_chip):
     text = lower(gradients, shapes, [tokens] * 3)
     assert "moda_depth_forward_T144_S5_N8_K4_H64" in text
     assert "moda_depth_backward_T144_S5_N8_K4_H64" in text
+    assert moved(text) == 0
+
+
+def test_deferred_gradients_lower_for_a_device_s_own_heads(for_the_chip):
+    """A call that defers, and the pass that gives no query's gradient."""
+    heads, depth = P("rows", None, "heads"), P("rows", None, None, "heads")
+
+    def gradients(query, dout, rows, key, value, *buffers):
+        upstream = Upstream(dout, rows, rows)
+        slots = DepthKV(key, value, length=5, deferred=3)
+        run = functools.partial(block.backward, implementation="mosaic_gpu")
+        first = run(Call(query, depth=slots), upstream, buffers=buffers)
+        call = Call(query, depth=dataclasses.replace(slots, length=3, deferred=None), query_gradient=False)
+        return first, run(call, upstream, buffers=first[3:])
+
+    shapes = [(4, 136, 8, 64), (4, 136, 8, 64), (4, 136, 8), *[(4, 136, 5, 4, 64)] * 4]
+    dtypes = [jnp.bfloat16, jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 4]
+    text = lower(gradients, shapes, [heads] * 3 + [depth] * 4, dtypes)
+    for kernel in ("deferred", "slots"):
+        assert f"moda_depth_backward_accumulate_{kernel}_T272_S5_N2_K1_H64" in text
     assert moved(text) == 0
 
 
