@@ -172,11 +172,11 @@ counted = {"configs": 0, "calls": 0, "slowest": 0.0}
 
 def refuse(call, names, what):
     """`call` raises a ValueError that begins with one of `names`, quickly, and not from inside JAX."""
-    began = time.monotonic()
+    began = time.process_time()  # and not the clock's: the machine may have other work
     with pytest.raises(ValueError) as caught:
         call()
-    counted["slowest"] = max(counted["slowest"], time.monotonic() - began)
-    assert time.monotonic() - began < SECONDS
+    counted["slowest"] = max(counted["slowest"], time.process_time() - began)
+    assert time.process_time() - began < SECONDS
     counted[what] += 1
     message = str(caught.value)
     assert message.startswith(tuple(names)), (names, message)

@@ -195,12 +195,20 @@ def forward_tiles(shape: DepthShape) -> DepthTiles:
 def backward_tiles(shape: DepthShape, gradients: str, box_heads: int = 1, deferred: bool = False) -> DepthTiles:
     """Tiles of the backward: a stage is loaded, overwritten by its gradients and stored, beside others that are loaded.
 
-    Measured on an H200 (T = 16384, K = 8, H = 64, S = 64): fresh 1.23 ms with (32, 2, 2), 1.21 to 1.44 with others;
-    accumulating in bfloat16 1.71 ms with (32, 3, 1), 1.67 to 1.87 with others. `box_heads=2` awaits its measurement.
-    Deferred, it mostly reads, as the forward does, and has its three blocks: 166 registers a thread at H = 64.
+    Measured on an H200. Fresh (T = 16384, K = 8, H = 64, S = 64): 1.23 ms with (32, 2, 2), 1.21 to 1.44 with others.
+    Accumulating in bfloat16, ms summed over 15 numbers of seen slots from 2 to 70 (T = 32768, G = 2, K = 8): H = 64:
+    (16, 2, 2) 30.9, (16, 1, 4) 31.2, (32, 1, 2) 33.3, (32, 3, 1) 39.3; at G = 8 up to 64 slots 17.0, 17.8, -, 18.0;
+    H = 128 (T = 16384): (16, 1, 4) 32.5, (16, 2, 2) 37.8, (32, 1, 4) 46.6. What counts are the blocks: eight warps of a
+    multiprocessor wait for less than four. Two KV heads in a box (`box_heads=2`) give nothing: 31.1 with (16, 2, 4),
+    30.9 with (16, 1, 4). Deferred, it mostly reads, as the forward does, and has its three blocks: (32, 2, 3) 17.0,
+    (32, 2, 6) 17.5, (16, 3, 6) 17.8, (16, 2, 4) 21.6.
     """
     choices = ((32, 2, 2), (32, 3, 1), (16, 3, 2), (32, 2, 1), (16, 3, 1), (16, 2, 1), (16, 1, 1))
-    for rows, stages, blocks in (((32, 2, 3),) if deferred else ()) + choices:
+    if deferred:
+        choices = ((32, 2, 3), *choices)
+    elif gradients == SMALL_BUFFERS:
+        choices = ((16, 2, 2), (16, 1, 2), *choices)
+    for rows, stages, blocks in choices:
         tiles = DepthTiles(16 if shape.slots <= 16 else rows, stages, blocks, box_heads)
         if _fits(tiles, backward_scratch(shape, tiles, jnp.bfloat16, gradients, deferred)):
             return tiles

@@ -365,6 +365,7 @@ def test_tiles_that_do_not_fit_are_refused_with_shape_and_tiles():
 
 
 def test_tiles_fit_for_every_shape():
+    """And a multiprocessor loads one chunk while it works on another, of the same block or of another one."""
     for head_dim in (8, 64, 80, 128, 136, 256):
         most, stages = depth_tiles.most_heads(head_dim), 2 if head_dim <= 128 else 1
         for group in (1, 2, 3, 5, 8, 16, 32):
@@ -381,7 +382,7 @@ def test_tiles_fit_for_every_shape():
                     tiles = depth_tiles.backward_tiles(shape, kind, deferred=deferred)
                     scratch = depth_tiles.backward_scratch(shape, tiles, jnp.bfloat16, kind, deferred)
                     needed = tiles.blocks * shared_bytes(scratch)
-                    assert tiles.stages >= stages and needed <= depth_tiles.MAX_SHARED_BYTES, (shape, kind)
+                    assert tiles.stages * tiles.blocks >= stages and needed <= depth_tiles.MAX_SHARED_BYTES, (shape, kind)
 
 
 @pytest.mark.gpu
@@ -402,7 +403,8 @@ def test_backward_on_the_chip(case):
     poison = [jnp.full(arguments[1].shape, jnp.nan, jnp.bfloat16) for _ in range(4)]
     jax.block_until_ready(poison)
     del poison
-    for a, b in zip(first, run(*arguments), strict=True):
+    again = run(*arguments)  # which may be without the query's gradient
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(wide(a), wide(b))
 
 
