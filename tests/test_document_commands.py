@@ -1,6 +1,8 @@
 """Every command of README and of the pages in docs/ is run: by the slow test here, by CI itself, or by another test.
 What needs a GPU, a cluster or a download is named with the reason, and its flags are checked (`test_documents`)."""
 
+import functools
+import importlib
 import json
 import os
 import re
@@ -12,6 +14,8 @@ import tomllib
 import pytest
 from support.pages import ROOT, TEXTS, commands
 from support.tiny_run import write_corpus
+
+from moda_jax.config import Config
 
 # Of the quickstart: small enough to be compiled in seconds, and two steps of it.
 TINY = """
@@ -152,6 +156,25 @@ def test_every_command_of_the_documents_is_run_or_named_with_the_reason_why_not(
     new, gone = set(FOUND) - set(classes), set(classes) - set(FOUND)
     assert not new, f"commands that nothing runs: {new}; give each its class in this file"
     assert not gone, f"commands that no document has: {gone}"
+
+
+def whole_config(words):
+    """What `train.py` makes of the arguments."""
+    given = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--config"))
+    name, _, argument = given.pop("config").removeprefix("configs/").partition(":")
+    module = importlib.import_module(f"configs.{name.removesuffix('.py')}")
+    values = module.get_config(*([argument] if argument else []))
+    for path, value in given.items():
+        *sections, field = path.removeprefix("config.").split(".")
+        section = functools.reduce(getattr, sections, values)
+        section[field] = type(section[field])(value) if section[field] is not None else value
+    return Config.from_dict(values.to_dict())
+
+
+@pytest.mark.parametrize("command", [one for one in CHECKED if re.match(r"train\.py --config=configs/[a-z]", one)])
+def test_what_is_not_run_has_a_valid_config(command):
+    config = whole_config(FOUND[command])
+    assert config.mesh.fsdp == (8 if "fsdp=8" in command else 1)
 
 
 def test_shell_blocks_call_nothing_else():
