@@ -1,6 +1,6 @@
 """Times the op against cuDNN and against the memory that depth KV must move.
 
-    python -m benchmarks.attention [--grid=paper|heads|model|ablation|smoke] [--implementation=NAME]
+    python -m benchmarks.attention [--grid=paper|heads|model|vision|ablation|smoke] [--implementation=NAME]
                                    [--output=DIRECTORY]
 
 Columns: our op forward, and forward + backward with all five gradients; cuDNN's flash attention on the sequence part
@@ -9,9 +9,10 @@ measured copy. Forward reads depth K and V once; backward reads them again and w
 
 Grids: `paper` is Table 2 (B=1, K=8, H=64, causal); `heads` has what it lacks: KV of its own for every head (G=1, as
 models of 16 heads have it, T=2048) and heads of 128; `model` the 700M model's own layer (B=8, T=4096, N=16, K=8,
-H=64) at several fillings of its 70 slots, also as packed rows are masked; `ablation` is what our kernels can show of
-Table 7: the dense op, the blockwise one in XLA (each token's slots contiguous, only its own visited), and the kernels
-(the heads of a group share what they read); `smoke` is tiny, for a CPU.
+H=64) at several fillings of its 70 slots, also as packed rows are masked; `vision` the layers of DeiT-Ti (3 heads) and
+DeiT-S (6), not causal, over the 197 tokens of an image, with none and all of their 22 slots; `ablation` is what our
+kernels can show of Table 7: the dense op, the blockwise one in XLA (each token's slots contiguous, only its own
+visited), and the kernels (the heads of a group share what they read); `smoke` is tiny, for a CPU.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Case:
     batch: int = 1
     kv_heads: int = 8
     head_dim: int = 64
+    causal: bool = True
     document: int | None = None  # tokens of a document in a packed row; None: no segment ids
     implementation: str | None = None  # None: the command's
 
@@ -63,6 +65,7 @@ class Case:
     def __str__(self) -> str:
         text = f"B{self.batch} T{self.tokens} G{self.group} S{self.filled}/{self.slots}"
         text += f" H{self.head_dim}" if self.head_dim == 128 else ""
+        text += "" if self.causal else f" K{self.kv_heads} not causal"
         text += f" documents of {self.document}" if self.document else ""
         return text + (f" {self.implementation}" if self.implementation else "")
 
@@ -82,8 +85,18 @@ GRIDS = {
         *(Case(4096, 2, 70, length, batch=8) for length in (0, 1, 18, 35, 70)),
         *(Case(4096, 2, 0, batch=8, document=tokens) for tokens in (4096, 1000)),
     ),
+    "vision": tuple(
+        Case(197, 1, slots, batch=batch, kv_heads=heads, causal=False)
+        for heads in (3, 6)
+        for batch in (128, 256, 512)
+        for slots in (0, 22)
+    ),
     "ablation": tuple(Case(1024, 8, 64, implementation=name) for name in ("reference", "xla", "mosaic_gpu")),
-    "smoke": (Case(64, 2, 3, kv_heads=2, head_dim=32), Case(64, 2, 0, kv_heads=2, head_dim=32)),
+    "smoke": (
+        Case(64, 2, 3, kv_heads=2, head_dim=32),
+        Case(64, 2, 0, kv_heads=2, head_dim=32),
+        Case(61, 1, 2, batch=2, kv_heads=2, head_dim=32, causal=False),
+    ),
 }
 
 
@@ -107,11 +120,12 @@ def prepare(case: Case, implementation: str | None, dtype: Any) -> tuple[dict[st
         # A traced length, as in the model's layer loop: one kernel serves all layers.
         length = jnp.int32(case.filled) if case.slots else None
         return moda_attention(
-            query, key, value, *depth, depth_length=length, segment_ids=segment_ids, implementation=implementation
-        )
+            query, key, value, *depth, depth_length=length, causal=case.causal, segment_ids=segment_ids,
+            implementation=implementation,
+        )  # fmt: skip
 
     def cudnn(query, key, value, dout, depth_key, depth_value):
-        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(query, key, value, is_causal=case.causal, implementation="cudnn")
 
     def with_backward(forward):
         def run(query, key, value, dout, depth_key, depth_value):
@@ -178,7 +192,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in result["rows"] if "ratio forward+backward" in row]
     labels = [
-        f"T={row['tokens']}\nG={row['group']}\nS={row['slots'] if row['length'] is None else row['length']}"
+        ("" if row.get("causal", True) else f"B={row['batch']}\nK={row['kv_heads']}\n")
+        + f"T={row['tokens']}\nG={row['group']}\nS={row['slots'] if row['length'] is None else row['length']}"
         + (f"\n{row['implementation']}" if row["implementation"] else "")
         + (f"\ndocuments\nof {row['document']}" if row["document"] else "")
         for row in rows

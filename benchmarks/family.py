@@ -18,22 +18,21 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
-import os
 import queue
 import statistics
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import processes
+
 if TYPE_CHECKING:
     from moda_jax.config import TransformerConfig
 
 RESULTS = Path(__file__).parent / "results"
 BASE = "none"
-CHILD = "BENCHMARK_CHILD"
 TRAFFIC = 4  # bytes that move for a byte that is read: forward, backward, and the gradient there and back
 TOY = {
     "vocab_size": 300, "num_layers": 2, "width": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
@@ -91,6 +90,8 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "case": name, "stream_bytes": held, "stream_bytes_read": read, "copy_bytes_per_second": bandwidth,
         "floor_seconds": TRAFFIC * read * arguments.batch * arguments.sequence_length / bandwidth,
     }  # fmt: skip
+    if not arguments.decode_batch:
+        return result
     try:
         size = decode.Size({name: config}, arguments.prompt, arguments.decode_steps, (arguments.decode_batch,))
         only = (decode.implementations()[-1],)
@@ -129,14 +130,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def _in_process(name: str, device: str, argv: list[str]) -> dict[str, Any]:
-    environment = os.environ | {CHILD: "1"} | ({} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device})
-    command = [sys.executable, "-m", "benchmarks.family", *argv, f"--names={name}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "Error" in line or "RESOURCE_EXHAUSTED" in line]
-        print(done.stderr[-2000:], file=sys.stderr)
-        return {"case": name, "error": (errors or done.stderr.splitlines() or ["?"])[-1][:200]}
-    return json.loads(done.stdout.splitlines()[-1])
+    environment = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device}
+    return processes.run_case("benchmarks.family", name, [*argv, f"--names={name}"], environment)
 
 
 def measure(
@@ -177,7 +172,9 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5, help="steps of a timed round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--decode-batch", type=int, default=64)
+    parser.add_argument(
+        "--decode-batch", type=int, default=64, help="rows that decode together; 0: none, which is sooner done"
+    )
     parser.add_argument("--decode-steps", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=2048, help="tokens before the decoded ones")
     parser.add_argument("--toy", action="store_true", help="a toy model, which proves the script on a CPU")
@@ -187,7 +184,7 @@ def main() -> None:
     for name in names:
         if name not in NAMES:
             parser.error(f"--names: unknown mechanism {name!r}; known: {', '.join(NAMES)}")
-    if os.environ.get(CHILD):
+    if processes.is_child():
         from moda_jax.config import DataConfig
         from moda_jax.data.cache import cache_directory
         from moda_jax.training import runtime

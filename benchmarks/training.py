@@ -25,11 +25,12 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks import processes
 
 if TYPE_CHECKING:
     from moda_jax.config import Config
@@ -41,6 +42,7 @@ CASES = (
 )  # fmt: skip
 SEQUENCE_LENGTH = 4096
 SYNTHETIC_SEED = 0
+PEER = processes.Peer("benchmarks.peer", "torch and transformers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,38 +157,13 @@ def peer_request(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_peer(python: str) -> str:
-    """Versions of what the peer needs.
-
-    Raises:
-        ValueError: the interpreter cannot run it; the message says what it lacks.
-    """
-    try:
-        done = _peer(python, ["--check"])
-    except OSError as error:
-        raise ValueError(f"--peer={python}: {error.strerror}; expected a Python with torch and transformers") from error
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it failed"])[-1]
-        raise ValueError(f"--peer={python}: {reason}; expected a Python with torch and transformers")
-    return done.stdout.strip()
-
-
 def run_peer(python: str, case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     """The peer's result for a case's batch size, in the form of ours, or {"case", "error"}."""
-    name = f"peer:{case.batch_size}"
-    done = _peer(python, [], json.dumps(peer_request(case, arguments)))
-    if done.returncode:
-        print(done.stderr[-2000:], file=sys.stderr)
-        return {"case": name, "error": (done.stderr.strip().splitlines() or ["?"])[-1][:200]}
-    result = json.loads(done.stdout.splitlines()[-1])
-    tokens = case.batch_size * arguments.sequence_length
-    speed = tokens / statistics.median(result["seconds_per_step"])
-    return {"case": name, "tokens_per_second": speed, "mfu": None, "depth_bytes": 0} | result
-
-
-def _peer(python: str, argv: list[str], request: str = "") -> subprocess.CompletedProcess:
-    command = [python, str(Path(__file__).with_name("peer.py")), *argv]
-    return subprocess.run(command, input=request, capture_output=True, text=True, check=False)
+    result = PEER.run(python, f"peer:{case.batch_size}", peer_request(case, arguments))
+    if "error" in result:
+        return result
+    speed = case.batch_size * arguments.sequence_length / statistics.median(result["seconds_per_step"])
+    return result | {"tokens_per_second": speed, "mfu": None, "depth_bytes": 0}
 
 
 def _batches(config: Any, real: bool) -> Any:
@@ -302,18 +279,6 @@ def _case_text(case: str) -> str:
     return f"{row}\nbatch of {batch}\nremat {remat}"
 
 
-def _run_in_process(case: Case, argv: list[str]) -> dict[str, Any]:
-    """The case's result, or {"case", "error"} where it ran out of memory or failed; what it said goes to stderr."""
-    environment = os.environ | {"BENCHMARK_CHILD": "1"}
-    command = [sys.executable, "-m", "benchmarks.training", f"--cases={case}", *argv]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "Error" in line or "RESOURCE_EXHAUSTED" in line]
-        print(done.stderr[-2000:], file=sys.stderr)
-        return {"case": str(case), "error": (errors or done.stderr.splitlines() or ["?"])[-1][:200]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     """Runs the cases; writes training.json, training.txt and training.png."""
     parser = argparse.ArgumentParser(description="Times train steps of the 700M models.")
@@ -333,7 +298,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     cases = [Case.parse(text) for text in arguments.cases.split(",")]
-    if os.environ.get("BENCHMARK_CHILD"):
+    if processes.is_child():
         from moda_jax.config import DataConfig
         from moda_jax.data.cache import cache_directory
         from moda_jax.training import runtime
@@ -345,7 +310,7 @@ def main() -> None:
         return
     if arguments.peer:
         try:
-            print(f"peer: {check_peer(arguments.peer)}", flush=True)
+            print(f"peer: {PEER.check(arguments.peer)}", flush=True)
         except ValueError as error:
             parser.error(str(error))
     argv = [argument for argument in sys.argv[1:] if not argument.startswith(("--cases", "--peer"))]
@@ -355,7 +320,7 @@ def main() -> None:
             batch_sizes.add(case.batch_size)
             results.append(run_peer(arguments.peer, case, arguments))
             print(table(results[-1:]).splitlines()[1], flush=True)
-        results.append(_run_in_process(case, argv))
+        results.append(processes.run_case("benchmarks.training", str(case), [*argv, f"--cases={case}"]))
         print(table(results[-1:]).splitlines()[1], flush=True)
     text = table(results)
     environment = next((r["environment"] for r in results if "environment" in r), {})

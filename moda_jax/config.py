@@ -137,6 +137,8 @@ class TransformerConfig(DepthSections):
         remat: what the layer loop stores for the backward pass, see `moda_jax.depth_scan`.
         layer_loop: "scan" compiles one layer; "unroll" each by itself, which is faster on a GPU and slower to compile.
         depth_gradient_dtype: dtype in which the depth stream's gradient accumulates; None: the compute dtype.
+        depth_gradient_group: how many layers add their gradients of older slots together, see `moda_jax.depth_scan`;
+            None: what the device's kernels gain by. 1 takes the least memory.
         causal: a token sees the sequence up to itself; False: all of it, as in a model of images.
         norm_kind: "rms": RMSNorm; "layer": LayerNorm with a bias, of the sub-layers' norms and the final one.
         ffn: "swiglu", or "gelu": two projections with a GELU between them.
@@ -170,6 +172,7 @@ class TransformerConfig(DepthSections):
     remat: str = "attention"
     layer_loop: str = "scan"
     depth_gradient_dtype: str | None = None
+    depth_gradient_group: int | None = None
     causal: bool = True
     norm_kind: str = "rms"
     ffn: str = "swiglu"
@@ -199,6 +202,8 @@ class TransformerConfig(DepthSections):
             self.qk_norm or not self.qk_norm_per_head, "model.qk_norm_per_head", self.qk_norm_per_head,
             "False with model.qk_norm=False",
         )  # fmt: skip
+        if self.depth_gradient_group is not None:
+            _require_positive("model", self, "depth_gradient_group")
         if self.rope_theta is not None:
             _require_positive("model", self, "rope_theta")
             _require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number (rotary pairs)")

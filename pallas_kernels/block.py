@@ -76,7 +76,7 @@ def as_cotangent(call: Call, gradients: Gradients) -> Call:
     depth = call.depth
     if depth is not None:
         depth = dataclasses.replace(
-            depth, key=gradients.depth_key, value=gradients.depth_value, start=None, length=None
+            depth, key=gradients.depth_key, value=gradients.depth_value, start=None, length=None, deferred=None
         )
     return dataclasses.replace(
         call, query=gradients.query, key=gradients.key, value=gradients.value, mask=None, depth=depth

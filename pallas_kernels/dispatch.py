@@ -1,6 +1,6 @@
 """Which implementation serves a call: the table of names, what an implementation offers, and the choice for `None`.
 
-An implementation is a module, named in `MODULES`, that offers three functions:
+An implementation is a module, named in `MODULES`, that offers three functions, and may offer a fourth:
 
     check_supported(call) -> None
         Raises NotImplementedError, with the reason, if it cannot serve such a `pallas_kernels.operands.Call`. The
@@ -11,7 +11,12 @@ An implementation is a module, named in `MODULES`, that offers three functions:
     backward(call, upstream, buffers=None) -> Gradients
         `pallas_kernels.operands.Gradients` of the call's arrays, from the `Upstream` of the whole softmax, which may
         cover other keys too. `buffers` (key, value), [B, T, S, K, H] of any float dtype: the depth gradients are added
-        to their seen slots, in place where the caller donates or carries them; other slots keep every bit.
+        to their seen slots, in place where the caller donates or carries them; other slots keep every bit. Slots that
+        the call's depth part defers are such others; without `query_gradient` the query's gradient is None.
+    gradient_group(call) -> int
+        How many calls over the same slots, a layer's each, had better have the gradients of old slots added together,
+        by one backward whose query heads are those of all of them; such calls defer them. Not offered: `backward` takes
+        no call that defers.
 
 What a call may look like: T and U differ; any of the mask's arrays, in any combination; slots whose window [start,
 length) is known only when it runs, and may be empty; no sequence part, or no depth part. What is hidden (a key at or
@@ -113,6 +118,12 @@ def resolve(implementation: str | None, call: Call) -> str:
             return name
     _log_choice("xla", reason, level)
     return "xla"
+
+
+def gradient_group(implementation: str | None, call: Call) -> int | None:
+    """`gradient_group` of the implementation that serves a call, named or None as in `resolve`; None: it has none."""
+    module = load(resolve(implementation, call))
+    return module.gradient_group(call) if hasattr(module, "gradient_group") else None
 
 
 def preferred() -> tuple[str, ...]:

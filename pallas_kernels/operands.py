@@ -58,12 +58,15 @@ class DepthKV:
     Attributes:
         key, value: [B, T, S, K, H]. Slots outside of the window may hold anything, NaN included.
         start, length: the window [start, length), ints or int32 scalars within 0..S; None: 0, and S.
+        deferred: of the backward, int or int32 scalar: seen slots before this one get no gradient from the call, which
+            gives the query's all the same. Whoever asks for this adds them later, those of many calls at once. None: 0.
     """
 
     key: Array
     value: Array
     start: int | Array | None = None
     length: int | Array | None = None
+    deferred: int | Array | None = None
 
     @property
     def slots(self) -> int:
@@ -86,6 +89,10 @@ class DepthKV:
         if self.start is not None:
             seen = seen & (slots >= self.start)
         return seen
+
+    def gets_gradient(self, slots: Array) -> Array | bool:
+        """Whether slots, by their int32 numbers, are seen and not deferred; True where that is known of all."""
+        return self.seen(slots) if self.deferred is None else self.seen(slots) & (slots >= self.deferred)
 
     def is_seen(self) -> Array:
         """[S] bool."""
@@ -114,6 +121,7 @@ class Call:
         mask: of the sequence part.
         depth: the depth part, in the query's dtype; None: there is none.
         scale: multiplies the logits.
+        query_gradient: whether the backward gives the query's gradient; False: None in its place.
     """
 
     query: Array
@@ -122,6 +130,7 @@ class Call:
     mask: Mask = Mask()
     depth: DepthKV | None = None
     scale: float = dataclasses.field(default=1.0, metadata=_STATIC)
+    query_gradient: bool = dataclasses.field(default=True, metadata=_STATIC)
 
     @property
     def num_kv_heads(self) -> int:
@@ -153,15 +162,15 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of a `Call`'s arrays, each in its array's dtype; None where the call has no such array.
+    """Of a `Call`'s arrays, each in its array's dtype; None where the call has no such array or does not want it.
 
     Attributes:
         query, key, value: like the call's.
-        depth_key, depth_value: like the depth part's, zero in slots that are not seen; or the sums, in the buffers'
-            dtype, if buffers were given.
+        depth_key, depth_value: like the depth part's, zero in slots that are not seen or deferred; or the sums, in the
+            buffers' dtype, if buffers were given.
     """
 
-    query: Array
+    query: Array | None
     key: Array | None = None
     value: Array | None = None
     depth_key: Array | None = None

@@ -34,7 +34,7 @@ _DIMENSIONS = {
     **dict.fromkeys(("query", "dout", "out", "rest"), _QUERY),
     **dict.fromkeys(("key", "value"), _KEY),
     **dict.fromkeys(("depth.key", "depth.value", "depth_key", "depth_value"), _DEPTH),
-    **dict.fromkeys(("depth.start", "depth.length"), ()),
+    **dict.fromkeys(("depth.start", "depth.length", "depth.deferred"), ()),
     **dict.fromkeys(("mask.query_positions", "mask.query_segment_ids"), ("batch", "tokens")),
     **dict.fromkeys(("mask.key_positions", "mask.key_segment_ids"), ("batch", "keys")),
     "mask.key_length": ("batch",),
@@ -62,7 +62,7 @@ def backward(
     """`pallas_kernels.block.backward` by an implementation's kernels."""
     sums = None if buffers is None else Gradients(None, depth_key=buffers[0], depth_value=buffers[1])
     operands = _Operands(call, upstream, sums)
-    names = ["query"]
+    names = ["query"] if call.query_gradient else []
     names += [] if call.key is None else ["key", "value"]
     names += [] if call.depth is None else ["depth_key", "depth_value"]
 
@@ -79,7 +79,7 @@ def backward(
     slots = (None, None) if call.depth is None else (call.depth.key, call.depth.value)
     arrays = Gradients(call.query, call.key, call.value, *(slots if buffers is None else buffers))
     pairs = zip(names, results, strict=True)
-    return Gradients(**{name: laid_out_like(result, getattr(arrays, name)) for name, result in pairs})
+    return Gradients(**{"query": None} | {name: laid_out_like(result, getattr(arrays, name)) for name, result in pairs})
 
 
 class _Operands:

@@ -44,6 +44,12 @@ def forward(call: Call, *, with_rest: bool = False) -> Part:
     return Part(out, lse.reshape(out.shape[:3])).rounded(call.query.dtype, with_rest=with_rest)
 
 
+def gradient_group(call: Call) -> int:
+    """See `pallas_kernels.dispatch`: nothing is gained by more than one."""
+    del call
+    return 1
+
+
 def backward(call: Call, upstream: Upstream, buffers: tuple[Array, Array] | None = None) -> Gradients:
     """From the merged lse and delta."""
     dquery, gradients = jnp.zeros(call.query.shape, jnp.float32), Gradients(call.query)
@@ -54,7 +60,7 @@ def backward(call: Call, upstream: Upstream, buffers: tuple[Array, Array] | None
         depth_dquery, *depth = _depth_backward(call, call.depth, upstream, buffers or (None, None))
         dquery += depth_dquery
         gradients = Gradients(*gradients[:3], *depth)
-    return gradients._replace(query=dquery.astype(call.query.dtype))
+    return gradients._replace(query=dquery.astype(call.query.dtype) if call.query_gradient else None)
 
 
 def _sequence_backward(call: Call, upstream: Upstream) -> tuple[Array, Array, Array]:
@@ -80,10 +86,11 @@ def _depth_backward(
     dquery = jnp.einsum("btkgs,btskh->btkgh", dlogits, dk, precision=HIGHEST).reshape(call.query.shape)
     ddepth_key = jnp.einsum("btkgs,btkgh->btskh", dlogits, q, precision=HIGHEST)
     ddepth_value = jnp.einsum("btkgs,btkgh->btskh", weights, do, precision=HIGHEST)
+    added = jnp.broadcast_to(depth.gets_gradient(jnp.arange(depth.slots, dtype=jnp.int32)), seen.shape)
     return (
         dquery,
-        _added(buffers[0], ddepth_key, seen, depth.key.dtype),
-        _added(buffers[1], ddepth_value, seen, depth.value.dtype),
+        _added(buffers[0], ddepth_key, added, depth.key.dtype),
+        _added(buffers[1], ddepth_value, added, depth.value.dtype),
     )
 
 
@@ -165,9 +172,9 @@ def _dlogits(weights: Array, dweights: Array, delta: Array) -> Array:
     return jnp.where(weights != 0, weights * (dweights - delta[..., None]), 0.0)
 
 
-def _added(buffer: Array | None, gradient: Array, seen: Array, dtype: jnp.dtype) -> Array:
-    """The gradient in `dtype`, or `buffer` plus the gradient in its seen slots."""
+def _added(buffer: Array | None, gradient: Array, added: Array, dtype: jnp.dtype) -> Array:
+    """The gradient in `dtype`, zero where it is not to be added, or `buffer` plus the gradient in the slots `added`."""
     if buffer is None:
-        return gradient.astype(dtype)
+        return jnp.where(added[:, None, None], gradient, 0.0).astype(dtype)
     total = (buffer.astype(jnp.float32) + gradient).astype(buffer.dtype)
-    return jnp.where(seen[:, None, None], total, buffer)
+    return jnp.where(added[:, None, None], total, buffer)

@@ -40,7 +40,7 @@ Array = jax.Array
 DEPTH_FIELDS = ("depth", *(field.name for field in dataclasses.fields(DepthSections)))
 OPEN_FIELDS = (
     *DEPTH_FIELDS, "attention_implementation", "dtype", "remat", "layer_loop", "depth_gradient_dtype",
-    "initializer_range",
+    "depth_gradient_group", "initializer_range",
 )  # fmt: skip
 
 

@@ -34,8 +34,8 @@ _logger = logging.getLogger(__name__)
 _SAME = ("num_heads", "num_kv_heads", "head_dim", "norm")
 # What says how a model computes and not what.
 _FREE = (
-    "attention_implementation", "dtype", "remat", "layer_loop", "depth_gradient_dtype", "initializer_range",
-    "max_sequence_length",
+    "attention_implementation", "dtype", "remat", "layer_loop", "depth_gradient_dtype", "depth_gradient_group",
+    "initializer_range", "max_sequence_length",
 )  # fmt: skip
 
 

@@ -97,8 +97,9 @@ def split_model(config: TransformerConfig, key: Array) -> tuple[ModelFunction, A
     return split_module(Transformer(config, rngs=nnx.Rngs(params=key)))
 
 
+@functools.cache
 def model_function(config: TransformerConfig) -> ModelFunction:
-    """The function of a `Transformer` alone; no parameter is allocated."""
+    """The function of a `Transformer` alone, made once for a config; no parameter is allocated."""
     return module_function(lambda: Transformer(config, rngs=nnx.Rngs(params=jax.random.key(0))))
 
 

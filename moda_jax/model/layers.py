@@ -199,7 +199,8 @@ class GELUNetwork(nnx.Module):
 
     Args:
         width, hidden: D, F.
-        keep_hidden: keep what stands between the matrix products for the backward pass; else it is computed again.
+        keep_hidden: keep what stands between the matrix products for the backward pass, 2 F numbers a token; else it
+            is computed again.
         bias: both projections have one.
         initializer_range, dtype, rngs: as in `Projection`.
     """
@@ -228,7 +229,7 @@ class GELUNetwork(nnx.Module):
         def run(params: nnx.State, x: Array) -> Array:
             module = nnx.merge(graph, params)
             hidden = constrain(module.up(x), "batch", "tokens", "ffn")
-            return module.down(jax.nn.gelu(hidden, approximate=False))
+            return module.down(gelu(hidden))
 
         return (run if self.keep_hidden else jax.checkpoint(run))(params, x)
 
@@ -350,6 +351,34 @@ def _layer_norm_backward(
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """`x Phi(x)` with the normal distribution itself, in float32; autodiff of it would keep several arrays of x's size.
+
+    Args:
+        x: any shape and float dtype.
+
+    Returns:
+        The same shape and dtype.
+    """
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
+    """d (x Phi(x)) / dx = Phi(x) + x phi(x)."""
+    wide = x.astype(jnp.float32)
+    below = 0.5 * jax.lax.erfc(-wide * 0.5**0.5)
+    density = jnp.exp(-0.5 * wide * wide) * (2.0 * jnp.pi) ** -0.5
+    return (((below + wide * density) * dy.astype(jnp.float32)).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

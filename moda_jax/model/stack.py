@@ -186,6 +186,7 @@ class Stack(Module):
         return depth_scan(
             layer, params, carry, stream, *shared,
             remat=config.remat, unroll=config.layer_loop == "unroll", gradient_dtype=config.depth_gradient_dtype,
+            gradient_group=config.depth_gradient_group,
         )  # fmt: skip
 
 

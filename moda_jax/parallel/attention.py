@@ -40,7 +40,7 @@ _AXES = {
     **dict.fromkeys(("query", "dout", "out", "rest"), _QUERY),
     **dict.fromkeys(("key", "value"), _KEY),
     **dict.fromkeys(("depth.key", "depth.value", "depth_key", "depth_value"), _DEPTH),
-    **dict.fromkeys(("depth.start", "depth.length"), ()),
+    **dict.fromkeys(("depth.start", "depth.length", "depth.deferred"), ()),
     **dict.fromkeys(("mask.query_segment_ids", "mask.key_segment_ids"), _TOKENS),
     **dict.fromkeys(("lse", "delta"), _STATISTICS),
 }
@@ -94,7 +94,8 @@ def attention_backward(
     depth = (None, None) if call.depth is None else (call.depth.key, call.depth.value)
     sums = None if buffers is None else Gradients(None, depth_key=buffers[0], depth_value=buffers[1])
     run = functools.partial(_local_backward, mesh.shape["context"], implementation)
-    return _on_devices(run, Gradients(call.query, call.key, call.value, *depth), call, upstream, sums)
+    query = call.query if call.query_gradient else None
+    return _on_devices(run, Gradients(query, call.key, call.value, *depth), call, upstream, sums)
 
 
 def attend(call: Call, *, implementation: str | None = None) -> Array:

@@ -46,7 +46,7 @@ SAMPLE_FILE = "sample.txt"
 # What a resumed run may differ in: what changes neither the function that is trained nor the data. Rounding may differ.
 _FREE_SECTIONS = ("mesh", "checkpoint", "eval")
 _FREE_FIELDS = (
-    "model.attention_implementation", "model.layer_loop", "model.remat",
+    "model.attention_implementation", "model.depth_gradient_group", "model.layer_loop", "model.remat",
     "data.cache_dir", "data.images.threads", "data.images.workers", "data.prefetch_batches",
     "train.accumulation_steps", "train.deterministic", "train.log_interval_steps", "train.loss_spike_deviations",
     "train.max_skipped_in_a_row", "train.num_steps", "train.peer_timeout_seconds", "train.sample_prompt",
@@ -56,8 +56,8 @@ _FREE_FIELDS = (
 _PLACES = ("data.source", "data.tokenizer", "data.end_of_text")
 # With these, sums are added up in another order.
 _ROUNDING = (
-    "model.attention_implementation", "model.layer_loop", "model.remat", "train.accumulation_steps",
-    "train.deterministic",
+    "model.attention_implementation", "model.depth_gradient_group", "model.layer_loop", "model.remat",
+    "train.accumulation_steps", "train.deterministic",
 )  # fmt: skip
 
 

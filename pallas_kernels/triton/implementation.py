@@ -47,6 +47,8 @@ def check_supported(call: Call) -> None:
         )
     if call.slots > MAX_SLOTS:
         raise NotImplementedError(f"triton: {call.slots} depth slots: expected at most {MAX_SLOTS}")
+    if call.depth is not None and call.depth.deferred is not None:
+        raise NotImplementedError("triton: depth.deferred: the kernels add the gradients of all seen slots")
     if not calls.can_run():
         raise NotImplementedError(
             f"triton: needs an NVIDIA GPU, and JAX runs on {jax.default_backend()} here; with TRITON_INTERPRET=1 in "
@@ -88,7 +90,8 @@ def backward(call: Call, upstream: Upstream, buffers: tuple[jax.Array, jax.Array
         return Gradients(jnp.zeros_like(call.query) if dquery is None else dquery, dkey, dvalue, *gradients)
 
     call, window = _split(call)
-    return batches.folding(run)((call, upstream, buffers), window)
+    gradients = batches.folding(run)((call, upstream, buffers), window)
+    return gradients if call.query_gradient else gradients._replace(query=None)
 
 
 def _split(call: Call) -> tuple[Call, jax.Array | None]:

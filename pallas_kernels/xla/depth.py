@@ -47,7 +47,7 @@ def forward(query: Array, depth: DepthKV, scale: float) -> Part:
 def backward(
     query: Array, depth: DepthKV, upstream: Upstream, scale: float, buffers: tuple[Array, Array]
 ) -> tuple[Array, Array, Array]:
-    """(dquery float32, and the two buffers with the gradients of key and value added)."""
+    """(dquery float32, and the two buffers with the gradients of key and value added where they are not deferred)."""
     dout, lse, delta = upstream
     tokens, chunks = depth_blocks(depth.key)
     grouped, dgrouped, lse, delta = (tokens.view(_token_group(array, depth.key)) for array in (query, dout, lse, delta))
@@ -64,10 +64,14 @@ def backward(
             key, value = (_slots(array, tokens, i, chunks, j, fresh) for array in (depth.key, depth.value))
             weights = jnp.exp(_slot_logits(block, key, fresh, scale) - lse_block[:, :, None])  # [B, T, chunk, K, G]
             dlogits = weights * (_slot_logits(dout_block, value) - delta_block[:, :, None]) * scale
+            added = fresh
+            if depth.deferred is not None:
+                now = (chunks.elements(j) >= depth.deferred)[:, None, None]
+                added = now if fresh is None else fresh & now
             return (
                 dquery + _over_slots(dlogits, key),
-                _add_slots(key_gradient, _over_group(dlogits, block), tokens, i, chunks, j, fresh),
-                _add_slots(value_gradient, _over_group(weights, dout_block), tokens, i, chunks, j, fresh),
+                _add_slots(key_gradient, _over_group(dlogits, block), tokens, i, chunks, j, added),
+                _add_slots(value_gradient, _over_group(weights, dout_block), tokens, i, chunks, j, added),
             )
 
         dquery, *buffers = gradients

@@ -50,6 +50,12 @@ def forward(call: Call, *, with_rest: bool = False) -> Part:
     return part.rounded(call.query.dtype, with_rest=with_rest)
 
 
+def gradient_group(call: Call) -> int:
+    """See `pallas_kernels.dispatch`: nothing is gained by more than one."""
+    del call
+    return 1
+
+
 def backward(call: Call, upstream: Upstream, buffers: tuple[Array, Array] | None = None) -> Gradients:
     """See `pallas_kernels.dispatch`."""
     upstream = _without_empty_rows(upstream)
@@ -64,7 +70,7 @@ def backward(call: Call, upstream: Upstream, buffers: tuple[Array, Array] | None
         else:  # bit for bit where no slot is seen, the sign of a zero included
             dquery = jnp.where(call.depth.any_seen(), dquery + depth_dquery, dquery)
     dquery = jnp.zeros_like(call.query) if dquery is None else dquery.astype(call.query.dtype)
-    return Gradients(dquery, dkey, dvalue, *ddepth)
+    return Gradients(dquery if call.query_gradient else None, dkey, dvalue, *ddepth)
 
 
 def _gradient_buffers(depth: DepthKV, buffers: tuple[Array, Array] | None) -> tuple[Array, Array]:

@@ -13,14 +13,25 @@ def test_smoke_grid_writes_a_result_that_names_its_machine(tmp_path, monkeypatch
     attention.main()
     result = json.loads((tmp_path / "attention_smoke_xla.json").read_text())
     assert set(result["environment"]) == {"device", "platform", "jax", "python", "date"}
-    assert len(result["rows"]) == 2
+    assert [row["causal"] for row in result["rows"]] == [True, True, False]
     for row in result["rows"]:
         assert row["seconds"]["ours forward"] > 0 and row["seconds"]["ours forward+backward"] > 0
-    assert "B1 T64 G2 S3/3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "B1 T64 G2 S3/3 " in printed and "B2 T61 G1 S2/2 K2 not causal" in printed
     monkeypatch.setenv("MODA_TRITON_CAPABILITY", "8.0")
     attention.main()
     result = json.loads((tmp_path / "attention_smoke_xla_for_8.0.json").read_text())
     assert result["environment"]["MODA_TRITON_CAPABILITY"] == "8.0"
+
+
+def test_the_grid_of_vision_has_the_layers_of_deit():
+    from configs import deit_small, deit_tiny
+    from moda_jax.config import Config
+
+    found = {(c.tokens, c.kv_heads, c.head_dim, c.group, c.slots) for c in attention.GRIDS["vision"] if c.slots}
+    models = [Config.from_dict(module.get_config("moda").to_dict()).model for module in (deit_tiny, deit_small)]
+    assert found == {(m.image.tokens, m.num_kv_heads, m.head_dim, 1, m.depth_slots) for m in models}
+    assert not any(case.causal for case in attention.GRIDS["vision"])
 
 
 def test_depth_bytes():

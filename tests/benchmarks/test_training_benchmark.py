@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import training
+from benchmarks import processes, training
 
 TOY = {
     "num_layers": 2, "width": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "ffn_width": 32,
@@ -37,9 +37,9 @@ def test_the_table_compares_with_the_peer_of_the_same_batch():
 
 
 def test_a_peer_that_cannot_run_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "_run_in_process", lambda *_: pytest.fail("a case ran"))
+    monkeypatch.setattr(processes, "run_case", lambda *_: pytest.fail("a case ran"))
     hidden = tmp_path / "python"  # this interpreter without what is installed
-    hidden.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    hidden.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     hidden.chmod(0o755)
     for python, message in ((hidden, "torch is not installed in"), (tmp_path / "none", "No such file or directory")):
         monkeypatch.setattr("sys.argv", ["training", f"--peer={python}", f"--output={tmp_path}"])
@@ -55,12 +55,12 @@ def test_the_peer_runs_once_for_every_batch_size(tmp_path, monkeypatch, capsys):
     """With a stand-in for the interpreter, that answers what PyTorch would."""
     answer = {"seconds_per_step": [0.5, 0.25, 1.0], "peak_bytes": 2**30, "compile_seconds": 9.0, "parameters": 7}
     python = tmp_path / "python"
-    lines = ["#!/bin/sh", f"case $2 in --check) echo torch 2.0;; *) cat >> {tmp_path}/asked; echo >> {tmp_path}/asked",
+    lines = ["#!/bin/sh", f"case $3 in --check) echo torch 2.0;; *) cat >> {tmp_path}/asked; echo >> {tmp_path}/asked",
              f"echo '{json.dumps(answer)}';; esac"]  # fmt: skip
     python.write_text("\n".join(lines) + "\n")
     python.chmod(0o755)
     ours = {name: result(name, 100, 1, 7, 0) for name in ("row1:2:none", "row4:2:none", "row1:4:none")}
-    monkeypatch.setattr(training, "_run_in_process", lambda case, argv: ours[str(case)])
+    monkeypatch.setattr(processes, "run_case", lambda module, case, argv: ours[case])
     monkeypatch.setattr(
         "sys.argv",
         ["training", f"--cases={','.join(ours)}", f"--peer={python}", "--sequence-length=16",

@@ -1,5 +1,6 @@
 """The internal block: lengths that differ, explicit masks, merged lse and delta, gradient buffers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -219,6 +220,53 @@ def test_a_window_of_slots_is_these_slots_alone(implementation, buffer_dtype):
         if buffer_dtype == "bfloat16":
             assert np.abs(actual.pop(name) - expected[name]).max() < 2.0**-6 * np.abs(expected[name]).max()
     assert_close(actual, {name: expected[name] for name in actual}, jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("buffers", [False, True], ids=["fresh", "buffers"])
+def test_deferred_gradients_of_two_calls_are_added_by_one(implementation, buffers):
+    """Two layers' calls over slots that grow, and a third with the query heads of both: as if none had waited."""
+    first, lengths = 4, (6, FILLED)
+    query, key, value, *depth = (array[:, :T] for array in _arrays().values())
+    draw = np.random.default_rng(4)
+    douts = draw.standard_normal((2, *query.shape)).astype(np.float32)
+    start = draw.standard_normal((2, B, T, S, K, H)).astype(np.float32) if buffers else None
+
+    @jax.jit
+    def run(first, lengths, start):
+        full = late = old = None if start is None else tuple(start)
+        results, waiting = [], []
+        for i, dout in enumerate(douts):
+            slots = DepthKV(*depth, length=lengths[i])
+            call = Call(query + i, key, value, Mask(True), slots, SCALE)
+            part = block.forward(call, implementation=implementation)
+            upstream = Upstream(dout, part.lse, delta(dout, part))
+            run = functools.partial(block.backward, implementation=implementation)
+            whole = run(call, upstream, buffers=full)
+            call = dataclasses.replace(call, depth=dataclasses.replace(slots, deferred=first))
+            some = run(call, upstream, buffers=late)
+            full, late = (None, None) if start is None else (whole[3:], some[3:])
+            results.append((whole, some))
+            waiting.append((call.query, upstream))
+        grouped = jax.tree.map(
+            lambda *xs: jnp.concatenate([x.reshape(B, T, K, -1, *x.shape[3:]) for x in xs], axis=3), *waiting
+        )
+        wide, upstream = jax.tree.map(lambda x: x.reshape(B, T, -1, *x.shape[4:]), grouped)
+        call = Call(wide, depth=DepthKV(*depth, length=first), scale=SCALE, query_gradient=False)
+        return results, run(call, upstream, buffers=late if old is None else results[1][1][3:])
+
+    results, together = run(jnp.int32(first), jnp.asarray(lengths), start)
+    for i, (whole, some) in enumerate(results):
+        for name, x, y in zip(("query", "key", "value"), whole, some, strict=False):
+            np.testing.assert_array_equal(x, y, err_msg=f"{name} of call {i}")
+        for x, y, before in zip(whole[3:], some[3:], (0, 0) if start is None else start, strict=True):
+            before = np.broadcast_to(before, x.shape)
+            np.testing.assert_array_equal(y[:, :, :first], before[:, :, :first])
+            np.testing.assert_allclose(x[:, :, first:], y[:, :, first:], rtol=1e-6, atol=1e-6)
+    assert together.query is None
+    for i in range(3, 5):
+        total = results[1][0][i] if buffers else results[0][0][i] + results[1][0][i]
+        np.testing.assert_allclose(together[i][:, :, :first], total[:, :, :first], rtol=1e-5, atol=1e-5)
 
 
 def test_parts_merge_by_log_sum_exp_and_an_empty_one_changes_no_bit():

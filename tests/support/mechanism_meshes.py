@@ -19,6 +19,8 @@ MODELS = FULL | {name: CASES[name] for name in COVERING}
 MODELS |= {"value_mixing": {"depth": "value_mixing", "value_mixing": {"stride": 1}}}
 # There the heads' results together are a sub-layer's input.
 MODELS["depth_attention"] = CASES["depth_attention"] | {"width": CONFIG.model.num_heads * CONFIG.model.head_dim}
+# Layers that add the gradients of their older slots together, where every device has its part of them.
+MODELS["moda, per-head norm of the writer"] = CASES["moda, per-head norm of the writer"] | {"depth_gradient_group": 2}
 # As there, sizes are such that no other array has as many elements as a stream, or its part on a device.
 CONFIGS = {
     name: dataclasses.replace(

@@ -10,15 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.quick_compile import QUICK_XLA_FLAGS
+
 ROOT = Path(__file__).parents[2]
 
 
 def environment(devices: int) -> dict[str, str]:
     """The variables of such a process."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    # Compiling dominates: LLVM leaves the code unoptimised (see quick_compile.py).
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    flags += " --xla_llvm_disable_expensive_passes=true"
+    # Compiling dominates: it is done as in the process that asks (conftest.py).
+    flags = f"{os.environ.get('XLA_FLAGS', QUICK_XLA_FLAGS)} --xla_force_host_platform_device_count={devices}"
     return os.environ | {"PYTHONPATH": path, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 

@@ -29,7 +29,9 @@ def differentiated(part: Part, params: PyTree, values: Values, shared: tuple):
     return given, tuple(Entry(v, w) for v, w in zip(entries, when, strict=True)), vjp
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["slots", "lengths"], meta_fields=["counts"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["slots", "lengths"], meta_fields=["counts", "gradient_group"]
+)
 @dataclasses.dataclass(frozen=True)
 class Places:
     """Where a layer's entries went, and how long the stream was at each of its operations.
@@ -40,14 +42,16 @@ class Places:
     counts: tuple[int, ...]  # entries of each part
     slots: tuple[tuple[Array, ...], ...] | None
     lengths: tuple[Array, ...] | None
+    gradient_group: int = 1  # the most that an operation asks for
 
     @classmethod
-    def of(cls, written: list[tuple[tuple[Array, bool], ...]], lengths: list[Array]) -> Places:
+    def of(cls, written: list[tuple[tuple[Array, bool], ...]], lengths: list[Array], gradient_group: int = 1) -> Places:
         """From each part's (slot, whether it is always written), and the lengths."""
         counts = tuple(len(entries) for entries in written)
         if all(always for entries in written for _, always in entries):
-            return cls(counts, None, None)
-        return cls(counts, tuple(tuple(slot for slot, _ in entries) for entries in written), tuple(lengths))
+            return cls(counts, None, None, gradient_group)
+        slots = tuple(tuple(slot for slot, _ in entries) for entries in written)
+        return cls(counts, slots, tuple(lengths), gradient_group)
 
     def slots_of(self, part: int, stream: Stream) -> tuple[Array, ...]:
         """The slots of a part's entries; `stream` has the length that the layer found."""

@@ -8,6 +8,11 @@ buffer, which
 1. hands a layer the gradient of the entries that it wrote (its slots, complete once all later reads are reversed),
 2. receives in place what a read contributes to the slots of earlier writers.
 
+The second can wait where a gradient is not wanted yet. Layers may go in groups: each then adds to the slots of its own
+group alone, and when the group's first layer is done, one pass adds what all of them contribute to the slots before it,
+so that the buffer is read and written once for a group. What waits is what an operation needs for that (attention: its
+query and the gradient of its output). See `Operation.backward_deferred`.
+
 Per layer only what `remat` names is stored, never the buffer.
 
 Two kinds of block:
@@ -66,6 +71,7 @@ def depth_scan(
     remat: str = "attention",
     unroll: bool = False,
     gradient_dtype: jnp.dtype | str | None = None,
+    gradient_group: int | None = None,
     check: bool = False,
 ) -> tuple[PyTree, Stream] | tuple[PyTree, Stream, PyTree]:
     """Runs a stack of layers, each reading and appending to the depth stream, with memory linear in the slots.
@@ -86,6 +92,8 @@ def depth_scan(
             stacks over layers and out of them), slower to compile; the memory is the same. For a CPU XLA orders the
             reverse pass of unrolled layers as it likes: reads of a stream by sums may then hold O(S^2).
         gradient_dtype: dtype in which the stream's gradient accumulates over the layers; None: the stream's.
+        gradient_group: how many layers add their gradients of older slots together, where operations can let them
+            wait; None: as many as the operations ask for (`Operation.gradient_group`), which on a CPU is 1.
         check: also check, while it runs, that no entry was lost for want of a slot and that the block left the slots
             of others as they were. The call has to be under `jax.experimental.checkify.checkify`, which reports it.
 
@@ -95,12 +103,14 @@ def depth_scan(
         loses the entries that find no slot, and shows in the returned length, which is then more than the slots.
 
     Raises:
-        ValueError: an unknown `remat`, params without a common leading axis, a value in x or shared that is no array
-            or number, a block that returns other shapes or dtypes or fewer entries than it got, or not enough free
-            slots (when the stream's length is concrete).
+        ValueError: an unknown `remat`, a `gradient_group` below 1, params without a common leading axis, a value in x
+            or shared that is no array or number, a block that returns other shapes or dtypes or fewer entries than it
+            got, or not enough free slots (when the stream's length is concrete).
     """
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r}: expected one of {tuple(REMAT)}")
+    if gradient_group is not None and gradient_group < 1:
+        raise ValueError(f"gradient_group={gradient_group!r}: expected None or a number of layers, at least 1")
     leading = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
     if len(leading) != 1 or leading == {()}:
         raise ValueError(
@@ -117,15 +127,16 @@ def depth_scan(
     else:
         # Layers are compared by value, to compile once; a callable that has no hash is its own value.
         looped = _WholeLayer(block if isinstance(block, Hashable) else lambda *arguments: block(*arguments), check)
-    dtype = None if gradient_dtype is None else jnp.dtype(gradient_dtype)
+    options = _Options(
+        unroll, None if gradient_dtype is None else jnp.dtype(gradient_dtype), gradient_group,
+        starts_empty=not is_traced(stream.length) and int(stream.length) == 0,
+    )  # fmt: skip
     length = None
     entries, has_aux = looped.inspect(params, x, stream, shared)
     if entries is not None and not is_traced(stream.length):  # inside the loop it is traced; out here it stays concrete
         _check_capacity(stream, num_layers * entries)
         length = stream.length_after(num_layers * entries)
-    x, after, (aux, kept) = _loop(
-        looped, unroll, dtype, params, x, stream.with_length(jnp.int32(stream.length)), shared
-    )
+    x, after, (aux, kept) = _loop(looped, options, params, x, stream.with_length(jnp.int32(stream.length)), shared)
     if check:
         checkify.check(
             after.length <= stream.slots,
@@ -159,6 +170,16 @@ def _check_capacity(stream: Stream, entries: int) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """How the loop runs: `depth_scan`'s arguments of these names, and whether its stream is known to be empty."""
+
+    unroll: bool
+    gradient_dtype: jnp.dtype | None
+    gradient_group: int | None
+    starts_empty: bool
+
+
 class _Looped:
     """One layer of the loop: `run` it forward, or `reverse` it. Compared by value (static argument of `_loop`)."""
 
@@ -188,9 +209,21 @@ class _Looped:
         dx: PyTree,
         daux: PyTree,
         dbuffers: tuple[Array, ...],
-    ) -> tuple[PyTree, PyTree, tuple[Array, ...], tuple]:
-        """(dparams, dx, dbuffers, dshared); `stream` is the final one with the length that this layer found."""
+        first: Array | None,
+    ) -> tuple[PyTree, PyTree, tuple[Array, ...], tuple, PyTree]:
+        """(dparams, dx, dbuffers, dshared, what waits); `stream` is the final one with the length that this layer
+        found. What goes to slots before `first` may wait; None: nothing may."""
         raise NotImplementedError
+
+    def gradient_group(self, stored: PyTree) -> int:
+        """How many layers had better go together, by what `run` gave to store."""
+        del stored
+        return 1
+
+    def add_waiting(self, waiting: list[PyTree], stream: Stream, dbuffers: tuple[Array, ...]) -> tuple[Array, ...]:
+        """`dbuffers` with what waits of a group of layers; `stream` has the length `first`."""
+        del waiting, stream
+        return dbuffers
 
 
 # Jitted by itself, so that a model that is called without jit compiles its loop once and not at every call.
@@ -218,37 +251,59 @@ def _per_layer(looped: _Looped, params: PyTree) -> PyTree:
     return params, jnp.arange(jax.tree.leaves(params)[0].shape[0], dtype=jnp.int32)
 
 
-def _loop_forward(looped, unroll, gradient_dtype, params, x, stream, shared):
-    outputs, stored = _forward(looped, unroll, params, x, stream, shared)
+def _loop_forward(looped, options, params, x, stream, shared):
+    outputs, stored = _forward(looped, options.unroll, params, x, stream, shared)
     return outputs, (params, stored, outputs[1], stream.length, shared)
 
 
-def _loop_backward(looped, unroll, gradient_dtype, residuals, cotangents):
+def _loop_backward(looped, options, residuals, cotangents):
     params, (stored, lengths), stream, length, shared = residuals
     dx, dstream, (daux, _) = cotangents
     inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(shared)]
     dshared = [jnp.zeros_like(leaf) for leaf, keep in zip(jax.tree.leaves(shared), inexact, strict=True) if keep]
 
-    def step(carry, layer_l):
+    layers = (_per_layer(looped, params), stored, lengths, daux)
+    together = min(options.gradient_group or looped.gradient_group(stored), lengths.shape[0])
+
+    def reverse(carry, layer_l, first=None):
         dx, dbuffers, dshared = carry
-        if unroll:
+        if options.unroll or first is not None:
             # Forward and backward then stand in one computation, where XLA would take what is recomputed here for what
             # it has already, and keep that: all the memory that `remat` is there to save. With dx in the barrier no
             # layer is recomputed before its turn.
             layer_l, dx = jax.lax.optimization_barrier((layer_l, dx))
         params_l, stored_l, length_l, daux_l = layer_l
         params_l, number = params_l if looped.numbered else (params_l, None)
-        dparams, dx, dbuffers, more = looped.reverse(
-            params_l, stored_l, stream.with_length(length_l), number, shared, dx, daux_l, dbuffers
+        dparams, dx, dbuffers, more, waiting = looped.reverse(
+            params_l, stored_l, stream.with_length(length_l), number, shared, dx, daux_l, dbuffers, first
         )
         more = [leaf for leaf, keep in zip(jax.tree.leaves(more), inexact, strict=True) if keep]
-        return (dx, dbuffers, [a + b for a, b in zip(dshared, more, strict=True)]), dparams
+        return (dx, dbuffers, [a + b for a, b in zip(dshared, more, strict=True)]), (dparams, waiting)
+
+    def reverse_group(at_start, carry, group):
+        """Layers that stand one after the other, the first of all or not; returns their dparams as a list."""
+        first = group[0][2] if len(group) > 1 else None
+        gradients, waiting = [], []
+        for layer_l in reversed(group):
+            carry, (dparams, left) = reverse(carry, layer_l, first)
+            gradients.insert(0, dparams)
+            waiting.insert(0, left)
+        if first is not None and not (at_start and options.starts_empty):
+            dx, dbuffers, dshared = carry
+            carry = dx, looped.add_waiting(waiting, stream.with_length(first), dbuffers), dshared
+        return carry, gradients
 
     dtypes = [buffer.dtype for buffer in stream.buffers]
-    dbuffers = tuple(d.astype(gradient_dtype or dtype) for d, dtype in zip(dstream.buffers, dtypes, strict=True))
-    (dx, dbuffers, dshared), dparams = jax.lax.scan(
-        step, (dx, dbuffers, dshared), (_per_layer(looped, params), stored, lengths, daux), reverse=True, unroll=unroll
+    dbuffers = tuple(
+        d.astype(options.gradient_dtype or dtype) for d, dtype in zip(dstream.buffers, dtypes, strict=True)
     )
+    carry = dx, dbuffers, dshared
+    if together == 1:
+        alone = functools.partial(_alone, reverse)
+        carry, dparams = jax.lax.scan(alone, carry, layers, reverse=True, unroll=options.unroll)
+    else:
+        carry, dparams = _reverse_groups(reverse_group, carry, layers, params, together, options.unroll)
+    dx, dbuffers, dshared = carry
     # What the layers wrote replaced the incoming contents of those slots.
     dbuffers = tuple(
         jnp.where(_slots(d, jnp.arange(d.shape[2], dtype=jnp.int32) < length), d, 0).astype(dtype)
@@ -263,11 +318,68 @@ def _loop_backward(looped, unroll, gradient_dtype, residuals, cotangents):
     return dparams, dx, stream.with_buffers(dbuffers, np.zeros((), jax.dtypes.float0)), dshared
 
 
-def _loop_primal(looped, unroll, gradient_dtype, params, x, stream, shared):
-    return _forward(looped, unroll, params, x, stream, shared)[0]
+def _reverse_groups(reverse_group, carry, layers, params, together, unroll):
+    """The reverse loop over groups of layers. The layers that are left over are the first ones: their group defers
+    nothing, or little, and the others' older slots are then fewest.
+
+    Args:
+        reverse_group: (whether it is the first group, carry, a list of layers) -> (carry, a list of their dparams).
+        layers: what the loop takes apart, stacked over the layers. params: the parameters alone.
+        together: layers of a group. unroll: one after the other instead of one loop body.
+
+    Returns:
+        The carry, and dparams stacked over the layers.
+    """
+    reverse_group = jax.jit(reverse_group, static_argnums=0, inline=True)  # traced once for all groups of a size
+    count = jax.tree.leaves(params)[0].shape[0]
+    left_over = count % together
+
+    def at(first: Array | int, number: int) -> list[PyTree]:
+        index = jax.lax.index_in_dim if isinstance(first, int) else jax.lax.dynamic_index_in_dim
+        return [jax.tree.map(lambda leaf, i=i: index(leaf, first + i, keepdims=False), layers) for i in range(number)]
+
+    if unroll:
+        gradients: list[PyTree] = []
+        for first in reversed(range(left_over, count, together)):
+            carry, more = reverse_group(first == 0, carry, at(first, together))
+            gradients = [*more, *gradients]
+        if left_over:
+            carry, more = reverse_group(True, carry, at(0, left_over))
+            gradients = [*more, *gradients]
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
+
+    def put(stacked: PyTree, first: Array | int, more: list[PyTree]) -> PyTree:
+        for i, dparams in enumerate(more):
+            stacked = jax.tree.map(
+                lambda s, d, i=i: jax.lax.dynamic_update_index_in_dim(s, d, first + i, axis=0), stacked, dparams
+            )
+        return stacked
+
+    def one_group(state, first):
+        carry, stacked = state
+        carry, more = reverse_group(False, carry, at(first, together))
+        return (carry, put(stacked, first, more)), None
+
+    # The gradients are put in their places, not stacked by the scan: beside what is left over they would be copied.
+    firsts = jnp.arange(left_over, count, together, dtype=jnp.int32)
+    (carry, stacked), _ = jax.lax.scan(one_group, (carry, jax.tree.map(jnp.zeros_like, params)), firsts, reverse=True)
+    if left_over:
+        carry, more = reverse_group(True, carry, at(0, left_over))
+        stacked = put(stacked, 0, more)
+    return carry, stacked
 
 
-_loop = jax.custom_vjp(_loop_primal, nondiff_argnums=(0, 1, 2))
+def _alone(reverse, carry, layer_l):
+    """One layer's reverse, in no group: nothing waits."""
+    carry, (dparams, _) = reverse(carry, layer_l)
+    return carry, dparams
+
+
+def _loop_primal(looped, options, params, x, stream, shared):
+    return _forward(looped, options.unroll, params, x, stream, shared)[0]
+
+
+_loop = jax.custom_vjp(_loop_primal, nondiff_argnums=(0, 1))
 _loop.defvjp(_loop_forward, _loop_backward)
 
 
@@ -318,7 +430,7 @@ class _WholeLayer(_Looped):
                 kept &= jnp.all(jnp.where(filled, (old == new) | ((old != old) & (new != new)), True))  # NaN is NaN
         return x_out, after, (aux, kept), x
 
-    def reverse(self, params, stored, stream, number, shared, dx, daux, dbuffers):
+    def reverse(self, params, stored, stream, number, shared, dx, daux, dbuffers, first):
         def one(params, x, buffers, shared):
             x_out, after, aux = self._call(params, x, stream.with_buffers(buffers, stream.length), shared)
             return (x_out, after.buffers, aux), after.length
@@ -331,7 +443,7 @@ class _WholeLayer(_Looped):
             own = (slot >= stream.length) & (slot < length_after)
             own_dbuffers.append(jnp.where(_slots(buffer, own), d, 0).astype(buffer.dtype))
         dparams, dx, more, dshared = vjp((dx, tuple(own_dbuffers), daux))
-        return dparams, dx, tuple(d + m.astype(d.dtype) for d, m in zip(dbuffers, more, strict=True)), dshared
+        return dparams, dx, tuple(d + m.astype(d.dtype) for d, m in zip(dbuffers, more, strict=True)), dshared, ()
 
     def _call(self, params, x, stream, shared) -> tuple[PyTree, Stream, PyTree]:
         """(x, stream, aux), aux None if the block has none."""
@@ -386,7 +498,7 @@ class _CutLayer(_Looped):
         layer, parts = self.layer, self.layer.parts
         params = layer.prepare(params)
         values, results, saved, vjps = {"x": x, "layer": number}, {}, [], []
-        written, lengths = [], []
+        written, lengths, wanted = [], [], 1
         for i, part in enumerate(parts):
             given, entries, vjp = differentiated(part, params, values, shared)
             values |= given
@@ -400,6 +512,7 @@ class _CutLayer(_Looped):
                 cut = layer.cuts[i]
                 lengths.append(stream.length)
                 request = tuple(values[name] for name in cut.takes)
+                wanted = max(wanted, cut.operation.gradient_group(request, stream, shared))
                 result, save = cut.operation.forward(request, stream, shared)
                 # The operation reads the buffers before this layer writes to them. XLA does not see that by itself
                 # where the entry is the layer's own KV, which exists before attention has run: in an unrolled loop it
@@ -407,7 +520,7 @@ class _CutLayer(_Looped):
                 result, stream = jax.lax.optimization_barrier((result, stream))
                 values[cut.gives] = results[cut.gives] = result
                 saved.append(save)
-        stored = {"x": x, "places": Places.of(written, lengths)}
+        stored = {"x": x, "places": Places.of(written, lengths, wanted)}
         if self.stored.results:
             stored |= {"results": results, "saved": saved}
         if self.stored.parts:
@@ -416,7 +529,17 @@ class _CutLayer(_Looped):
             stored["residuals"] = Residuals.of((vjps, requests), known)
         return values["output"], stream, (values.get("aux"), None), stored
 
-    def reverse(self, params, stored, stream, number, shared, dx, daux, dbuffers):
+    def gradient_group(self, stored):
+        return stored["places"].gradient_group
+
+    def add_waiting(self, waiting, stream, dbuffers):
+        for i, cut in enumerate(self.layer.cuts):
+            left = [layer_l[i] for layer_l in waiting]
+            if left[0] is not None:  # in one layer as in all
+                dbuffers = cut.operation.add_deferred(left, stream, dbuffers)
+        return dbuffers
+
+    def reverse(self, params, stored, stream, number, shared, dx, daux, dbuffers, first):
         layer, parts, places = self.layer, self.layer.parts, stored["places"]
         params, prepared = jax.vjp(layer.prepare, params)
         reread = {
@@ -431,6 +554,7 @@ class _CutLayer(_Looped):
 
         dvalues = {"output": dx, "aux": daux}
         dparams = dshared = None
+        waiting = [None] * len(layer.cuts)
         for i in reversed(range(len(parts))):
             dentries = tuple(
                 tuple(
@@ -450,13 +574,17 @@ class _CutLayer(_Looped):
                 dvalues[name] = _add(dvalues[name], d) if name in dvalues else d
             if i > 0:
                 cut = layer.cuts[i - 1]
-                drequest, dbuffers = cut.operation.backward(
+                arguments = (
                     requests[i - 1], results[cut.gives], saved[i - 1], places.stream_at(i - 1, stream), shared,
                     dvalues.pop(cut.gives), dbuffers,
                 )  # fmt: skip
+                if first is None:
+                    drequest, dbuffers = cut.operation.backward(*arguments)
+                else:
+                    drequest, dbuffers, waiting[i - 1] = cut.operation.backward_deferred(*arguments, first)
                 for name, d in zip(cut.takes, drequest, strict=True):
                     dvalues[name] = _add(dvalues[name], d) if name in dvalues else d
-        return prepared(dparams)[0], dvalues["x"], dbuffers, dshared
+        return prepared(dparams)[0], dvalues["x"], dbuffers, dshared, waiting
 
     def _replay(self, params, stored, stream, number, shared, reread):
         """(vjps of the parts, requests, results, saved), computed again but for what is stored."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from moda_jax.model.depth.stream import Stream, is_traced
 from moda_jax.parallel.attention import attend, attention_backward, attention_forward, causal_mask
+from pallas_kernels import dispatch
 from pallas_kernels.operands import Call, DepthKV, Upstream
 from pallas_kernels.parts import Part, delta
 
@@ -75,6 +76,40 @@ class Operation:
         _, vjp = jax.vjp(run, request, stream.buffers)
         drequest, more = vjp(dresult)
         return drequest, tuple(d + m.astype(d.dtype) for d, m in zip(dbuffers, more, strict=True))
+
+    def gradient_group(self, request: tuple, stream: Stream, shared: tuple) -> int:
+        """How many layers had better have their gradients of older slots added together, by `add_deferred`."""
+        del request, stream, shared
+        return 1
+
+    def backward_deferred(
+        self,
+        request: tuple,
+        result: PyTree,
+        saved: PyTree,
+        stream: Stream,
+        shared: tuple,
+        dresult: PyTree,
+        dbuffers: tuple[Array, ...],
+        first: Array,
+    ) -> tuple[tuple, tuple[Array, ...], PyTree]:
+        """`backward`, but what it would add to slots before `first`, int32, may be left to `add_deferred`.
+
+        Returns:
+            As `backward`, then what `add_deferred` needs of this layer; None: nothing is left, as in the base.
+        """
+        del first
+        return (*self.backward(request, result, saved, stream, shared, dresult, dbuffers), None)
+
+    def add_deferred(self, waiting: list[PyTree], stream: Stream, dbuffers: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Adds what several layers left.
+
+        Args:
+            waiting: what their `backward_deferred` returned, none of it None.
+            stream: with the length `first`.
+            dbuffers: as in `backward`.
+        """
+        raise NotImplementedError
 
 
 def filled_slots(stream: Stream) -> Array | Any:
@@ -136,6 +171,20 @@ class SoftmaxAttention(Operation):
         dbuffers: tuple[Array, ...],
     ) -> tuple[tuple, tuple[Array, ...]]:
         """As `Operation.backward`; the kernels add to the buffers in place."""
+        return self.backward_deferred(request, result, saved, stream, shared, dresult, dbuffers, None)[:2]
+
+    def backward_deferred(
+        self,
+        request: tuple,
+        result: PyTree,
+        saved: Array | None,
+        stream: Stream,
+        shared: tuple,
+        dresult: PyTree,
+        dbuffers: tuple[Array, ...],
+        first: Array | None,
+    ) -> tuple[tuple, tuple[Array, ...], tuple[Array, Upstream] | None]:
+        """As `Operation.backward_deferred`; the query, and what of the softmax its gradients need, are what waits."""
         dlse = None
         if self.with_lse:
             (result, saved), (dresult, dlse) = result, dresult
@@ -145,10 +194,36 @@ class SoftmaxAttention(Operation):
         # relative error of 1.07e-2 both ways at T = 1024, within 3 % of each other with sharpened queries too.
         upstream = Upstream(dresult, saved, delta(dresult, Part(result, saved), dlse))
         call = self.call(request, stream, shared)
+        if call.depth is None or (first is not None and dispatch.gradient_group(self.implementation, call) is None):
+            first = None  # nothing to defer, or kernels that do not
+        elif first is not None:
+            call = dataclasses.replace(call, depth=dataclasses.replace(call.depth, deferred=first))
         dquery, dkey, dvalue, *sums = attention_backward(
             call, upstream, buffers=None if call.depth is None else dbuffers, implementation=self.implementation
         )
-        return (dquery, dkey, dvalue), dbuffers if call.depth is None else tuple(sums)
+        dbuffers = dbuffers if call.depth is None else tuple(sums)
+        return (dquery, dkey, dvalue), dbuffers, None if first is None else (call.query, upstream)
+
+    def add_deferred(
+        self, waiting: list[tuple[Array, Upstream]], stream: Stream, dbuffers: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
+        """As `Operation.add_deferred`: one backward, the layers' query heads side by side at their KV heads."""
+        batch, tokens, _, num_kv_heads, head_dim = stream.key.shape
+
+        def side_by_side(*arrays: Array) -> Array:
+            grouped = [x.reshape(batch, tokens, num_kv_heads, -1, *x.shape[3:]) for x in arrays]  # [B, T, K, G, ...]
+            return jnp.concatenate(grouped, axis=3).reshape(batch, tokens, -1, *arrays[0].shape[3:])
+
+        query, upstream = jax.tree.map(side_by_side, *waiting)
+        slots = DepthKV(stream.key, stream.value, length=filled_slots(stream))
+        call = Call(query, depth=slots, scale=self._scale(head_dim), query_gradient=False)
+        gradients = attention_backward(call, upstream, buffers=dbuffers, implementation=self.implementation)
+        return gradients.depth_key, gradients.depth_value
+
+    def gradient_group(self, request: tuple, stream: Stream, shared: tuple) -> int:
+        """As `Operation.gradient_group`: what the kernels of the call gain by."""
+        call = self.call(request, stream, shared)
+        return 1 if call.depth is None else dispatch.gradient_group(self.implementation, call) or 1
 
     def call(self, request: tuple, stream: Stream, shared: tuple) -> Call:
         """The op's operands: no depth part without slots, which is plain attention."""
@@ -156,9 +231,11 @@ class SoftmaxAttention(Operation):
         depth = None
         if self.reads_slots and stream.slots:
             depth = DepthKV(stream.key, stream.value, length=filled_slots(stream))
-        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         mask = dataclasses.replace(causal_mask(self.segment_ids(*shared)), causal=self.causal)
-        return Call(query, key, value, mask, depth, scale)
+        return Call(query, key, value, mask, depth, self._scale(query.shape[-1]))
+
+    def _scale(self, head_dim: int) -> float:
+        return head_dim**-0.5 if self.scale is None else self.scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

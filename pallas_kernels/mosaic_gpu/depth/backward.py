@@ -18,10 +18,15 @@ Gradients come in three ways:
     fresh            arrays of their own; slots that are not seen are stored as zeros from one shared-memory tile.
     16-bit buffers   the old gradient is loaded beside K and V, the sum is stored in place; only n slots are touched.
     float32 buffers  read, added and written by the threads, 16 bytes each; only n slots are touched.
+    deferred         of buffers of either kind, the last slots alone, from a number on: as float32 buffers. For a layer
+                     of several whose gradients of older slots are then added together: one more pass over K, V and the
+                     buffers, whose queries are those of all of these layers, side by side as heads of the same KV
+                     heads. That pass gives no dq.
 Arithmetic: warp-level mma, slots on the M side: S^T = K q^T and dP^T = V dout^T (accumulators float32); P^T and dS^T,
     rounded to the inputs' dtype, are at once the A operands of dV = P^T dout and dK = dS^T q (contraction over 8
     heads); dq^T += K^T dS^T.
-Bytes: n*B*T*K*H*2 * (4 fresh, 6 accumulating) + 2*B*T*N*H*3 + 8*B*T*N; fresh also writes S - n slots of zeros.
+Bytes: n*B*T*K*H*2 * (4 fresh, 6 accumulating, 2 deferred) + 2*B*T*N*H*3 + 8*B*T*N; fresh also writes S - n slots of
+    zeros, deferred reads and writes both gradients of its m last slots, m*B*T*K*H*2 * 4.
 FLOPs: 10*B*T*N*n*H. Memory-bound on an H200: its copies run at about 4.2 TB/s.
 Benchmark: T = 16384, K = 8, H = 64, S = 64, G = 8: 4.8 GB, 1.15 ms at 4.2 TB/s; measured 1.29 ms.
 
@@ -85,9 +90,13 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
         added_ref = refs.pop(0) if spec.adds else None
         if gradients == FRESH:
             dq_ref, dk_ref, dv_ref, *refs = refs
-        else:
+        elif spec.queries:
             dk_ref, dv_ref, dq_ref, *refs = refs
-        ring, queries, statistics, staging, loaded, *blank = refs
+        else:
+            dk_ref, dv_ref, *refs = refs
+        ring, queries, statistics, *refs = refs
+        staging = ring if spec.deferred else refs.pop(0)
+        loaded, *blank = refs
         block = lax.axis_index("block")
         window = Window(window_ref)
         length = window.length
@@ -115,7 +124,7 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
                 for i, ref in enumerate((q_ref, do_ref)):
                     source = ref.at[pl.ds(group * group_rows, shape.query_rows), columns]
                     copy(source, queries.at[stage, i, c])
-            operands = (k_ref, v_ref) + ((dk_ref, dv_ref) if gradients == SMALL_BUFFERS else ())
+            operands = (k_ref, v_ref, dk_ref, dv_ref)[: spec.parts]
             for i, ref in enumerate(operands):
                 for box, c, index in boxes(group):
                     load_chunk(copy, ref, index, ring.at[stage, i, box, c], rows, slot, first)
@@ -123,7 +132,7 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
         def store(unit):
             stage, group, slot = locate(unit)
             for i, ref in enumerate((dk_ref, dv_ref)):
-                source = i + (2 if gradients == SMALL_BUFFERS else 0)
+                source = i + spec.parts - 2
                 for box, c, index in boxes(group):
                     plgpu.copy_smem_to_gmem(
                         ring.at[stage, source, box, c], ref.at[index(slot, rows)], commit_group=False
@@ -159,17 +168,17 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
             def chunk_loop(chunk, state):
                 unit = turn * chunks + chunk
                 stage, _, slot = locate(unit)
-                if gradients == FLOAT_BUFFERS:
+                if spec.by_threads:
                     plgpu.commit_smem()  # every warp has left the stage that is loaded next
                 else:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 pl.when(unit + distance < units)(functools.partial(load, unit + distance))
                 plgpu.barrier_wait(loaded.at[stage])
                 first = window.hidden_rows(slot, slot_offset)  # rows of the first chunk before the window
-                place = (stage, first, slot, group)
-                buffers = (dk_ref, dv_ref) if gradients == FLOAT_BUFFERS else ()
+                place = (stage, first, slot, group, window.waiting_rows(slot, slot_offset, rows))
+                buffers = (dk_ref, dv_ref) if spec.by_threads else ()
                 state = compute.step(ring, queries, statistics, place, buffers, state)
-                if gradients != FLOAT_BUFFERS:
+                if not spec.by_threads:
                     # At negative slots a TMA store is an illegal instruction: a cut first chunk goes by hand.
                     pl.when(first > 0)(lambda: compute.store(ring, place, (dk_ref, dv_ref)))
                     plgpu.commit_smem()
@@ -178,11 +187,15 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
                 return state
 
             state = lax.fori_loop(0, chunks, chunk_loop, compute.start())
-            compute.finish(state, staging, group, dq_ref, added_ref)
+            if spec.deferred and tiles.box_heads > 1:
+                plgpu.commit_smem()  # the rows of a box are of two warps
+            if spec.queries:
+                last = lax.rem(lax.max(turn * chunks + chunks - 1, 0), stages) if spec.deferred else jnp.int32(0)
+                compute.finish(state, staging, last, group, dq_ref, added_ref)
             return None
 
         lax.fori_loop(0, groups, group_loop, None)
-        if gradients != FLOAT_BUFFERS:
+        if not spec.by_threads:
             plgpu.commit_smem_to_gmem_group()
             plgpu.wait_smem_to_gmem(0)
 
@@ -198,11 +211,12 @@ def depth_backward(
     tiles: DepthTiles | None = None,
     blocks: int | None = None,
     interpret: bool | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
     """Gradients of the depth part of a call whose lse and delta may cover other keys too.
 
     Args:
-        call: query [B, T, N, H], bfloat16 or float16, and depth part. Slots from `length` on are never read.
+        call: query [B, T, N, H], bfloat16 or float16, and depth part. Slots from `length` on are never read. Given
+            buffers, those before `deferred` keep their gradients as they are, and `query_gradient` counts.
         upstream: see `pallas_kernels.operands.Upstream`.
         buffers: [B, T, S, K, H], the inputs' dtype or float32: the gradients are added to their seen slots, in place
             where the caller's value is not needed any more.
@@ -212,14 +226,22 @@ def depth_backward(
 
     Returns:
         (dquery [B, T, N, H], ddepth_key, ddepth_value [B, T, S, K, H]): fresh arrays, in the inputs' dtype, have
-        zeros in slots that are not seen; given buffers come back with their dtype.
+        zeros in slots that are not seen; given buffers come back with their dtype. dquery is None if it is not wanted.
+
+    Raises:
+        NotImplementedError: slots are deferred and there are no buffers.
     """
     query, depth = call.query, call.depth
     num_heads, head_dim = query.shape[2:]
     num_kv_heads = depth.key.shape[3]
     if depth.slots == 0:
         dq = jnp.zeros_like(query) if dquery is None else dquery
-        return (dq, *((jnp.zeros_like(depth.key), jnp.zeros_like(depth.value)) if buffers is None else buffers))
+        return (
+            dq if call.query_gradient else None,
+            *((jnp.zeros_like(depth.key), jnp.zeros_like(depth.value)) if buffers is None else buffers),
+        )
+    if depth.deferred is not None and buffers is None:
+        raise NotImplementedError("depth backward: slots whose gradients are deferred, but no buffers for the others")
     if interpret is None:
         interpret = warpgroup.default_interpret()
     group_size, most = num_heads // num_kv_heads, most_heads(head_dim)
@@ -229,7 +251,7 @@ def depth_backward(
             dataclasses.replace(call, query=wider(query)), Upstream(*map(wider, upstream)), buffers,
             dquery=None if dquery is None else wider(dquery), tiles=tiles, blocks=blocks, interpret=interpret,
         )  # fmt: skip
-        return (unpad_group(dq, num_kv_heads, group_size), *gradients)
+        return (None if dq is None else unpad_group(dq, num_kv_heads, group_size), *gradients)
     heads = tile_heads(group_size, most)
     run = functools.partial(_run, call, tiles=tiles, blocks=blocks, interpret=interpret)
     if heads == group_size:
@@ -244,7 +266,9 @@ def depth_backward(
     added = [None] * (group_size // heads) if dquery is None else split(dquery)
     for q, *piece, dq in zip(split(query), *map(split, upstream), added, strict=True):
         dq, *buffers = run(q, Upstream(*piece), buffers, dq)
-        pieces.append(dq.reshape(*dq.shape[:2], num_kv_heads, 1, heads, head_dim))
+        pieces.append(dq if dq is None else dq.reshape(*dq.shape[:2], num_kv_heads, 1, heads, head_dim))
+    if not call.query_gradient:
+        return (None, *buffers)
     return (jnp.concatenate(pieces, axis=3).reshape(query.shape), *buffers)
 
 
@@ -256,8 +280,9 @@ def _run(call, query, upstream, buffers, dquery, *, tiles, blocks, interpret):
     tokens = query.shape[0] * query.shape[1]
     shape = DepthShape(tokens, slots, num_heads, num_kv_heads, head_dim, num_heads // num_kv_heads)
     gradients = gradient_kind(None if buffers is None else buffers[0].dtype)
-    tiles = tiles or backward_tiles(shape, gradients)
-    scratch = backward_scratch(shape, tiles, dtype, gradients)
+    deferred = depth.deferred is not None
+    tiles = tiles or backward_tiles(shape, gradients, deferred=deferred)
+    scratch = backward_scratch(shape, tiles, dtype, gradients, deferred)
     check_shared_memory("depth backward", shape, tiles, scratch)
     blocks = blocks or min(shape.groups, 2 if interpret else multiprocessors() * tiles.blocks)
     heads_flat = [x.reshape(-1, head_dim) for x in (query, upstream.dout)]
@@ -273,12 +298,17 @@ def _run(call, query, upstream, buffers, dquery, *, tiles, blocks, interpret):
         depth_shape = arrays[0].shape
         missing = shape.groups * WARPS * shape.tile_heads + shape.statistics - tokens * num_heads
         statistics = [jnp.pad(x, (0, missing)) for x in statistics]
-    spec = DepthVariant(shape, tiles, call.scale, dtype, gradients, depth.start is not None, dquery is not None)
+    queries = call.query_gradient or gradients == FRESH
+    spec = DepthVariant(
+        shape, tiles, call.scale, dtype, gradients, windowed=depth.start is not None,
+        adds=queries and dquery is not None, deferred=deferred, queries=queries,
+    )  # fmt: skip
     compute = (BackwardInterpretedTile if interpret else BackwardWarpTile)(spec)
-    out_type = [jax.ShapeDtypeStruct((tokens * num_heads, head_dim), dtype)]
+    out_type = [jax.ShapeDtypeStruct((tokens * num_heads, head_dim), dtype)] if queries else []
     if gradients == FRESH:
         out_type += [jax.ShapeDtypeStruct(depth_shape, dtype)] * 2
     name = {FRESH: "", SMALL_BUFFERS: "_accumulate", FLOAT_BUFFERS: "_accumulate_float32"}[gradients]
+    name += ("_deferred" if deferred else "") + ("" if queries else "_slots")
     kernel = plgpu.kernel(
         _body(spec, blocks, compute, offset),
         out_type=tuple(out_type),
@@ -292,14 +322,15 @@ def _run(call, query, upstream, buffers, dquery, *, tiles, blocks, interpret):
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
     operands = [*heads_flat, *arrays, *statistics, window_operand(depth)]
-    if dquery is not None:
+    if spec.adds:
         operands.append(dquery.reshape(-1, head_dim))
     if gradients == FRESH:
         dq, *results = kernel(*operands)
     else:
         refs = [jax.new_ref(x) for x in targets]
-        [dq] = kernel(*operands, *refs)
+        [dq] = kernel(*operands, *refs) if queries else [*kernel(*operands, *refs), None]
         results = [jax.freeze(r) for r in refs]
     if interpret:
         results = [x[:tokens, tiles.rows : tiles.rows + slots, :, :head_dim] for x in results]
-    return (dq.reshape(query.shape), *(x.reshape(depth.key.shape) for x in results))
+    dq = dq.reshape(query.shape) if call.query_gradient else None
+    return (dq, *(x.reshape(depth.key.shape) for x in results))

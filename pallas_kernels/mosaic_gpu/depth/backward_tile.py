@@ -37,7 +37,6 @@ from pallas_kernels.mosaic_gpu.depth.chunk import (
 from pallas_kernels.mosaic_gpu.depth.tiles import (
     COLUMNS,
     FLOAT_BUFFERS,
-    SMALL_BUFFERS,
     SWIZZLE,
     THREADS,
     WARPS,
@@ -57,6 +56,8 @@ class DepthVariant:
         gradients: FRESH, SMALL_BUFFERS or FLOAT_BUFFERS.
         windowed: the window of seen slots has a start.
         adds: there is an array to which the query's gradient is added.
+        deferred: of buffers: only the slots from a number on, known when the kernel runs, get their gradient.
+        queries: the query's gradient is wanted.
     """
 
     shape: DepthShape
@@ -66,6 +67,18 @@ class DepthVariant:
     gradients: str
     windowed: bool = False
     adds: bool = False
+    deferred: bool = False
+    queries: bool = True
+
+    @property
+    def parts(self) -> int:
+        """Operands of a chunk in the ring."""
+        return ring_parts(self.gradients, self.deferred)
+
+    @property
+    def by_threads(self) -> bool:
+        """Whether threads add the gradients to global memory, and not TMA."""
+        return self.deferred or self.gradients == FLOAT_BUFFERS
 
 
 class BackwardWarpTile:
@@ -111,20 +124,23 @@ class BackwardWarpTile:
 
         write(ref)
 
-    def step(
-        self, ring: Any, queries: Any, statistics: Any, place: tuple[Any, Any, Any, Any], buffers: tuple, state: Any
-    ) -> Any:
-        """One chunk. place: (stage, first row that is a slot, slot of row 0, group). buffers: float32 gradients."""
+    def step(self, ring: Any, queries: Any, statistics: Any, place: tuple[Any, ...], buffers: tuple, state: Any) -> Any:
+        """One chunk.
+
+        Args:
+            place: (stage, first row that is a slot, slot of row 0, group, first row that gets a gradient).
+            buffers: of the gradients that threads add.
+        """
         shape, rows, dtype = self.shape, self.tiles.rows, self.dtype
         ref, memory = plgpu.RefType((SWIZZLE,)), plgpu.RefType()
 
         @plgpu.inline_mgpu(
-            arg_types=(ref, ref, memory, SCALAR, SCALAR, SCALAR, SCALAR, (memory,) * len(buffers), self.layout),
+            arg_types=(ref, ref, memory, *(SCALAR,) * 5, (memory,) * len(buffers), self.layout),
             return_type=self._type(),
         )
-        def chunk(ctx, ring, queries, statistics, stage, first, slot, group, buffers, state):
+        def chunk(ctx, ring, queries, statistics, stage, first, slot, group, waiting, buffers, state):
             del ctx
-            stage, first, slot, group = (scalar(x) for x in (stage, first, slot, group))
+            stage, first, slot, group, waiting = (scalar(x) for x in (stage, first, slot, group, waiting))
             lane = wm.Lane()
             keys = self._tile(lane, ring, stage)
             values = wm.add(keys, WARPS * self.tile_bytes)
@@ -134,7 +150,8 @@ class BackwardWarpTile:
 
             heads, lse, delta = self._statistics(lane, wm.shared_address(statistics), stage)
             query_b, cotangent_b = query_fragments(lane, shape, query), query_fragments(lane, shape, cotangent)
-            query_rows, cotangent_rows = self._head_rows(lane, query), self._head_rows(lane, cotangent)
+            rows_of_heads = functools.partial(self._head_rows, lane)
+            right = None if self.spec.deferred else [rows_of_heads(x) for x in (query, cotangent)]
             factor, zero, scale = wm.real(self.scale * LOG2E), wm.real(0.0), wm.real(self.scale)
             share = self._share(lane)
             if self.spec.windowed:
@@ -145,9 +162,9 @@ class BackwardWarpTile:
 
             def differentiate(block, dq):
                 """The gradients of 16 rows; returns dq with theirs added."""
-                old = None
-                if self.gradients == FLOAT_BUFFERS:
-                    old = self._old_rows(lane, buffers[0], (group, slot, first, block), 0)
+                where, old = (group, slot, waiting, block), None
+                if self.gradients == FLOAT_BUFFERS and not self.spec.deferred:
+                    old = self._old_rows(lane, buffers[0], where, 0)
                 scores = functools.partial(score_fragments, shape, rows, place=straight, dtype=dtype, block=block)
                 p, ds = scores(keys, fragments=query_b), scores(values, fragments=cotangent_b)
                 for half in range(2):
@@ -162,32 +179,46 @@ class BackwardWarpTile:
                             ds[n][j] = gradient if heads[h] is None else wm.select(heads[h], gradient, zero)
                 p = [[wm.pack(c[0], c[1], dtype), wm.pack(c[2], c[3], dtype)] for c in p]
                 ds = [[wm.pack(c[0], c[1], dtype), wm.pack(c[2], c[3], dtype)] for c in ds]
-                turned = [[wm.transpose_matrix(x) for x in pair] for pair in ds]
-                for step in range(shape.steps):
-                    base = wm.add(keys, step // 4 * self.block_bytes)
-                    a = wm.load_matrices(wm.chunk_address(base, transposed, 16 * block, 2 * (step % 4)), transpose=True)
-                    for n in range(shape.head_blocks):
-                        dq[step][n] = wm.mma_k16(dq[step][n], a, turned[n], dtype)
-                wm.warp_barrier()
-                sources = ((ds, query_rows), (p, cotangent_rows))
+                if self.spec.queries:
+                    turned = [[wm.transpose_matrix(x) for x in pair] for pair in ds]
+                    for step in range(shape.steps):
+                        base = wm.add(keys, step // 4 * self.block_bytes)
+                        address = wm.chunk_address(base, transposed, 16 * block, 2 * (step % 4))
+                        a = wm.load_matrices(address, transpose=True)
+                        for n in range(shape.head_blocks):
+                            dq[step][n] = wm.mma_k16(dq[step][n], a, turned[n], dtype)
 
-                def gradient(operand, step):
-                    """Two C fragments, [16 rows, 16 columns], of dK or dV."""
-                    left, right = sources[operand]
-                    c = [[zero] * 4, [zero] * 4]
-                    for n in range(shape.head_blocks):
-                        for i in range(2):
-                            c[i] = wm.mma_k8(c[i], left[n], right[n][2 * step + i], dtype)
-                    return [[wm.arith.mulf(x, scale) for x in part] for part in c] if operand == 0 else c
-
-                if self.gradients == FLOAT_BUFFERS:
-                    where = (group, slot, first, block)
-                    self._add_to_global(lane, share, buffers, where, keys, values, old, gradient)
-                else:
+                def add_gradients():
+                    wm.warp_barrier()
+                    heads = [rows_of_heads(x) for x in (query, cotangent)] if right is None else right
+                    gradient = functools.partial(differential, ((ds, heads[0]), (p, heads[1])))
+                    if self.gradients == FLOAT_BUFFERS:
+                        before = self._old_rows(lane, buffers[0], where, 0) if old is None else old
+                        self._add_to_global(lane, share, buffers, where, keys, values, before, gradient)
+                        return []
                     for operand, tile in enumerate((keys, values)):
+                        before = self._old_words(lane, buffers[operand], where) if self.spec.deferred else None
                         for step in range(shape.steps):
                             self._write_rows(straight, tile, gradient(operand, step), block, step)
+                        if self.spec.deferred:
+                            wm.warp_barrier()
+                            self._add_words(lane, share, where, tile, before)
+                    return []
+
+                if self.spec.deferred:
+                    wm.when(wm.less(waiting, 16 * (block + 1)), add_gradients, [])
+                else:
+                    add_gradients()
                 return flat(dq)
+
+            def differential(sources, operand, step):
+                """Two C fragments, [16 rows, 16 columns], of dK or dV."""
+                left, right = sources[operand]
+                c = [[zero] * 4, [zero] * 4]
+                for n in range(shape.head_blocks):
+                    for i in range(2):
+                        c[i] = wm.mma_k8(c[i], left[n], right[n][2 * step + i], dtype)
+                return [[wm.arith.mulf(x, scale) for x in part] for part in c] if operand == 0 else c
 
             for block in range(rows // 16):
                 before = [list(step) for step in dq]
@@ -232,8 +263,7 @@ class BackwardWarpTile:
 
     def _tile(self, lane: wm.Lane, ring: Any, stage: Any) -> Any:
         """Shared-memory address of the box that holds this warp's K in a stage."""
-        parts = ring_parts(self.gradients)
-        base = wm.add(wm.shared_address(ring), wm.multiply(stage, parts * WARPS * self.tile_bytes))
+        base = wm.add(wm.shared_address(ring), wm.multiply(stage, self.spec.parts * WARPS * self.tile_bytes))
         box = wm.divide(lane.warp, self.tiles.box_heads)
         return wm.add(base, wm.multiply(box, self.tiles.box_heads * self.tile_bytes))
 
@@ -245,11 +275,11 @@ class BackwardWarpTile:
         """Puts a [16 rows, 16 columns] gradient over the rows of the tile, plus the old gradient where there is one."""
         dtype = self.dtype
         base = wm.add(tile, step // 4 * self.block_bytes)
-        if self.gradients == SMALL_BUFFERS:
+        if self.spec.parts == 4:
             base = wm.add(base, 2 * WARPS * self.tile_bytes)
         address = wm.chunk_address(base, place, 16 * block, 2 * (step % 4))
         pairs = [(c[0][0], c[0][1]), (c[0][2], c[0][3]), (c[1][0], c[1][1]), (c[1][2], c[1][3])]
-        if self.gradients == SMALL_BUFFERS:
+        if self.spec.parts == 4:
             old = [wm.unpack(x, dtype) for x in wm.load_matrices(address)]
             pairs = [(wm.arith.addf(x[0], y[0]), wm.arith.addf(x[1], y[1])) for x, y in zip(pairs, old, strict=True)]
         wm.store_matrices(address, [wm.pack(x, y, dtype) for x, y in pairs])
@@ -270,6 +300,40 @@ class BackwardWarpTile:
             predicate = wm.both(wanted, wm.less(wm.subtract(first, 1), row))
             result.append((target, predicate, wm.load_global_16_bytes(target, predicate)))
         return result
+
+    def _old_words(self, lane: wm.Lane, buffer: Any, where: tuple) -> list[tuple[Any, Any, tuple]]:
+        """(address, predicate, 16 bytes a lane) of four rows at once of an old gradient: 16 rows of each column
+        block."""
+        shape, (group, slot, first, block) = self.shape, where
+        tile = wm.add(wm.multiply(group, WARPS), lane.warp)
+        token, head = wm.divide(tile, shape.num_kv_heads), wm.remainder(tile, shape.num_kv_heads)
+        slot_bytes = 2 * shape.num_kv_heads * shape.head_dim
+        first_row = wm.add(wm.shift_right(lane.lane, 3), 16 * block)
+        entry = wm.add(wm.multiply(wm.add(slot, first_row), shape.num_kv_heads), head)
+        start = wm.advance(wm.global_address(buffer), token, shape.slots * slot_bytes)
+        start = wm.advance(start, entry, 2 * shape.head_dim)
+        result = []
+        for c in range(shape.column_blocks):
+            column = wm.add(wm.shift_left(wm.bit_and(lane.lane, 7), 3), c * COLUMNS)
+            wanted = wm.both(wm.less(tile, shape.tiles), wm.less(column, shape.head_dim))
+            for four in range(4):
+                row = wm.add(first_row, 4 * four)
+                target = wm.advance(wm.advance(start, column, 2), wm.integer(4 * four), slot_bytes)
+                predicate = wm.both(wanted, wm.less(wm.subtract(first, 1), row))
+                result.append((target, predicate, wm.load_global_16_bytes(target, predicate)))
+        return result
+
+    def _add_words(self, lane: wm.Lane, share: tuple[int, Any], where: tuple, tile: Any, old: list) -> None:
+        """Adds 16 rows of dK or dV, which stand in the rows of K or V, to a buffer of the inputs' dtype."""
+        for i, (target, predicate, theirs) in enumerate(old):
+            row = wm.add(wm.shift_right(lane.lane, 3), 16 * where[3] + 4 * (i % 4))
+            place = lane.place(row, wm.bit_and(lane.lane, 7), *share)
+            address = wm.chunk_address(wm.add(tile, i // 4 * self.block_bytes), place, 0, 0)
+            sums = []
+            for mine, other in zip(wm.load_shared_16_bytes(address), theirs, strict=True):
+                x, y = wm.unpack(mine, self.dtype), wm.unpack(other, self.dtype)
+                sums.append(wm.pack(wm.arith.addf(x[0], y[0]), wm.arith.addf(x[1], y[1]), self.dtype))
+            wm.store_global_16_bytes(target, sums, predicate)
 
     def _add_to_global(
         self,
@@ -315,10 +379,9 @@ class BackwardWarpTile:
             wm.warp_barrier()
             old = following
 
-    def store(self, ring: Any, place: tuple[Any, Any, Any, Any], targets: tuple[Any, Any]) -> None:
+    def store(self, ring: Any, place: tuple[Any, ...], targets: tuple[Any, Any]) -> None:
         """Writes the rows of a chunk that are slots, without TMA: rows of 128 bytes, four at once."""
-        shape, rows = self.shape, self.tiles.rows
-        parts = ring_parts(self.gradients)
+        shape, rows, parts = self.shape, self.tiles.rows, self.spec.parts
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType((SWIZZLE,)), SCALAR, SCALAR, SCALAR, SCALAR, (plgpu.RefType(),) * 2)
@@ -350,15 +413,17 @@ class BackwardWarpTile:
                         address = wm.advance(wm.advance(target, entry, 2 * shape.head_dim), column, 2)
                         wm.store_global_16_bytes(address, words, wm.both(wanted, wm.less(wm.subtract(first, 1), row)))
 
-        write(ring, *place, targets)
+        write(ring, *place[:4], targets)
 
-    def finish(self, state: Any, staging: Any, group: Any, dq_ref: Any, added_ref: Any) -> None:
-        """Writes what the state has come to."""
+    def finish(self, state: Any, staging: Any, stage: Any, group: Any, dq_ref: Any, added_ref: Any) -> None:
+        """Writes what the state has come to, by way of `staging`: if deferred, the ring, whose stage was the last."""
         shape = self.shape
         refs = (dq_ref,) if added_ref is None else (dq_ref, added_ref)
 
-        @plgpu.inline_mgpu(arg_types=(self.layout, plgpu.RefType((SWIZZLE,)), SCALAR, (plgpu.RefType(),) * len(refs)))
-        def write(ctx, state, staging, group, refs):
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout, plgpu.RefType((SWIZZLE,)), SCALAR, SCALAR, (plgpu.RefType(),) * len(refs))
+        )
+        def write(ctx, state, staging, stage, group, refs):
             del ctx
             lane = wm.Lane()
             dq = self._unflatten(thread_values(state))
@@ -366,13 +431,16 @@ class BackwardWarpTile:
             dq = [[[wm.arith.mulf(x, scale) for x in c] for c in step] for step in dq]
             tile = wm.add(wm.multiply(scalar(group), WARPS), lane.warp)
             size = shape.column_blocks * 8 * shape.head_blocks * wm.ROW_BYTES
-            mine = wm.add(wm.shared_address(staging), wm.multiply(lane.warp, size))
+            mine = wm.shared_address(staging)
+            if self.spec.deferred:
+                mine = wm.add(mine, wm.multiply(scalar(stage), self.spec.parts * WARPS * self.tile_bytes))
+            mine = wm.add(mine, wm.multiply(lane.warp, self.tile_bytes if self.spec.deferred else size))
             addresses = [wm.global_address(r) for r in refs]
             added = addresses[1] if len(addresses) == 2 else None
             wm.warp_barrier()  # the last group's rows have been read
             write_heads(lane, shape, dq, mine, addresses[0], tile, self.dtype, added)
 
-        write(state, staging, group, refs)
+        write(state, staging, stage, group, refs)
 
     def _unflatten(self, values: list) -> list:
         blocks = self.shape.head_blocks
@@ -399,7 +467,7 @@ class BackwardInterpretedTile:
 
     def step(self, ring: Any, queries: Any, statistics: Any, place: tuple, buffers: tuple, state: Any) -> Any:
         """One chunk; returns the new state."""
-        stage, first, slot, group = place
+        stage, first, slot, group, waiting = place
         shape, rows = self.shape, self.tiles.rows
         query, cotangent = (group_queries(shape, queries[stage, i]) for i in range(2))  # [4, G, H]
         key, value = (filled_rows(group_tiles(ring[stage, i]), first) for i in range(2))  # [4, rows, H]
@@ -412,32 +480,40 @@ class BackwardInterpretedTile:
         p = jnp.where(shown, jnp.exp2(logits - lse * LOG2E), 0.0)
         ds = p * (dot("wsh,wgh->wsg", value, cotangent) - delta)
         p, ds = p.astype(self.dtype), ds.astype(self.dtype)
-        state = state + dot("wsg,wsh->wgh", ds, key)
+        if self.spec.queries:
+            state = state + dot("wsg,wsh->wgh", ds, key)
         gradients = (dot("wsg,wgh->wsh", ds, query) * self.scale, dot("wsg,wgh->wsh", p, cotangent))
         for i, gradient in enumerate(gradients):
             for w in range(WARPS):
-                if self.gradients == FLOAT_BUFFERS:
-                    tile = group * WARPS + w
-                    token = lax.div(tile, shape.num_kv_heads)
-                    head = tile - token * shape.num_kv_heads
-                    target = buffers[i].at[token, pl.ds(slot, rows), head]
-                    target[...] = target[...] + jnp.where(shown, gradient[w], 0.0)
+                if self.spec.by_threads:
+                    self._add(buffers[i], (group, slot, waiting), w, gradient[w])
                     continue
                 for c in range(shape.column_blocks):
                     part = gradient[w, :, c * COLUMNS : (c + 1) * COLUMNS]
                     share = self.tiles.box_heads
-                    target = ring.at[stage, i + (2 if self.gradients == SMALL_BUFFERS else 0), w // share, c]
+                    target = ring.at[stage, i + self.spec.parts - 2, w // share, c]
                     target = target if share == 1 else target.at[:, w % share]
-                    if self.gradients == SMALL_BUFFERS:
+                    if self.spec.parts == 4:
                         part = part + target[...].astype(jnp.float32)
                     target[...] = part.astype(self.dtype)
         return state
 
+    def _add(self, buffer: Any, where: tuple, warp: int, gradient: Any) -> None:
+        """Adds the rows [rows, columns] of a warp's tile that get a gradient to a buffer [B*T, S, K, H]."""
+        (group, slot, waiting), rows, num_kv_heads = where, self.tiles.rows, self.shape.num_kv_heads
+        tile = group * WARPS + warp
+        token = lax.div(tile, num_kv_heads)
+
+        @pl.when(waiting < rows)
+        def _write() -> None:
+            target = buffer.at[token, pl.ds(slot, rows), tile - token * num_kv_heads]
+            part = jnp.where(jnp.arange(rows)[:, None] >= waiting, gradient, 0.0).astype(target.dtype)
+            target[...] = target[...] + part
+
     def store(self, ring: Any, place: tuple, targets: tuple[Any, Any]) -> None:
         """Writes the rows of a chunk that are slots, without TMA."""
-        stage, first, slot, group = place
-        shape = self.shape
-        parts = ring_parts(self.gradients)
+        stage, first, slot, group, _ = place
+        shape, parts = self.shape, self.spec.parts
         for i, target in enumerate(targets):
             gradient = group_tiles(ring[stage, i + parts - 2])
             for w in range(WARPS):
@@ -446,9 +522,9 @@ class BackwardInterpretedTile:
                 rows = target.at[token, pl.ds(slot, self.tiles.rows), tile - token * shape.num_kv_heads]
                 rows[...] = jnp.where(jnp.arange(self.tiles.rows)[:, None] >= first, gradient[w], rows[...])
 
-    def finish(self, state: Any, staging: Any, group: Any, dq_ref: Any, added_ref: Any) -> None:
+    def finish(self, state: Any, staging: Any, stage: Any, group: Any, dq_ref: Any, added_ref: Any) -> None:
         """Writes what the state has come to."""
-        del staging
+        del staging, stage
         heads = self.shape.tile_heads
         for w in range(WARPS):
             tile = group * WARPS + w

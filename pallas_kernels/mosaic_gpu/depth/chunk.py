@@ -188,25 +188,36 @@ def clear_rows(
 
 
 def window_operand(depth: DepthKV) -> jax.Array:
-    """int32 [length], or [length, start] of a window that does not begin at slot 0."""
+    """int32 [length], or [length, start] of a window that does not begin at slot 0, or [length, start, deferred]."""
     length = jnp.asarray(depth.slots if depth.length is None else depth.length, jnp.int32)
-    if depth.start is None:
+    if depth.start is None and depth.deferred is None:
         return length.reshape(1)
-    return jnp.stack([length, jnp.minimum(jnp.asarray(depth.start, jnp.int32), length)])
+    start = jnp.minimum(jnp.asarray(0 if depth.start is None else depth.start, jnp.int32), length)
+    if depth.deferred is None:
+        return jnp.stack([length, start])
+    return jnp.stack([length, start, jnp.asarray(depth.deferred, jnp.int32)])
 
 
 class Window:
-    """The seen slots [start, length), as a kernel's body knows them."""
+    """The seen slots [start, length), as a kernel's body knows them; those before `deferred` get no gradient yet."""
 
     def __init__(self, ref: Any) -> None:
         self.length = ref[0]
-        self.start = ref[1] if ref.shape[0] == 2 else None
+        self.start = ref[1] if ref.shape[0] >= 2 else None
         self.count = self.length if self.start is None else self.length - self.start
+        self.deferred = ref[2] if ref.shape[0] == 3 else None
 
     def hidden_rows(self, slot: jax.Array, slot_offset: int) -> jax.Array:
         """How many leading rows of a chunk are no seen slots. slot: of row 0; slot_offset: of slot 0 in the array."""
         first = slot_offset if self.start is None else self.start + slot_offset
         return lax.max(first - slot, 0)
+
+    def waiting_rows(self, slot: jax.Array, slot_offset: int, rows: int) -> jax.Array:
+        """How many leading rows of a chunk of `rows` get no gradient: the hidden ones, and those that are deferred."""
+        hidden = self.hidden_rows(slot, slot_offset)
+        if self.deferred is None:
+            return hidden
+        return lax.min(lax.max(hidden, self.deferred + slot_offset - slot), rows)
 
 
 def group_queries(shape: DepthShape, staged: jax.Array) -> jax.Array:

@@ -145,15 +145,17 @@ def forward_scratch(shape: DepthShape, tiles: DepthTiles, dtype: Any) -> dict[st
     }
 
 
-def backward_scratch(shape: DepthShape, tiles: DepthTiles, dtype: Any, gradients: str) -> dict[str, Any]:
+def backward_scratch(
+    shape: DepthShape, tiles: DepthTiles, dtype: Any, gradients: str, deferred: bool = False
+) -> dict[str, Any]:
     """Scratch types of one block of the backward kernel; `gradients`: FRESH, SMALL_BUFFERS or FLOAT_BUFFERS."""
-    columns, parts = shape.column_blocks, ring_parts(gradients)
+    columns, parts = shape.column_blocks, ring_parts(gradients, deferred)
     copies = 2 + (2 + parts * WARPS // tiles.box_heads) * columns
     scratch = {
         "ring": swizzled(shape.ring_shape(tiles, parts), dtype),
         "queries": swizzled((tiles.stages, 2, columns, shape.query_rows, COLUMNS), dtype),
         "statistics": plgpu.SMEM((tiles.stages, 2, shape.statistics), jnp.float32),
-        "staging": swizzled((WARPS, columns, 8 * shape.head_blocks, COLUMNS), dtype),
+        **({} if deferred else {"staging": swizzled((WARPS, columns, 8 * shape.head_blocks, COLUMNS), dtype)}),
         "loaded": plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
     }
     if gradients == FRESH:
@@ -161,9 +163,10 @@ def backward_scratch(shape: DepthShape, tiles: DepthTiles, dtype: Any, gradients
     return scratch
 
 
-def ring_parts(gradients: str) -> int:
-    """Operands of a chunk in the backward's ring: K and V, and old gradients that are loaded beside them."""
-    return 4 if gradients == SMALL_BUFFERS else 2
+def ring_parts(gradients: str, deferred: bool = False) -> int:
+    """Operands of a chunk in the backward's ring: K and V, and old gradients that are loaded beside them; not where
+    most slots' are `deferred`."""
+    return 4 if gradients == SMALL_BUFFERS and not deferred else 2
 
 
 def gradient_kind(buffer_dtype: Any | None) -> str:
@@ -189,15 +192,17 @@ def forward_tiles(shape: DepthShape) -> DepthTiles:
     raise NotImplementedError(f"no tiles of the depth forward fit into shared memory for {shape}")
 
 
-def backward_tiles(shape: DepthShape, gradients: str, box_heads: int = 1) -> DepthTiles:
+def backward_tiles(shape: DepthShape, gradients: str, box_heads: int = 1, deferred: bool = False) -> DepthTiles:
     """Tiles of the backward: a stage is loaded, overwritten by its gradients and stored, beside others that are loaded.
 
     Measured on an H200 (T = 16384, K = 8, H = 64, S = 64): fresh 1.23 ms with (32, 2, 2), 1.21 to 1.44 with others;
     accumulating in bfloat16 1.71 ms with (32, 3, 1), 1.67 to 1.87 with others. `box_heads=2` awaits its measurement.
+    Deferred, it mostly reads, as the forward does, and has its three blocks: 166 registers a thread at H = 64.
     """
-    for rows, stages, blocks in ((32, 2, 2), (32, 3, 1), (16, 3, 2), (32, 2, 1), (16, 3, 1), (16, 2, 1), (16, 1, 1)):
+    choices = ((32, 2, 2), (32, 3, 1), (16, 3, 2), (32, 2, 1), (16, 3, 1), (16, 2, 1), (16, 1, 1))
+    for rows, stages, blocks in (((32, 2, 3),) if deferred else ()) + choices:
         tiles = DepthTiles(16 if shape.slots <= 16 else rows, stages, blocks, box_heads)
-        if _fits(tiles, backward_scratch(shape, tiles, jnp.bfloat16, gradients)):
+        if _fits(tiles, backward_scratch(shape, tiles, jnp.bfloat16, gradients, deferred)):
             return tiles
     raise NotImplementedError(f"no tiles of the depth backward fit into shared memory for {shape}")
 

@@ -1,12 +1,14 @@
 """The hand-written backward passes of the layers' parts, against autodiff of the plain formulas."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from moda_jax.model.layers import GELUNetwork, layer_norm, norm_rotate, rms_norm, rotate, swiglu
+from moda_jax.model.layers import GELUNetwork, gelu, layer_norm, norm_rotate, rms_norm, rotate, swiglu
 
 
 def draw(*shape, seed=0):
@@ -80,6 +82,18 @@ def test_layer_norm_is_its_formula():
 
     arguments = draw(2, 3, 8) + 3.0, draw(8, seed=1), draw(8, seed=2)
     assert_gradients_equal(lambda x, scale, bias: layer_norm(x, scale, bias, 0.1), plain, arguments, argnums=(0, 1, 2))
+
+
+def test_gelu_and_its_gradient_are_those_of_the_normal_distribution():
+    """Of float64 NumPy, far into both tails; the backward keeps x alone."""
+    x = np.linspace(-9.0, 9.0, 401)
+    below = np.array([0.5 * math.erfc(-value / math.sqrt(2.0)) for value in x])
+    density = np.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
+    value, pull = jax.vjp(gelu, jnp.float32(x))
+    np.testing.assert_allclose(value, x * below, atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(pull(jnp.full(401, 2.0))[0], 2.0 * (below + x * density), atol=1e-6, rtol=1e-6)
+    kept = jax.tree.leaves(jax.vjp(gelu, jnp.ones(7, jnp.bfloat16))[1])
+    assert [(leaf.shape, leaf.dtype) for leaf in kept if leaf.ndim] == [((7,), jnp.bfloat16)]
 
 
 def test_a_gelu_network_computed_again_is_the_same():

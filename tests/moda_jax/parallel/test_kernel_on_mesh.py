@@ -23,8 +23,8 @@ from pallas_kernels import dispatch, norm
 from pallas_kernels.mosaic_gpu import warpgroup
 
 MODEL = TransformerConfig(
-    vocab_size=256, num_layers=3, width=256, num_heads=16, num_kv_heads=8, head_dim=64, ffn_width=256,
-    max_sequence_length=1024, dtype="bfloat16", attention_implementation="mosaic_gpu",
+    vocab_size=256, num_layers=4, width=256, num_heads=16, num_kv_heads=8, head_dim=64, ffn_width=256,
+    max_sequence_length=1024, dtype="bfloat16", attention_implementation="mosaic_gpu", depth_gradient_group=2,
 )  # fmt: skip
 KERNELS = (
     "moda_depth_forward", "moda_sequence_forward", "moda_sequence_dq", "moda_sequence_dkv", "moda_depth_backward",
@@ -66,3 +66,5 @@ def test_the_train_step_lowers_for_cuda(sizes, monkeypatch):
         norms = norms[:1]
     for kernel in (*KERNELS, *norms):
         assert text.count(kernel) >= 2, kernel  # in the stacked layers and in the last one
+    for kernel in ("deferred", "slots"):  # of the layers of a group, and of all of them together
+        assert f"moda_depth_backward_accumulate_{kernel}_T" in text

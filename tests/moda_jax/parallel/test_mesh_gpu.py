@@ -62,5 +62,6 @@ def test_two_devices_train_as_one(one, name):
     np.testing.assert_allclose(losses, expected_losses, atol=loss_tolerance, rtol=0)
     for key, reference in expected.items():
         gradient = gradients[key][: reference.shape[0]]
-        error = np.linalg.norm(gradient - reference) / np.linalg.norm(reference)
-        assert error < gradient_tolerance, f"{key}: relative L2 error {error:.2e}"
+        error, size = np.linalg.norm(gradient - reference), np.linalg.norm(reference)
+        # A read that weighs all slots alike at first leaves its norm's scale without a gradient: 0 on both sides.
+        assert error <= gradient_tolerance * size, f"{key}: L2 error {error:.2e} of {size:.2e}"

@@ -52,11 +52,11 @@ def buffer_writers(text, shape=SHAPE):
     return found
 
 
-def lowered_step(layer_loop):
+def lowered_step(layer_loop, **fields):
     model = TransformerConfig(
         vocab_size=512, num_layers=LAYERS, width=256, num_heads=4, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM,
         ffn_width=256, max_sequence_length=TOKENS, dtype="bfloat16", depth="moda", depth_ffn_kv=True, remat="none",
-        layer_loop=layer_loop,
+        layer_loop=layer_loop, **fields,
     )  # fmt: skip
     options = OptimizerConfig()
     optimizer, schedule = make_optimizer(options, 1000, parameter_kinds(model)), learning_rate_schedule(options, 1000)
@@ -68,13 +68,15 @@ def lowered_step(layer_loop):
 
 
 @pytest.mark.parametrize("layer_loop", quick_of(("scan", "unroll"), ("scan",)))
+@pytest.mark.parametrize("group", [None, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("platform", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def test_no_layer_copies_the_depth_buffer(platform, layer_loop):
+def test_no_layer_copies_the_depth_buffer(platform, layer_loop, group):
     if jax.default_backend() != platform:
         pytest.skip(f"compiles for {jax.default_backend()}")
-    text = lowered_step(layer_loop).compile().as_text()
+    text = lowered_step(layer_loop, depth_gradient_group=group).compile().as_text()
     if platform == "gpu":
-        assert "moda_depth_backward_accumulate" in text
+        kernels = ("",) if group is None else ("_deferred", "_slots")
+        assert all(f"moda_depth_backward_accumulate{kernel}_T" in text for kernel in kernels)
     assert SHAPE in text
     writers = buffer_writers(text)
     others = [w for w in writers if "dynamic-update-slice" not in (w[0], w[1])]

@@ -77,15 +77,15 @@ def test_a_longer_run_with_the_same_beginning_is_not_planned_anew(optimizer, is_
 
 @pytest.mark.parametrize(
     "field", [
-        "model.attention_implementation", "model.layer_loop", "model.remat", "train.accumulation_steps",
-        "train.deterministic", "mesh.fsdp",
+        "model.attention_implementation", "model.depth_gradient_group", "model.layer_loop", "model.remat",
+        "train.accumulation_steps", "train.deterministic", "mesh.fsdp",
     ],
 )  # fmt: skip
 def test_what_changes_rounding_alone_is_permitted_and_said(field, tmp_path, caplog):
     section, key = field.split(".")
     other = {
         "attention_implementation": "xla", "layer_loop": "unroll", "remat": "none", "accumulation_steps": 4,
-        "deterministic": False, "fsdp": 2,
+        "deterministic": False, "fsdp": 2, "depth_gradient_group": 1,
     }  # fmt: skip
     write_config(tmp_path, config(), [])
     new = config(**{section: {key: other[key]}})
@@ -109,8 +109,8 @@ def test_what_the_function_and_the_data_depend_on_may_not_change():
     assert {field for field in fields if field.startswith("optimizer.")} <= fixed
     free = {field for field in fields if field.startswith(("model.", "data.images."))} - fixed
     assert free == {
-        "model.attention_implementation", "model.layer_loop", "model.remat", "data.images.threads",
-        "data.images.workers",
+        "model.attention_implementation", "model.depth_gradient_group", "model.layer_loop", "model.remat",
+        "data.images.threads", "data.images.workers",
     }  # fmt: skip
 
 

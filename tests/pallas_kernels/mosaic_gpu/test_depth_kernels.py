@@ -9,6 +9,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from support.selection import quick_first
 
+from pallas_kernels import dispatch
 from pallas_kernels.mosaic_gpu import implementation
 from pallas_kernels.mosaic_gpu.depth import tiles as depth_tiles
 from pallas_kernels.mosaic_gpu.depth.backward import depth_backward
@@ -54,8 +55,8 @@ def forward(query, key, value, ends, **options):
     return depth_forward(Call(query, depth=DepthKV(key, value, *ends), scale=SCALE), **options)
 
 
-def backward(query, key, value, ends, upstream, buffers=None, **options):
-    call = Call(query, depth=DepthKV(key, value, *ends), scale=SCALE)
+def backward(query, key, value, ends, upstream, buffers=None, *, deferred=None, query_gradient=True, **options):
+    call = Call(query, depth=DepthKV(key, value, *ends, deferred), scale=SCALE, query_gradient=query_gradient)
     return depth_backward(call, Upstream(*upstream), buffers, **options)
 
 
@@ -193,8 +194,32 @@ LARGE_BACKWARD = [
 ]
 
 
+# As above, then: the first slot that gets a gradient (None: not deferred), whether the query's gradient is wanted.
+DEFERRED = [
+    (1, 3, 4, 2, 64, 40, 37, jnp.bfloat16, jnp.bfloat16, True, None, 33, True),
+    (1, 3, 2, 2, 64, 18, (2, 17), jnp.bfloat16, jnp.float32, False, None, 9, True),
+    (1, 3, 4, 4, 64, 20, 18, jnp.float16, jnp.float16, True, DepthTiles(16, 2, 1, 2), 18, True),
+    (1, 2, 20, 1, 64, 18, 17, jnp.bfloat16, jnp.bfloat16, True, None, 2, True),
+    (1, 3, 16, 2, 64, 40, 33, jnp.bfloat16, jnp.bfloat16, False, None, None, False),
+    (1, 2, 20, 1, 64, 18, 17, jnp.float16, jnp.float32, True, None, 3, False),
+]
+LARGE_DEFERRED = [
+    (2, 513, 16, 8, 64, 70, 70, jnp.bfloat16, jnp.bfloat16, True, None, 64, True),
+    (1, 777, 16, 8, 64, 70, 6, jnp.bfloat16, jnp.bfloat16, True, None, 0, True),
+    (1, 777, 16, 8, 64, 70, 40, jnp.bfloat16, jnp.bfloat16, True, DepthTiles(16, 3, 3), 40, True),
+    (1, 1024, 16, 8, 64, 70, (5, 51), jnp.float16, jnp.float16, False, DepthTiles(32, 2, 2, 2), 30, True),
+    (2, 333, 16, 8, 64, 70, 51, jnp.bfloat16, jnp.float32, True, None, 45, True),
+    (2, 100, 16, 4, 128, 130, 129, jnp.float16, jnp.float16, True, None, 120, True),
+    (1, 333, 16, 8, 256, 70, 51, jnp.bfloat16, jnp.bfloat16, True, None, 45, True),
+    (2, 513, 64, 8, 64, 70, 64, jnp.bfloat16, jnp.bfloat16, False, None, None, False),
+    (1, 129, 48, 1, 80, 70, 40, jnp.bfloat16, jnp.float32, False, None, None, False),
+    (1, 129, 64, 4, 64, 70, 0, jnp.bfloat16, jnp.bfloat16, False, None, None, False),
+]
+
+
 def run_backward(case):
-    *dims, slots, filled, dtype, buffer_dtype, adds, tiles = case
+    *dims, slots, filled, dtype, buffer_dtype, adds, tiles = case[:11]
+    deferred, wanted = case[11:] or (None, True)
     query, dout, key, value, lse, delta = draw(*dims, slots, filled, dtype, seed=1)
     rng = np.random.default_rng(3)
     buffers = None
@@ -204,14 +229,24 @@ def run_backward(case):
 
     @jax.jit
     def run(query, key, value, filled, dout, lse, delta, buffers, added):
-        return backward(query, key, value, filled, (dout, lse, delta), buffers, tiles=tiles, dquery=added)
+        return backward(
+            query, key, value, filled, (dout, lse, delta), buffers, tiles=tiles, dquery=added,
+            deferred=None if deferred is None else jnp.int32(deferred), query_gradient=wanted,
+        )  # fmt: skip
 
     arguments = (query, key, value, ends(filled), dout, lse, delta, buffers, added)
     got = run(*arguments)
     want = list(backward_oracle(query, dout, key, value, lse, delta, filled))
     if adds:
         want[0] += wide(added)
+    if not wanted:
+        assert got[0] is None
+        got, want[0] = (jnp.zeros_like(query), *got[1:]), np.zeros(query.shape)
     hidden = np.delete(np.arange(slots), window(filled))
+    if deferred is not None:
+        hidden = np.union1d(hidden, np.arange(deferred))
+        for x in want[1:]:
+            x[:, :, :deferred] = 0
     for i in range(2):
         before = np.zeros(key.shape) if buffers is None else wide(buffers[i])
         want[1 + i] += before
@@ -226,6 +261,18 @@ def run_backward(case):
 def test_backward(case):
     run_backward(case)
     check_races()
+
+
+@pytest.mark.parametrize("case", quick_first(DEFERRED, 2), ids=str)
+def test_deferred_gradients(case):
+    run_backward(case)
+    check_races()
+
+
+def test_deferred_gradients_need_buffers_for_the_others():
+    query, dout, key, value, *rows = draw(1, 2, 2, 2, 64, 16, 16, jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="deferred, but no buffers"):
+        backward(query, key, value, (None, 16), (dout, *rows), deferred=8)
 
 
 WIDE_OR_NARROW = [(1, 16, 64), (32, 256, 128), (3, 5, 40), (2, 70, 256), (12, 20, 136)]
@@ -264,6 +311,13 @@ def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
 
             text = lower(run, query, array, array, ends, (query, rows, rows), buffers)
             assert f"moda_depth_backward{name}" in text
+        if buffers is not None:
+            run = functools.partial(backward, interpret=False)
+            arguments = query, array, array, windows[0], (query, rows, rows), buffers
+            text = lower(functools.partial(run, deferred=3), *arguments)
+            assert f"moda_depth_backward{name}_deferred_T" in text
+            text = lower(functools.partial(run, query_gradient=False), *arguments)
+            assert f"moda_depth_backward{name}_slots_T" in text
 
 
 @pytest.mark.parametrize(
@@ -284,6 +338,17 @@ def test_what_is_not_taken(facts, message):
     check()
     with pytest.raises(NotImplementedError, match=message):
         check(**facts)
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "slots", "expected"),
+    [(2, 64, 70, 4), (1, 64, 46, 4), (4, 128, 35, 4), (8, 64, 70, 1), (2, 256, 70, 4), (4, 256, 70, 1), (2, 64, 16, 1)],
+)
+def test_calls_go_together_whose_heads_fit_into_a_tile(group, head_dim, slots, expected):
+    depth = jax.ShapeDtypeStruct((2, 16, slots, 3, head_dim), jnp.bfloat16)
+    call = Call(jax.ShapeDtypeStruct((2, 16, 3 * group, head_dim), jnp.bfloat16), depth=DepthKV(depth, depth))
+    assert dispatch.gradient_group("mosaic_gpu", call) == expected
+    assert dispatch.gradient_group("xla", call) == 1
 
 
 def test_tiles_that_do_not_fit_are_refused_with_shape_and_tiles():
@@ -311,9 +376,11 @@ def test_tiles_fit_for_every_shape():
                 assert (
                     tiles.stages >= stages and tiles.blocks * shared_bytes(scratch) <= depth_tiles.MAX_SHARED_BYTES
                 ), shape
-                for kind in (depth_tiles.FRESH, depth_tiles.SMALL_BUFFERS, depth_tiles.FLOAT_BUFFERS):
-                    tiles = depth_tiles.backward_tiles(shape, kind)
-                    needed = tiles.blocks * shared_bytes(depth_tiles.backward_scratch(shape, tiles, jnp.bfloat16, kind))
+                kinds = (depth_tiles.FRESH, depth_tiles.SMALL_BUFFERS, depth_tiles.FLOAT_BUFFERS)
+                for kind, deferred in [*((kind, False) for kind in kinds), (depth_tiles.SMALL_BUFFERS, True)]:
+                    tiles = depth_tiles.backward_tiles(shape, kind, deferred=deferred)
+                    scratch = depth_tiles.backward_scratch(shape, tiles, jnp.bfloat16, kind, deferred)
+                    needed = tiles.blocks * shared_bytes(scratch)
                     assert tiles.stages >= stages and needed <= depth_tiles.MAX_SHARED_BYTES, (shape, kind)
 
 
@@ -329,7 +396,7 @@ def test_forward_on_the_chip(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", LARGE_BACKWARD, ids=str)
+@pytest.mark.parametrize("case", [*LARGE_BACKWARD, *LARGE_DEFERRED], ids=str)
 def test_backward_on_the_chip(case):
     run, arguments, first = run_backward(case)
     poison = [jnp.full(arguments[1].shape, jnp.nan, jnp.bfloat16) for _ in range(4)]

@@ -109,6 +109,14 @@ CASES = [
     ("float16", 8, 128, (20, 50), 32, 2, "16-bit buffers"),
     ("bfloat16", 2, 80, (9, 20), 16, 1, "float32 buffers"),
 ]
+DEFERRED = [
+    # ..., the first slot that gets a gradient
+    ("bfloat16", 2, 64, 37, 32, 1, "16-bit buffers", 31),
+    ("float16", 8, 80, 50, 32, 2, "16-bit buffers", 21),
+    ("bfloat16", 8, 128, (3, 20), 16, 1, "16-bit buffers", 0),
+    ("bfloat16", 3, 80, (2, 37), 32, 2, "float32 buffers", 30),
+    ("float16", 2, 64, 33, 32, 1, "float32 buffers", 33),
+]
 
 
 @pytest.mark.parametrize(("dtype", "heads", "head_dim", "length", "rows", "box", "gradients"), CASES)
@@ -148,31 +156,37 @@ def test_forward(monkeypatch, dtype, heads, head_dim, length, rows, box, gradien
     check("lse", lse, (np.log(p.sum(-1)) + logits.max(-1)).reshape(-1), 1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "heads", "head_dim", "length", "rows", "box", "gradients"), CASES)
-def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, box, gradients):
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_dim", "length", "rows", "box", "gradients", "deferred", "queries"),
+    [*((*case, None, True) for case in CASES), *((*case, True) for case in DEFERRED), (*CASES[3], None, False)],
+)
+def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, box, gradients, deferred, queries):
     begin, length = length if isinstance(length, tuple) else (0, length)
     shape = DepthShape(1, length, WARPS * heads, WARPS, head_dim, heads)
     tiles = DepthTiles(rows, 1, 1, box)
-    parts = 4 if gradients == "16-bit buffers" else 2
+    parts = 4 if gradients == "16-bit buffers" and deferred is None else 2
+    given = begin if deferred is None else max(begin, deferred)  # the first slot that gets a gradient
     chip = Chip(monkeypatch, shape, tiles, parts)
     (query, dout), (key, value), lse, delta = make(dtype, shape, 1)
     operands = hidden(begin, key, value)
     key, value = key[:, begin:], value[:, begin:]
-    queries = chip.memory.share(2 * 2 * shape.column_blocks * shape.query_rows * COLUMNS)
+    rows_of_heads = chip.memory.share(2 * 2 * shape.column_blocks * shape.query_rows * COLUMNS)
     statistics = chip.memory.share(2 * shape.statistics * 4)
     staging = chip.memory.share(WARPS * shape.column_blocks * 8 * shape.head_blocks * 128)
     for i, x in enumerate((lse, delta)):
         start = (statistics.address + 4 * i * shape.statistics) // 4
         chip.memory.shared.view(np.float32)[start : start + x.size] = x.reshape(-1)
     for i, x in enumerate((query, dout)):
-        chip.put_heads(queries, i, x.reshape(-1, head_dim))
+        chip.put_heads(rows_of_heads, i, x.reshape(-1, head_dim))
     rng = np.random.default_rng(2)
     buffer_dtype = np.float32 if gradients == "float32 buffers" else DTYPES[dtype]
     old = [rng.standard_normal((1, length, WARPS, head_dim)).astype(buffer_dtype) for _ in range(2)]
     new = [x.copy() if gradients != "fresh" else np.full_like(x, np.nan) for x in old]
     targets = tuple(chip.memory.place(x) for x in new)
     compute = tile_module.BackwardWarpTile(
-        tile_module.DepthVariant(shape, tiles, SCALE, dtype, gradients, windowed=begin > 0, adds=True)
+        tile_module.DepthVariant(
+            shape, tiles, SCALE, dtype, gradients, begin > 0, adds=True, deferred=deferred is not None, queries=queries
+        )
     )
     added = rng.standard_normal((WARPS * heads, head_dim)).astype(DTYPES[dtype])
     dq = np.full(added.shape, np.nan, DTYPES[dtype])
@@ -184,25 +198,26 @@ def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, box, gradie
             for w in range(WARPS):
                 padded = np.concatenate([np.zeros((rows, head_dim), x.dtype), x[w]])
                 chip.put(chip.cells(0, part, w)[start:], padded[slot + rows + start : slot + 2 * rows])
-        place = (0, first, slot, 0)
-        buffers = targets if gradients == "float32 buffers" else ()
-        state = compute.step(chip.ring, queries, statistics, place, buffers, state)
-        if gradients != "float32 buffers" and first > 0:
+        place = (0, first, slot, 0, min(max(given - slot, first), rows))
+        by_threads = gradients == "float32 buffers" or deferred is not None
+        state = compute.step(chip.ring, rows_of_heads, statistics, place, targets if by_threads else (), state)
+        if not by_threads and first > 0:
             compute.store(chip.ring, place, targets)
-        elif gradients != "float32 buffers":  # by TMA
+        elif not by_threads:  # by TMA
             for i in range(2):
                 for w in range(WARPS):
                     new[i][0, slot : slot + rows, w] = chip.get(chip.cells(0, i + parts - 2, w), DTYPES[dtype])
-    compute.finish(state, staging, 0, chip.memory.place(dq), chip.memory.place(added))
+    ring_or_staging = staging if deferred is None else chip.ring
+    compute.finish(state, ring_or_staging, 0, 0, chip.memory.place(dq), chip.memory.place(added))
 
     q, do, k, v = (x.astype(np.float64) for x in (query, dout, key, value))
     p = np.exp(np.einsum("wgh,wsh->wsg", q, k) * SCALE - lse[:, None])
     ds = p * (np.einsum("wgh,wsh->wsg", do, v) - delta[:, None])
-    want_dq = np.einsum("wsg,wsh->wgh", ds, k).reshape(dq.shape) * SCALE + added.astype(np.float64)
+    want_dq = np.einsum("wsg,wsh->wgh", ds, k).reshape(dq.shape) * SCALE * queries + added.astype(np.float64)
     want = [np.einsum("wsg,wgh->swh", ds, q)[None] * SCALE, np.einsum("wsg,wgh->swh", p, do)[None]]
     check("dquery", dq, want_dq, TOLERANCE[dtype])
     for name, got, expected, before in zip(("ddepth_key", "ddepth_value"), new, want, old, strict=True):
         total = expected if gradients == "fresh" else expected + before[:, begin:].astype(np.float64)
-        check(name, got[:, begin:], total, TOLERANCE[dtype])
+        check(name, got[:, given:], total[:, given - begin :], TOLERANCE[dtype])
         untouched = np.full_like(before, np.nan) if gradients == "fresh" else before
-        np.testing.assert_array_equal(*(x[:, :begin].astype(np.float32) for x in (got, untouched)))
+        np.testing.assert_array_equal(*(x[:, :given].astype(np.float32) for x in (got, untouched)))

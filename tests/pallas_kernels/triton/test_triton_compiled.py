@@ -9,6 +9,7 @@ from pallas_kernels.triton import call, tiles
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 LARGEST_SPILL_BYTES = 64  # of a thread; more than a few rarely used numbers would show in the inner loop
 KERNELS = ["depth_forward", "sequence_forward", "sequence_dq", "sequence_dkv", "depth_backward"]
+QUICK = ((8, 0), 64, "decoding")  # the default run's; the others are slow, five kernels each
 CASES = {
     "plain": {},
     "every_mask": {"explicit": True, "buffers": "bfloat16"},
@@ -32,7 +33,13 @@ def _cases() -> list:
         ((9, 0), 128, "many_heads"),
         ((8, 6), 18, "float16"),
     ]
-    return [pytest.param(*case, id=f"sm_{case[0][0]}{case[0][1]}-H{case[1]}-{case[2]}") for case in chosen]
+    return [
+        pytest.param(
+            *case, id=f"sm_{case[0][0]}{case[0][1]}-H{case[1]}-{case[2]}",
+            marks=() if case == QUICK else pytest.mark.slow,
+        )
+        for case in chosen
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("capability", "head_dim", "case"), _cases())

@@ -4,6 +4,7 @@ Everything is compared with the reference in float32 on the same narrow inputs. 
 interpreter about 20 ms, hence few tokens.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -232,6 +233,10 @@ def test_under_x64_and_strict_promotion():
     assert {x.dtype for x in gradients} == {jnp.dtype("bfloat16")}
 
 
+def _deferring(call: Call) -> Call:
+    return dataclasses.replace(call, depth=dataclasses.replace(call.depth, deferred=2))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -239,8 +244,9 @@ def test_under_x64_and_strict_promotion():
         (_call(head_dim=17), "triton: head_dim=17: expected an even number from 16 to 256"),
         (_call(head_dim=258), "triton: head_dim=258: expected an even number from 16 to 256"),
         (_call(tokens=1, slots=513), "triton: 513 depth slots: expected at most 512"),
+        (_deferring(_call(slots=3)), "triton: depth.deferred: the kernels add the gradients of all seen slots"),
     ],
-    ids=["dtype", "odd", "wide", "slots"],
+    ids=["dtype", "odd", "wide", "slots", "deferred"],
 )
 def test_what_it_does_not_take_is_refused_before_anything_is_compiled(call, message):
     with pytest.raises(NotImplementedError, match=f"^{message}"):
