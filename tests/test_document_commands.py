@@ -79,14 +79,14 @@ RUN = {
     "-m experiments report table6 --from=runs/experiments/table6/table6.json": "--output=report",
 }  # fmt: skip
 
-# Command -> the line of CI that runs it.
+# Command -> how the lines of CI begin that run it.
 CI = {
-    "-m pytest": 'eval "$line"',
-    "-m pytest -m slow": 'python -m pytest -m "slow and not precise"\npython -m pytest -m precise --dist loadgroup',
-    "-m ruff check .": "python -m ruff check .",
-    "-m ruff format --check .": "python -m ruff format --check .",
-    "-m sphinx docs build/docs": "python -m sphinx -W --keep-going -q docs build/docs",
-    "-m sphinx -W docs build/docs": "python -m sphinx -W --keep-going -q docs build/docs",
+    "-m pytest": ['eval "$line"'],
+    "-m pytest -m slow": ['python -m pytest -m "slow and not precise"', "python -m pytest -m precise"],
+    "-m ruff check .": ["python -m ruff check ."],
+    "-m ruff format --check .": ["python -m ruff format --check ."],
+    "-m sphinx docs build/docs": ["python -m sphinx -W"],
+    "-m sphinx -W docs build/docs": ["python -m sphinx -W"],
 }
 
 # Command -> the test that runs it.
@@ -188,9 +188,9 @@ def test_shell_blocks_call_nothing_else():
 
 
 def test_what_ci_and_other_tests_run_is_there():
-    script = (ROOT / ".ci" / "run").read_text()
-    for command, line in CI.items():
-        assert line in script, command
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    for command, beginnings in CI.items():
+        assert all(any(line.startswith(beginning) for line in lines) for beginning in beginnings), command
     for command, place in ELSEWHERE.items():
         file, name = place.split("::")
         assert f"def {name}(" in (ROOT / file).read_text(), command
