@@ -55,13 +55,13 @@ def time_step(
     state, step = program.initialize(), program.train_step
     batch = program.distribution.place(synthetic_batch(config))
     began = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
+    compiled = step.lower(state, batch, program.plan).compile()
     compile_seconds = time.perf_counter() - began
     times = []
     for number in range(rounds + 1):
         began = time.perf_counter()
         for _ in range(steps):
-            state, metrics = compiled(state, batch)
+            state, metrics = compiled(state, batch, program.plan)
         jax.block_until_ready(state)
         if number:
             times.append((time.perf_counter() - began) / steps)
@@ -70,7 +70,7 @@ def time_step(
     memory = devices[0].memory_stats() or {}
     categories = {}
     if kernels is not None:
-        traced, text = profile.kernel_seconds(lambda: compiled(state, batch)), compiled.as_text()
+        traced, text = profile.kernel_seconds(lambda: compiled(state, batch, program.plan)), compiled.as_text()
         categories = {"seconds_by_category": profile.seconds_by_category(traced, text)}
         kernels.write_text(profile.kernel_table(traced, text))
     return categories | {

@@ -86,16 +86,16 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     batches = _batches(config, bool(arguments.data))
     batch = next(batches)
     began = time.perf_counter()
-    compiled = program.train_step.lower(state, batch).compile()
+    compiled = program.train_step.lower(state, batch, program.plan).compile()
     compile_seconds = time.perf_counter() - began
     for _ in range(3):
-        state, metrics = compiled(state, next(batches))
+        state, metrics = compiled(state, next(batches), program.plan)
     jax.block_until_ready(state)
     times = []
     for _ in range(arguments.rounds):
         began = time.perf_counter()
         for _ in range(arguments.steps):
-            state, metrics = compiled(state, next(batches))
+            state, metrics = compiled(state, next(batches), program.plan)
         jax.block_until_ready(state)
         times.append((time.perf_counter() - began) / arguments.steps)
     tokens = case.batch_size * config.data.sequence_length
@@ -124,7 +124,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         holder = [state]
 
         def one_step() -> Any:
-            holder[0], metrics = compiled(holder[0], batch)
+            holder[0], metrics = compiled(holder[0], batch, program.plan)
             return metrics
 
         kernels = profile.kernel_seconds(one_step)

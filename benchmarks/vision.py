@@ -89,7 +89,7 @@ def run_case(config: Config, case: str, data: str | None, rounds: int, steps: in
 
     def feed(batches: Iterator[Any]) -> Callable[[], Any]:
         def one() -> Any:
-            holder[0], metrics = compiled(holder[0], next(batches))
+            holder[0], metrics = compiled(holder[0], next(batches), program.plan)
             return metrics
 
         return one

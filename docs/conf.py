@@ -16,7 +16,27 @@ autodoc_typehints = "signature"
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 html_theme = "alabaster"
-html_theme_options = {"page_width": "1100px"}
+html_theme_options = {"page_width": "1240px", "body_max_width": "none", "code_font_size": "0.78em"}
+html_show_copyright = False
+
+
+def _every_name_has_its_line(app, what, name, obj, options, lines):
+    """Of "a, b: meaning" under Attributes napoleon makes a name and its type: each name gets the meaning."""
+    section, names, meaning, found = None, [], [], []
+    for line in [*lines, "end"]:
+        if names and not line.startswith("     "):  # the meaning of several names ends here
+            found += [row for one in names for row in (f"    {one}: {meaning[0]}", *meaning[1:])]
+            names = []
+        if line and not line.startswith(" "):
+            section = line
+        several = re.fullmatch(r"    (\w+(?:, \w+)+): (.*)", line) if section == "Attributes:" else None
+        if several:
+            names, meaning = several[1].split(", "), [several[2]]
+        elif names:
+            meaning.append(line)
+        else:
+            found.append(line)
+    lines[:] = found[:-1]
 
 
 def _stars_and_bars_are_text(app, what, name, obj, options, lines):
@@ -25,6 +45,27 @@ def _stars_and_bars_are_text(app, what, name, obj, options, lines):
     lines[:] = text.split("\n")
 
 
+def _formulas_keep_their_lines(app, what, name, obj, options, lines):
+    """What a docstring indents outside of its sections is formulas: one stays under the other."""
+    section = None
+    for i, line in enumerate(lines):
+        if line and not line.startswith(" "):
+            section = line if line in ("Args:", "Attributes:", "Returns:", "Raises:", "Yields:") else None
+        elif line and section is None:
+            lines[i] = f"    | {line.strip()}"
+
+
+def _functions_by_name(app, what, name, obj, options, signature, returns):
+    """A default that is a function is shown by its name: the signature is then Python, and its types are short."""
+    if not signature:
+        return None
+    signature = re.sub(r"<function [^ >]*<lambda>[^>]*>", "...", signature)
+    return re.sub(r"<function ([\w.]+)[^>]*>", r"\1", signature), returns
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.connect("autodoc-process-signature", _functions_by_name)
+    app.connect("autodoc-process-docstring", _every_name_has_its_line, priority=300)
+    app.connect("autodoc-process-docstring", _formulas_keep_their_lines, priority=450)
     app.connect("autodoc-process-docstring", _stars_and_bars_are_text, priority=400)  # before napoleon's own markup

@@ -37,6 +37,7 @@ FIRST = (
     "tests/moda_jax/model/depth/test_tampering.py",
     "tests/test_train_script.py",
     "tests/test_evaluate_script.py",
+    "tests/test_document_commands.py",
     "tests/safety/test_kills.py",
 )
 HAS_GPU = Path("/dev/nvidiactl").exists()

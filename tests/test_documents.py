@@ -3,28 +3,19 @@ project cites a document that is not in it."""
 
 import importlib.util
 import re
-import shlex
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from support.pages import DOCUMENTS, ROOT, TEXTS, commands, python_blocks
 from support.saved_run import save_run, tiny_run_config
 
 from moda_jax.training.console import check_config_arguments
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").glob("*.md"))
-]  # fmt: skip
-TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 PROJECT = ("moda_jax", "pallas_kernels", "benchmarks", "configs", "examples", "tests", "docs")
 
 every_document = pytest.mark.parametrize("name", TEXTS)
-
-
-def python_blocks(text):
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def run_python_blocks(name):
@@ -33,22 +24,6 @@ def run_python_blocks(name):
     for block in python_blocks(TEXTS[name]):
         exec(compile(block, name, "exec"), namespace)
     return namespace
-
-
-def commands(text):
-    """The arguments after every `python` of a document: in code blocks, and between backquotes. The project's own
-    commands are those of its scripts: "moda-train --workdir=RUN" is "train.py --workdir=RUN"."""
-    text = text.replace("\\\n", " ").replace("moda-experiments ", "python -m experiments ")
-    text = re.sub(r"\bmoda-(train|generate|evaluate) ", r"python \1.py ", text)
-    found = re.findall(r"python ((?:-m [\w.]+|\w+\.py)(?:(?! && | \| )[^\n`])*)", text)
-    split = []
-    for command in found:
-        command = re.sub(r"\s{2,}#.*", "", command.replace("$'", "'")).strip()
-        if command.count('"') % 2:  # it ends the quoted argument of another command
-            command = command.removesuffix('"')
-        if not command.startswith("-m pip"):
-            split.append(shlex.split(command))
-    return split
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ class LanguageModel:
 
     @functools.cached_property
     def model(self) -> Transformer:
-        """The model: tokens [B, T] int32 to logits [B, T, V] float32. Its matrices are in the compute dtype."""
+        """The model, from tokens [B, T] int32 to logits [B, T, V] float32. Its matrices are in the compute dtype."""
         return self.run.model.module(self.run.params)
 
     @property

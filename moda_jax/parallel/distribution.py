@@ -86,6 +86,15 @@ class Distribution:
         """A batch as the pipeline makes it, on the devices."""
         return batch if self._batches is None else self._batches(batch)
 
+    def place_everywhere(self, values: Any) -> Any:
+        """Host values that every process has, whole on each device."""
+        if self.mesh is None:
+            return jax.device_put(values)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda value: jax.make_array_from_callback(np.shape(value), everywhere, lambda _: np.asarray(value)), values
+        )
+
     def place_params(self, params: Any, abstract: Any) -> Any:
         """Parameters that every process has whole, each where `abstract`, the state's, says that it lies."""
         if self.mesh is None:
@@ -98,7 +107,7 @@ class Distribution:
         return jax.tree.map(place, params, abstract)
 
     def jit_train_step(self, train_step: Callable, state: Any) -> Any:
-        """`train_step` (state, batch) -> (state, metrics), jitted on the mesh, its state donated."""
+        """`train_step` (state, batch, plan) -> (state, metrics), jitted on the mesh, its state donated."""
         if self.mesh is None:
             return jax.jit(train_step, donate_argnums=0)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)

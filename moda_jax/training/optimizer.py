@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -13,34 +12,34 @@ from moda_jax.config import OptimizerConfig
 from moda_jax.parameter import ParameterKinds
 from moda_jax.training.averaged import averaging
 from moda_jax.training.muon import is_matrix, muon
-from moda_jax.training.schedule import learning_rate_schedule
+from moda_jax.training.schedule import LearningRatePlan, learning_rate_schedule
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int, kinds: ParameterKinds) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, plan: LearningRatePlan | int, kinds: ParameterKinds
+) -> optax.GradientTransformation:
     """Clip by global norm, Adam or Muon, decoupled weight decay, learning rate; moments are float32, as parameters are.
 
     Args:
         config: the optimizer's section.
-        num_steps: updates of the whole run, for the schedule.
+        plan: of the learning rate, its numbers possibly traced; or the updates of the whole run.
         kinds: what the parameters are: weight decay acts on those that say so, Muon on those that are matrices.
     """
     clip = optax.clip_by_global_norm(config.gradient_clip_norm)
-    schedule = functools.partial(learning_rate_schedule, num_steps=num_steps)
     decayed = functools.partial(kinds.map, lambda kind, _: kind.decays)
     adamw = (
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        optax.scale_by_learning_rate(schedule(config)),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, plan)),
     )
     average = [averaging(config.ema_decay)] if config.ema_decay else []
     if config.name == "adamw":
         return _in_default_modes(optax.chain(clip, *adamw, *average))
     own = config.muon
-    peak = config.learning_rate if own.learning_rate is None else own.learning_rate
     matrices = (
         muon(own, kinds),
         optax.add_decayed_weights(config.weight_decay if own.weight_decay is None else own.weight_decay),
-        optax.scale_by_learning_rate(schedule(dataclasses.replace(config, learning_rate=peak))),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, plan, of_matrices=True)),
     )
     labels = functools.partial(kinds.map, lambda kind, _: "muon" if is_matrix(kind) else "adamw")
     by_kind = optax.partition({"adamw": optax.chain(*adamw), "muon": optax.chain(*matrices)}, labels)

@@ -16,9 +16,9 @@ from moda_jax.parallel.distribution import Distribution, resolved_mesh
 from moda_jax.tasks.registry import make_task
 from moda_jax.tasks.task import Task
 from moda_jax.training.optimizer import make_optimizer
-from moda_jax.training.schedule import learning_rate_schedule
+from moda_jax.training.schedule import LearningRatePlan, learning_rate_schedule, make_plan
 from moda_jax.training.state import TrainState, initial_state
-from moda_jax.training.train_step import make_eval_step, make_train_step
+from moda_jax.training.train_step import StepMetrics, make_eval_step, make_train_step
 
 
 class Program:
@@ -39,7 +39,10 @@ class Program:
         initialize: () -> the state before the first step, on the mesh; jitted, so that parameters are made on the
             device and not one operation at a time.
         abstract_state: shapes, dtypes and shardings of that state.
-        train_step: (state, batch) -> (state, metrics), jitted, the state donated; batches as from `distribution.place`.
+        plan: the numbers of the learning rate, on the host: the last argument of `train_step`. The compiled step does
+            not depend on their values.
+        train_step: (state, batch, plan) -> (state, metrics), jitted, the state donated; batches as from
+            `distribution.place`.
         eval_step: (params, batch) -> sums, jitted.
         measures: name -> (params, batch) -> float32, jitted: what an evaluation also logs; none on a mesh.
     """
@@ -51,9 +54,13 @@ class Program:
             state_maker(config, self.task), np.int32(config.train.seed)
         )
         self.abstract_state = self.distribution.abstract_state(self.initialize)
-        optimizer = make_optimizer(config.optimizer, config.train.num_steps, self.task.model.kinds)
-        schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-        train_step = make_train_step(self.task.objective, optimizer, schedule, config.train)
+        self.plan = make_plan(config.optimizer, config.train.num_steps)
+
+        def train_step(state: TrainState, batch: Any, plan: LearningRatePlan) -> tuple[TrainState, StepMetrics]:
+            optimizer = make_optimizer(config.optimizer, plan, self.task.model.kinds)
+            schedule = learning_rate_schedule(config.optimizer, plan)
+            return make_train_step(self.task.objective, optimizer, schedule, config.train)(state, batch)
+
         self.train_step = self.distribution.jit_train_step(train_step, self.abstract_state)
         self.eval_step = self.distribution.jit_eval_step(make_eval_step(self.task.objective, config.train))
         on_one = self.distribution.mesh is None
@@ -61,7 +68,7 @@ class Program:
 
     def trace_train_step(self) -> Any:
         """The train step, traced for the batches of the config; to be lowered and compiled."""
-        return self.train_step.trace(self.abstract_state, self.distribution.abstract_batch())
+        return self.train_step.trace(self.abstract_state, self.distribution.abstract_batch(), self.plan)
 
 
 def state_maker(config: Config, task: Task) -> Callable[[Any], TrainState]:

@@ -270,6 +270,7 @@ class TrainingRun:
         self._progress.show("compiling the train step", milestone=False)
         began = time.monotonic()
         self._train_step = self._traced.lower().compile()
+        self._plan = self._distribution.place_everywhere(self._program.plan)
         _logger.info("compiled the train step in %s", duration(time.monotonic() - began))
 
     def _loop(self, batches: Batches, last: int) -> None:
@@ -285,7 +286,8 @@ class TrainingRun:
             if group is not None:
                 group.at_step(step)
             self._batches.append((step, next(batches)))
-            self._state, metrics = self._train_step(self._state, self._distribution.place(self._batches[-1][1]))
+            batch = self._distribution.place(self._batches[-1][1])
+            self._state, metrics = self._train_step(self._state, batch, self._plan)
             if pending is not None:
                 self._report(step - 1, pending)
             pending, self.step, self._position = metrics, step, batches.position

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,6 +59,26 @@ def test_a_run_that_is_killed_is_named_and_done_by_the_same_command(tmp_path):
         assert run["probes"]["losses"]["none"] == pytest.approx(run["validation_curve"][-1][1], abs=2e-5)
         assert str(tmp_path) not in json.dumps(run)
     assert results[0]["evaluation"]["validation"] != results[1]["evaluation"]["validation"]
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_sweep_share_what_the_first_of_them_compiled(tmp_path):
+    """The plan that the page on experiments prints, two of its arms."""
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    (plan,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if 'name="sweep"' in block)
+    (tmp_path / "sweep.py").write_text(plan)
+    options = ["--tiny", "--devices=cpu", "--seeds=0", "--arms=lr_0.001,lr_0.004", f"--workdir={tmp_path}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_XLA_FLAGS}
+    del environment["JAX_COMPILATION_CACHE_DIR"]  # the plan's own
+    subprocess.run(
+        [sys.executable, "-m", "experiments", tmp_path / "sweep.py", *options], cwd=ROOT, env=environment, check=True
+    )
+    results = json.loads((tmp_path / "sweep_tiny" / "sweep.json").read_text())["runs"]
+    assert [run["config"]["optimizer"]["learning_rate"] for run in results] == [1e-3, 4e-3]
+    losses = [run["evaluation"]["validation"]["loss"] for run in results]
+    assert losses[0] != losses[1]
+    compiled = [path.name for path in (tmp_path / "cache" / "compiled").glob("jit_train_step-*-cache")]
+    assert len(compiled) == 1, compiled
 
 
 def test_bytes_that_decoding_keeps():

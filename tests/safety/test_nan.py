@@ -67,7 +67,7 @@ def test_later_losses_are_those_of_a_run_without_that_update(place, monkeypatch,
         batch = next(batches)
         if step in POISONED:
             continue
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, batch, run._program.plan)
         expected[step] = (float(metrics.loss), float(metrics.grad_norm), float(metrics.learning_rate))
     batches.close()
     assert int(state.counts.updates) == STEPS - len(POISONED)

@@ -93,17 +93,17 @@ def packed_batch(config: Config, seed: int, boundaries: tuple[int, ...] | None =
 
 
 def build(config: Config, *, one_device: bool, devices=None, options=QUICK):
-    """(jitted state maker, compiled train step, placement of batches)."""
+    """(jitted state maker, compiled train step, its program)."""
     program = Program(config, devices=jax.devices()[:1] if one_device else devices)
-    return program.initialize, program.trace_train_step().lower().compile(options), program.distribution.place
+    return program.initialize, program.trace_train_step().lower().compile(options), program
 
 
 def train(config: Config, name: str, directory: Path, *, steps: int, boundaries=None) -> None:
     """Trains and stores; the name "one" is one device."""
-    initialize, step, place = build(config, one_device=name.startswith("one"))
+    initialize, step, program = build(config, one_device=name.startswith("one"))
     state, losses = initialize(), []
     for number in range(steps):
-        state, metrics = step(state, place(packed_batch(config, number, boundaries)))
+        state, metrics = step(state, program.distribution.place(packed_batch(config, number, boundaries)), program.plan)
         losses.append(float(metrics.loss))
         if number == 0:
             moments = jax.tree.leaves_with_path(state.optimizer_state[1].mu)

@@ -24,10 +24,11 @@ CONFIG = dataclasses.replace(
 
 def train(config, name: str, directory: Path) -> None:
     """A few steps, stored."""
-    initialize, step, place = mesh_training.build(config, one_device=name == "one")
+    initialize, step, program = mesh_training.build(config, one_device=name == "one")
     state, losses = initialize(), []
     for number in range(STEPS):
-        state, metrics = step(state, place(mesh_training.packed_batch(config, number)))
+        batch = program.distribution.place(mesh_training.packed_batch(config, number))
+        state, metrics = step(state, batch, program.plan)
         losses.append(float(metrics.loss))
     leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state.params)}
     np.savez(directory / f"{name}.npz", losses=np.array(losses), **leaves)

@@ -27,7 +27,7 @@ def run(config, name, directory, devices):
     state, losses = program.initialize(), []
     with data.train_batches(0) as batches:
         for number in range(STEPS):
-            state, metrics = step(state, program.distribution.place(next(batches)))
+            state, metrics = step(state, program.distribution.place(next(batches)), program.plan)
             losses.append(float(metrics.loss))
             if number == 0:
                 moments = jax.tree.leaves_with_path(state.optimizer_state[1].mu)

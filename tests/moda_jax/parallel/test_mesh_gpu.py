@@ -36,10 +36,10 @@ def train(config, mesh=None):
     placed = on_mesh(config, mesh) if mesh else config
     # Trying out algorithms for every matrix product takes most of a minute per program, and the values do not need it.
     options = {"xla_gpu_autotune_level": 0}
-    initialize, step, place = build(placed, one_device=mesh is None, devices=devices, options=options)
+    initialize, step, program = build(placed, one_device=mesh is None, devices=devices, options=options)
     state, losses = initialize(), []
     for number in range(STEPS):
-        state, metrics = step(state, place(packed_batch(config, number)))
+        state, metrics = step(state, program.distribution.place(packed_batch(config, number)), program.plan)
         losses.append(float(metrics.loss))
         if number == 0:
             moments = jax.tree.leaves_with_path(state.optimizer_state[1].mu)

@@ -56,6 +56,16 @@ def test_runs_that_differ_in_their_seed_share_all_compiled_programs(build):
     assert programs[0] == programs[1]
 
 
+@pytest.mark.parametrize("optimizer", [{}, {"name": "muon", "schedule": "wsd"}], ids=["adamw", "muon"])
+def test_runs_that_differ_in_the_numbers_of_their_learning_rate_share_the_compiled_step(build, optimizer):
+    """Length, peaks, warm-up, decay and its end are arguments: the text that is compiled, and kept, is the same."""
+    numbers = {"learning_rate": 1e-4, "warmup_steps": 9, "final_learning_rate_fraction": 0.0, "decay_fraction": 0.5}
+    one = build(optimizer=optimizer)
+    other = build(optimizer=optimizer | numbers | {"muon": {"learning_rate": 0.02}}, train={"num_steps": 90})
+    assert one.trace_train_step().lower().as_text() == other.trace_train_step().lower().as_text()
+    assert all(mine != theirs for mine, theirs in zip(one.plan, other.plan, strict=True))
+
+
 def test_the_seed_gives_the_initial_values(build):
     first, again, other = (build(train={"seed": seed}).initialize() for seed in (3, 3, 4))
     tables = [np.asarray(state.params["embedding"]["table"]) for state in (first, again, other)]
