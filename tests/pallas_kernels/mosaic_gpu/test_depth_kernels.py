@@ -382,7 +382,10 @@ def test_tiles_fit_for_every_shape():
                     tiles = depth_tiles.backward_tiles(shape, kind, deferred=deferred)
                     scratch = depth_tiles.backward_scratch(shape, tiles, jnp.bfloat16, kind, deferred)
                     needed = tiles.blocks * shared_bytes(scratch)
-                    assert tiles.stages * tiles.blocks >= stages and needed <= depth_tiles.MAX_SHARED_BYTES, (shape, kind)
+                    assert tiles.stages * tiles.blocks >= stages and needed <= depth_tiles.MAX_SHARED_BYTES, (
+                        shape,
+                        kind,
+                    )
 
 
 @pytest.mark.gpu
