@@ -10,6 +10,7 @@ On a CPU the same kernels run under the Pallas GPU interpreter, with race detect
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,9 @@ DTYPES = ("bfloat16", "float16")
 LARGEST_HEAD_DIM = HEAD_DIMS[-1]  # of the sequence kernels; others are padded
 DEPTH_STEP = 8  # the depth kernels take every multiple of it as it lies: TMA wants rows of whole 16 bytes
 MAX_SLOTS = 512
-MOST_TOGETHER = 4  # calls whose gradients of old slots are added together: see `gradient_group`
+# Calls whose gradients of old slots are added together: see `gradient_group`. 4 by the kernels' own times, but a whole
+# train step with it has not run on a card yet; `model.depth_gradient_group=4` asks for it.
+MOST_TOGETHER = 1
 FEWEST_SLOTS = 32  # for which that is done
 
 
@@ -60,14 +63,36 @@ def check_supported(call: Call) -> None:
             tiles.backward_tiles(shape, tiles.SMALL_BUFFERS, deferred=True)
 
 
-@in_default_modes
 def forward(call: Call, *, with_rest: bool = False, interpret: bool | None = None) -> Part:
     """See `pallas_kernels.dispatch`."""
-    if call.sees_slots and call.query.shape[-1] % DEPTH_STEP:
-        part = forward(_whole_rows(call), with_rest=with_rest, interpret=interpret)
+    seen = call if call.sees_slots else dataclasses.replace(call, depth=None)
+    return _forward(seen, with_rest=with_rest, interpret=interpret)
+
+
+def backward(
+    call: Call,
+    upstream: Upstream,
+    buffers: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    interpret: bool | None = None,
+) -> Gradients:
+    """See `pallas_kernels.dispatch`."""
+    if call.depth is None or call.sees_slots:
+        return _backward(call, upstream, buffers, interpret=interpret)
+    gradients = _backward(dataclasses.replace(call, depth=None), upstream, interpret=interpret)
+    key, value = (jnp.zeros_like(call.depth.key), jnp.zeros_like(call.depth.value)) if buffers is None else buffers
+    return gradients._replace(depth_key=key, depth_value=value)
+
+
+# Jitted, so that the layers of an unrolled model share what is traced and lowered: a kernel takes a second of it.
+@functools.partial(jax.jit, static_argnames=("with_rest", "interpret"))
+@in_default_modes
+def _forward(call: Call, *, with_rest: bool, interpret: bool | None) -> Part:
+    if call.depth is not None and call.query.shape[-1] % DEPTH_STEP:
+        part = _forward(_whole_rows(call), with_rest=with_rest, interpret=interpret)
         return _cut(part, call.query.shape[-1])._replace(lse=part.lse)
     depth = None
-    if call.sees_slots:
+    if call.depth is not None:
         depth = depth_forward(call, with_rest=with_rest, interpret=interpret)
     if call.key is None:
         return Part.of_nothing(call.query, with_rest=with_rest) if depth is None else depth
@@ -81,35 +106,32 @@ def forward(call: Call, *, with_rest: bool = False, interpret: bool | None = Non
     return Part(part.out[..., :head_dim], part.lse, rest)
 
 
+@functools.partial(jax.jit, static_argnames=("interpret",))
 @in_default_modes
-def backward(
+def _backward(
     call: Call,
     upstream: Upstream,
     buffers: tuple[jax.Array, jax.Array] | None = None,
     *,
-    interpret: bool | None = None,
+    interpret: bool | None,
 ) -> Gradients:
-    """See `pallas_kernels.dispatch`."""
-    if call.sees_slots and call.query.shape[-1] % DEPTH_STEP:
+    if call.depth is not None and call.query.shape[-1] % DEPTH_STEP:
         wide_upstream = upstream._replace(dout=_whole_rows(upstream.dout))
-        gradients = backward(_whole_rows(call), wide_upstream, _whole_rows(buffers), interpret=interpret)
+        gradients = _backward(_whole_rows(call), wide_upstream, _whole_rows(buffers), interpret=interpret)
         return _cut(gradients, call.query.shape[-1])
     dquery = dkey = dvalue = None
     if call.key is not None:
         dquery, dkey, dvalue = _sequence_gradients(call, upstream, interpret)
-    if call.sees_slots:
+    depth = None, None
+    if call.depth is not None:
         dquery, *depth = depth_backward(call, upstream, buffers, dquery=dquery, interpret=interpret)
-    elif call.depth is not None:
-        depth = (jnp.zeros_like(call.depth.key), jnp.zeros_like(call.depth.value)) if buffers is None else buffers
-    else:
-        depth = (None, None)
     if not call.query_gradient:
         return Gradients(None, dkey, dvalue, *depth)
     return Gradients(jnp.zeros_like(call.query) if dquery is None else dquery, dkey, dvalue, *depth)
 
 
 def gradient_group(call: Call) -> int:
-    """See `pallas_kernels.dispatch`: 4 calls, if their heads fit into one tile.
+    """See `pallas_kernels.dispatch`: MOST_TOGETHER, if the heads of so many calls fit into one tile.
 
     With n seen slots, e new ones a call and M calls together, a call moves on average 2 n entries (K and V, for the
     query's gradient), 6 n / M (the pass over the old slots) and 2 (M - 1) e (the gradients of new slots, read and

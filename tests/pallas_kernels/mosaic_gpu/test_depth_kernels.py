@@ -344,7 +344,8 @@ def test_what_is_not_taken(facts, message):
     ("group", "head_dim", "slots", "expected"),
     [(2, 64, 70, 4), (1, 64, 46, 4), (4, 128, 35, 4), (8, 64, 70, 1), (2, 256, 70, 4), (4, 256, 70, 1), (2, 64, 16, 1)],
 )
-def test_calls_go_together_whose_heads_fit_into_a_tile(group, head_dim, slots, expected):
+def test_calls_go_together_whose_heads_fit_into_a_tile(group, head_dim, slots, expected, monkeypatch):
+    monkeypatch.setattr(implementation, "MOST_TOGETHER", 4)
     depth = jax.ShapeDtypeStruct((2, 16, slots, 3, head_dim), jnp.bfloat16)
     call = Call(jax.ShapeDtypeStruct((2, 16, 3 * group, head_dim), jnp.bfloat16), depth=DepthKV(depth, depth))
     assert dispatch.gradient_group("mosaic_gpu", call) == expected
