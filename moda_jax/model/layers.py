@@ -75,7 +75,7 @@ class Projection(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """The result, in the compute dtype."""
         y = contract(self.spec, x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.out_dtype)
-        return y if self.bias is None else y + norm.over_rows(self.bias[...], y).astype(y.dtype)
+        return y if self.bias is None else add_to_rows(y, varying_like(self.bias[...], y))
 
 
 class RMSNorm(nnx.Module):
@@ -351,6 +351,32 @@ def _layer_norm_backward(
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@jax.custom_vjp
+def add_to_rows(x: Array, vector: Array) -> Array:
+    """`x + vector` for every row of x. The vector's gradient is a sum over all rows: in float32, whatever x is.
+
+    Args:
+        x: [..., *vector.shape], any float dtype.
+        vector: float32.
+
+    Returns:
+        x's shape and dtype; the vector is rounded to it first.
+    """
+    return x + norm.over_rows(vector, x).astype(x.dtype)
+
+
+def _add_to_rows_forward(x: Array, vector: Array) -> tuple[Array, Array]:
+    return add_to_rows(x, vector), vector
+
+
+def _add_to_rows_backward(vector: Array, dy: Array) -> tuple[Array, Array]:
+    rows = tuple(range(dy.ndim - vector.ndim))
+    return dy, jnp.sum(dy.astype(jnp.float32), axis=rows).astype(vector.dtype)
+
+
+add_to_rows.defvjp(_add_to_rows_forward, _add_to_rows_backward)
 
 
 @jax.custom_vjp

@@ -17,9 +17,10 @@ from moda_jax.config import TransformerConfig
 from moda_jax.config_checks import require
 from moda_jax.model.block import drop_rates
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.layers import Projection
+from moda_jax.model.layers import Projection, add_to_rows
 from moda_jax.model.stack import Stack
 from moda_jax.numerics.precision import compute_dtype
+from moda_jax.parallel.manual import varying_like
 from moda_jax.parallel.mesh import constrain
 from moda_jax.parameter import parameter
 from moda_jax.vision_config import ImageModelSection
@@ -99,12 +100,12 @@ class VisionTransformer(Stack):
             )
         x = self.patches(cut_into_patches(images, image.patch_size))  # [B, T, D]
         if self.class_token is not None:
-            first = self.class_token[...].astype(x.dtype).reshape(1, 1, -1)
-            x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2])), x], axis=1)
+            first = add_to_rows(jnp.zeros_like(x[:, :1]), varying_like(self.class_token[...], x))
+            x = jnp.concatenate([first, x], axis=1)
         if image.positions == "sincos":
             x = x + jnp.asarray(sincos_table(image, self.config.width), x.dtype)[None]
         elif self.position_table is not None:
-            x = x + self.position_table[...].astype(x.dtype)[None]
+            x = add_to_rows(x, varying_like(self.position_table[...], x))
         return constrain(x, "batch", "tokens", "channels")
 
     def positions(self, x: Array) -> Array:
