@@ -23,7 +23,7 @@ from moda_jax.training.trainer import TrainingRun
 
 RECIPE = {
     "crop_scale": 0.6, "rand_augment_magnitude": 3.0, "erase_probability": 0.2, "mixup_alpha": 0.8,
-    "cutmix_alpha": 1.0, "label_smoothing": 0.1,
+    "cutmix_alpha": 1.0, "label_smoothing": 0.1, "augmentation_repeats": 3,
 }  # fmt: skip
 
 
