@@ -39,7 +39,7 @@ def timed_steps(step: Callable[[], Any], request: dict[str, Any]) -> dict[str, A
         "seconds_per_step": times,
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "compile_seconds": compile_seconds,
-        "loss": float(loss),
+        "loss": float(loss.detach()),
         "device": torch.cuda.get_device_name(),
     }
 

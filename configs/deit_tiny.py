@@ -1,5 +1,5 @@
 """DeiT-Ti with its recipe (arXiv 2012.12877) on ImageNet-1k, without depth and with MoDA's: configs/deit_tiny.py:none,
-:moda and :moda_64l (64 layers). Left out is the recipe's repeated augmentation.
+:moda and :moda_64l (64 layers).
 
 ImageNet comes from a folder: `--config.data.source=DIRECTORY` with `train` and `val` in it.
 """
@@ -46,6 +46,7 @@ def deit(file: str, name: str, *, width: int, num_heads: int) -> ConfigDict:
     data = config.data
     data.source = "imagenet"  # a folder of this name; --config.data.source=... for another place
     data.train_split, data.validation_split = "train", "val"
+    data.images.augmentation_repeats = 3
     data.images.crop_scale = 0.08
     data.images.flip = True
     data.images.rand_augment_magnitude = 9.0

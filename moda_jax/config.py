@@ -430,8 +430,8 @@ class TrainConfig:
 
     Attributes:
         task: what is learned: a name of `moda_jax.task_config.TASKS`, or "package.module:Class".
-        init_from: a run's directory (its newest good checkpoint) or an export, whose parameters a new run starts with;
-            None: fresh ones. A run that has a checkpoint of its own goes on from that.
+        init_from: a run's directory (its newest good checkpoint), an export, or for images a DeiT's safetensors, whose
+            parameters a new run starts with; None: fresh ones. A run that has a checkpoint itself goes on from that.
         num_steps: optimizer steps of the whole run.
         batch_size: sequences per optimizer step, over all devices and micro-batches.
         accumulation_steps: micro-batches per step; divides `batch_size`.

@@ -46,6 +46,7 @@ FIELDS = {
     "data.end_of_text": "eos eos_token eod",
     "data.validation_fraction": "val_fraction valid_fraction eval_fraction val_split test_size",
     "data.cache_dir": "cache cache_directory",
+    "data.images.augmentation_repeats": "repeated_aug aug_repeats num_repeats repeated_augmentation",
     "data.prefetch_batches": "prefetch num_workers prefetch_factor",
     "optimizer.name": "optim optimizer_type optimizer_name opt",
     "optimizer.schedule": "lr_schedule lr_scheduler lr_scheduler_type scheduler learning_rate_schedule",

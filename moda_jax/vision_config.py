@@ -83,6 +83,8 @@ class ImageDataSection:
             deviation of ImageNet's three channels; "half": 1/2 and 1/2, from -1 to 1, for any number of channels.
         threads: of a process, that decode images.
         workers: processes that make batches; 0: the threads of the training process do. A batch does not depend on it.
+        augmentation_repeats: rows of training that an image fills in a row, each augmented by itself, before the next
+            images come; an epoch has as many rows as without, so of so many times fewer images. 1: off.
         crop_scale: of training: the smallest share of an image's area that is cut out and resized; 1: the middle is.
         flip: of training: half of the images are mirrored.
         rand_augment_magnitude: of RandAugment's operations, from 0 (none is done) to 10.
@@ -101,6 +103,7 @@ class ImageDataSection:
     normalisation: str = "imagenet"
     threads: int = 4
     workers: int = 0
+    augmentation_repeats: int = 1
     crop_scale: float = 1.0
     flip: bool = False
     rand_augment_magnitude: float = 0.0
@@ -115,7 +118,7 @@ class ImageDataSection:
     def check(self, name: str) -> None:
         """As `ImageModelSection.check`."""
         check_types(name, self)
-        require_positive(name, self, "threads", "rand_augment_operations")
+        require_positive(name, self, "threads", "augmentation_repeats", "rand_augment_operations")
         require_not_negative(
             name, self, "workers", "rand_augment_magnitude", "rand_augment_spread", "mixup_alpha", "cutmix_alpha"
         )

@@ -160,7 +160,7 @@ def test_the_deits_are_deit_and_with_depth(size, name, parameters):
     assert image_param_count(plain) == {"tiny": 5_717_416, "small": 22_050_664}[size]
     if parameters is not None:
         assert image_param_count(model) == parameters
-    assert config.train.num_steps == 300 * (1281167 // 1024)
+    assert config.train.num_steps == 300 * (1281167 // 1024) and config.data.images.augmentation_repeats == 3
 
 
 def test_an_unknown_deit_is_refused():

@@ -76,6 +76,7 @@ RUN = {
     "-m moda_jax.interop export --workdir=RUN --output=DIRECTORY": "",
     "train.py --config=configs/vision_quickstart.py": TINY_IMAGES,
     "evaluate.py --workdir=runs/vision_quickstart --attention-maps --image=3": "",
+    "evaluate.py --workdir=runs/vision_quickstart --validation --ema": "",
     "-m experiments report table6 --from=runs/experiments/table6/table6.json": "--output=report",
 }  # fmt: skip
 
@@ -99,6 +100,13 @@ ELSEWHERE = {
         "tests/safety/test_nan.py::test_too_many_in_a_row_stop_the_run_and_can_be_replayed",
     "-m moda_jax.interop import --checkpoint=DIRECTORY --workdir=RUN [--config=FILE --config.model.depth=moda ...]":
         "tests/moda_jax/interop/test_interop_script.py::test_a_moda_run_starts_from_an_exported_model_and_trains",
+    "-m moda_jax.interop import --checkpoint=model.safetensors --workdir=runs/deit --config=configs/deit_tiny.py:none "
+    "--config.data.source=DIRECTORY":
+        "tests/moda_jax/interop/test_interop_script.py::test_a_deit_becomes_a_run_with_depth_that_evaluate_reads",
+    "evaluate.py --workdir=runs/deit --validation":
+        "tests/moda_jax/interop/test_interop_script.py::test_a_deit_becomes_a_run_with_depth_that_evaluate_reads",
+    "-m benchmarks.vision --make-images=/tmp/images:2000":
+        "tests/benchmarks/test_vision_benchmark.py::test_images_are_made_of_a_natural_size_and_the_same_at_every_call",
 }  # fmt: skip
 
 A_GPU, GPUS, PAPERS_SIZE = "needs a GPU", "needs GPUs on one or many machines", "a model or corpus of the paper's size"
@@ -112,12 +120,15 @@ CHECKED = {
     "-m pytest -m slow tests/PATH": A_NAME,
     "-m benchmarks.attention": A_GPU,
     "-m benchmarks.attention --implementation=triton": A_GPU,
+    "-m benchmarks.attention --grid=vision": A_GPU,
     "-m benchmarks.autotune_triton": A_GPU,
     "-m benchmarks.family": A_GPU,
     "-m benchmarks.mesh": GPUS,
     "-m benchmarks.pictures": "draws the committed pictures anew, over them",
     "-m benchmarks.scaling": "compiles for up to 1,024 devices: hours",
     "-m benchmarks.training": A_GPU,
+    "-m benchmarks.vision --data=/tmp/images": A_GPU,
+    "-m benchmarks.vision --peer=PYTHON --output=vision.json": A_GPU,
     "-m experiments": A_NAME,
     "-m experiments prepare": A_NAME,
     "-m experiments PATH/mine.py": A_NAME,
@@ -136,6 +147,8 @@ CHECKED = {
     "train.py --config=configs/CONFIG.py[:ARGUMENT] [--config.SECTION.KEY=VALUE ...] [--workdir=DIRECTORY]": A_NAME,
     "train.py --config=configs/quickstart.py --config.train.trackers=tensorboard,wandb": "needs the extra wandb",
     "train.py --config=configs/deit_tiny.py:moda --config.data.source=DIRECTORY": "needs ImageNet",
+    "train.py --config=configs/deit_tiny.py:moda --config.train.init_from=model.safetensors "
+    "--config.data.source=DIRECTORY": "needs ImageNet",
     "train.py --config=configs/moda_700m.py --config.mesh.fsdp=8 --config.train.accumulation_steps=16": GPUS,
     "train.py --config=configs/moda_700m.py --config.mesh.fsdp=8 --config.train.accumulation_steps=4 "
     "--config.data.cache_dir=/shared/cache --workdir=/shared/moda": GPUS,

@@ -56,7 +56,8 @@ def test_everything_at_once(workdir, tmp_path):
         {
             "nothing": (
                 ["--workdir=RUN"],
-                "nothing to do; give --data=NAME=PATH, --tasks=NAME,..., --attention-maps or --depth-probes",
+                "nothing to do; give --data=NAME=PATH, --tasks=NAME,..., --attention-maps, --depth-probes or, of a "
+                "run on images, --validation",
             ),
             "no file": (
                 ["--workdir=RUN", "--data=wiki=none.txt"],

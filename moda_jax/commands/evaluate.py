@@ -6,6 +6,8 @@
                             images over the patches of the validation image --image=NUMBER
     --depth-probes          attention's mass on each depth slot, and the validation loss when slots are hidden
 
+    --validation            of a run on images: its metrics over the validation split
+
 Tables go to stdout; JSON and pictures to --output, by default DIRECTORY/evaluation. In a clone of the
 repository `python evaluate.py` is the same as `moda-evaluate`.
 """
@@ -34,6 +36,7 @@ FLAGS = flags.FlagValues()
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run or of an exported model.", flag_values=FLAGS)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.", flag_values=FLAGS)
+_EMA = flags.DEFINE_bool("ema", False, "Take the run's averaged weights (optimizer.ema_decay).", flag_values=FLAGS)
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Where the run's tokenizer.json is, if it was moved.", flag_values=FLAGS
 )
@@ -62,6 +65,9 @@ _MAPS = flags.DEFINE_bool(
 _IMAGE = flags.DEFINE_integer(
     "image", 0, "Of a run on images: number of the validation image that maps are of.", flag_values=FLAGS
 )
+_VALIDATION = flags.DEFINE_bool(
+    "validation", False, "Of a run on images: loss, top-1 and top-5 over its validation split.", flag_values=FLAGS
+)
 _PROBES = flags.DEFINE_bool(
     "depth-probes", False, "Probe the depth slots on the run's validation split.", flag_values=FLAGS
 )
@@ -80,9 +86,10 @@ def evaluate() -> None:
     with user_errors():
         if _WORKDIR.value is None:
             raise ValueError("--workdir: missing; name the directory of a run, as in --workdir=runs/quickstart")
-        if not (_DATA.value or _TASKS.value or _MAPS.value or _PROBES.value):
+        if not (_DATA.value or _TASKS.value or _MAPS.value or _PROBES.value or _VALIDATION.value):
             raise ValueError(
-                "nothing to do; give --data=NAME=PATH, --tasks=NAME,..., --attention-maps or --depth-probes"
+                "nothing to do; give --data=NAME=PATH, --tasks=NAME,..., --attention-maps, --depth-probes or, of a run "
+                "on images, --validation"
             )
         domains = check_perplexity(_DATA.value, _FEATURE.value)
         runtime.prepare(cache_of(_WORKDIR.value))
@@ -92,7 +99,11 @@ def evaluate() -> None:
             if find_task(task).items == "images":
                 evaluate_images(task)
                 return
-        model = load(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
+        if _VALIDATION.value:
+            raise ValueError(
+                f"--validation: {_WORKDIR.value} is no run on images; --data=NAME=PATH gives the perplexity on a text"
+            )
+        model = load(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value, ema=_EMA.value)
         if model.is_export and (_PROBES.value or (_MAPS.value and not domains)):
             raise ValueError(
                 f"--workdir={_WORKDIR.value}: an exported model has no validation split; give --attention-maps a text "
@@ -115,13 +126,17 @@ def evaluate() -> None:
 
 
 def evaluate_images(task: str) -> None:
-    """The part of `evaluate` for a run of the vision task, which has no text: attention maps alone."""
-    from moda_jax.inference.image_run import load_image_run, run_image_maps  # Pillow is an extra
+    """The part of `evaluate` for a run of the vision task, which has no text."""
+    from moda_jax.inference.image_run import load_image_run, run_image_maps, run_validation  # Pillow is an extra
 
     if _DATA.value or _TASKS.value or _PROBES.value:
         raise ValueError(
-            f"--workdir={_WORKDIR.value}: its train.task is {task!r}, for which there is --attention-maps alone; its "
-            "metrics are in the run's metrics.jsonl"
+            f"--workdir={_WORKDIR.value}: its train.task is {task!r}, for which there are --validation and "
+            "--attention-maps alone"
         )
-    run = load_image_run(_WORKDIR.value, step=_STEP.value)
-    print_result(run_image_maps(run, Path(_OUTPUT.value or run.workdir / "evaluation"), number=_IMAGE.value))
+    run = load_image_run(_WORKDIR.value, step=_STEP.value, ema=_EMA.value)
+    output = Path(_OUTPUT.value or run.workdir / "evaluation")
+    if _VALIDATION.value:
+        print_result(run_validation(run, output))
+    if _MAPS.value:
+        print_result(run_image_maps(run, output, number=_IMAGE.value))

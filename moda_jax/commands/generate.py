@@ -16,6 +16,7 @@ FLAGS = flags.FlagValues()
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run or of an exported model.", flag_values=FLAGS)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.", flag_values=FLAGS)
+_EMA = flags.DEFINE_bool("ema", False, "Take the run's averaged weights (optimizer.ema_decay).", flag_values=FLAGS)
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Where the run's tokenizer.json is, if it was moved.", flag_values=FLAGS
 )
@@ -47,7 +48,7 @@ def generate_text() -> None:
         SamplingConfig(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)  # says what is wrong before anything is loaded
         runtime.prepare(cache_of(_WORKDIR.value))
         runtime.require_device()
-        model = load(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value)
+        model = load(_WORKDIR.value, step=_STEP.value, tokenizer=_TOKENIZER.value, ema=_EMA.value)
         shown = OrderedText(_PROMPT.value, result_stream())
         model.generate(
             *_PROMPT.value, max_tokens=_MAX_TOKENS.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,

@@ -8,6 +8,8 @@ the rows of text are (`pipeline`).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from moda_jax.data.pipeline import TrainBatches, order_seed, read_ahead, share_o
 from moda_jax.parallel.batches import ArrayLayout
 from moda_jax.vision_config import ImageDataSection, ImageModelSection
 
+_BESIDE = 2  # images whose rows take turns, where every image has several
 _OF_A_ROW, _OF_A_PAIR, _OF_THE_MODEL = 1, 2, 3  # what a random number is for
 
 
@@ -65,8 +68,8 @@ def image_train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainBatches:
-    """Endless training batches; every epoch has every image once. Arguments, result and errors as of
-    `train_batches`."""
+    """Endless training batches; every epoch has every image once, or with `data.images.augmentation_repeats` a part
+    of them as often (see `_Repeats`). Arguments, result and errors as of `train_batches`."""
     rows_here = share_of_batch(batch_size, process_index, process_count)
     for name, value in (("seed", seed), ("position", position)):
         if value < 0:
@@ -75,6 +78,9 @@ def image_train_batches(
     if config.shuffle:
         order = order.shuffle(seed=order_seed(seed))
     order = order.repeat()
+    repeats = config.images.augmentation_repeats
+    if repeats > 1:
+        order = grain.MapDataset.range(sys.maxsize).map(_Repeats(order, len(images), repeats))
     make = _TrainRows(images, config.images, image.size, order, order_seed(seed), position, batch_size, rows_here)
     batches = order[position:].batch(batch_size, drop_remainder=True, batch_fn=np.asarray).map_with_index(make)
     return TrainBatches(
@@ -136,6 +142,30 @@ def fit_image(pixels: np.ndarray, size: int, crop_fraction: float) -> np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
+class _Repeats:
+    """Repeated augmentation (arXiv 1902.05509): row of the run -> number of its image.
+
+    Of the epoch's order a, b, c, d, ... the rows are, repeated three times, a b a b a b c d c d c d ..., as many as
+    there are images: a third of them, drawn anew in every epoch. Two take turns because neighbours are mixed with each
+    other.
+
+    Attributes:
+        order: row of a run without repeats -> number of its image.
+        epoch: its images.
+        repeats: rows of an image.
+    """
+
+    order: Sequence[int]
+    epoch: int
+    repeats: int
+
+    def __call__(self, row: int) -> int:
+        epoch, place = divmod(row, self.epoch)
+        group, inside = divmod(place, _BESIDE * self.repeats)
+        return int(self.order[epoch * self.epoch + group * _BESIDE + inside % _BESIDE])
+
+
+@dataclasses.dataclass(frozen=True)
 class _TrainRows:
     """Makes this process's rows of a batch from its number and the images of all of its rows.
 
@@ -163,12 +193,13 @@ class _TrainRows:
         rows = range(first, first + self.batch_size)[self.rows_here]
         known = {first + i: int(image) for i, image in enumerate(chosen)}
         made: dict[int, tuple[np.ndarray, int]] = {}
+        read = functools.lru_cache(maxsize=_BESIDE)(self.images.read)
 
         def make(row: int) -> tuple[np.ndarray, int]:
             """One row's image and label before it is mixed."""
             if row not in made:
                 image = known[row] if row in known else int(self.order[row])
-                pixels = augmented(self.images.read(image), self.size, self.section, self._random(row, _OF_A_ROW))
+                pixels = augmented(read(image), self.size, self.section, self._random(row, _OF_A_ROW))
                 made[row] = pixels, int(self.images.labels[image])
             return made[row]
 

@@ -122,7 +122,11 @@ class LanguageModel:
 
 
 def load(
-    directory: str | os.PathLike[str], *, step: int | None = None, tokenizer: str | os.PathLike[str] | None = None
+    directory: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    ema: bool = False,
 ) -> LanguageModel:
     """Loads a trained language model. Nothing is written, and a run may still be training.
 
@@ -130,17 +134,20 @@ def load(
         directory: of a run; or of a model that `python -m moda_jax.interop export` or transformers (OLMo 2) wrote.
         step: of a run's checkpoint; None: the newest good one.
         tokenizer: a tokenizer.json; None: the one that lies in the directory, or what the run was trained with.
+        ema: a run's averaged weights (`optimizer.ema_decay`) instead of the last ones.
 
     Raises:
-        ValueError: neither is there, or it is damaged, or the tokenizer is not the model's. The message says what is
-            wrong, and what to do where something can be done.
+        ValueError: neither is there, or it is damaged, or has no averaged weights, or the tokenizer is not the model's.
+            The message says what is wrong, and what to do where something can be done.
     """
     directory = expand_home(Path(directory), "directory")
     tokenizer = None if tokenizer is None else str(tokenizer)
     if not exchange.is_export(directory):
-        return LanguageModel(load_run(directory, step=step, tokenizer=tokenizer))
+        return LanguageModel(load_run(directory, step=step, tokenizer=tokenizer, ema=ema))
     if step is not None:
         raise ValueError(f"step={step}: {directory} holds an exported model, which has no steps")
+    if ema:
+        raise ValueError(f"ema=True: {directory} holds an exported model, which has one set of weights")
     return LanguageModel(_load_export(directory, tokenizer), is_export=True)
 
 

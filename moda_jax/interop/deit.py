@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp  # also registers NumPy's bfloat16, without which safetensors cannot read one
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from moda_jax.config import TransformerConfig, check_local
@@ -44,6 +44,18 @@ _OTHER_MODELS = {
     "blocks.0.gamma_1": "a model with layer scale",
     "blocks.0.attn.q_norm.weight": "a model with query and key norms",
 }
+
+
+def is_deit(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a file, or a directory whose model.safetensors has the patches of a vision transformer."""
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        return path.is_file()
+    try:
+        with safe_open(path / SINGLE_FILE, "numpy") as file:
+            return "patch_embed.proj.weight" in set(file.keys())
+    except (OSError, SafetensorError):
+        return False
 
 
 def load_deit(

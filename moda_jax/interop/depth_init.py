@@ -24,6 +24,7 @@ Measured on 64 validation rows of 256 bytes, float32, first-step loss in nats pe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,11 +41,17 @@ Array = jax.Array
 DEPTH_FIELDS = ("depth", *(field.name for field in dataclasses.fields(DepthSections)))
 OPEN_FIELDS = (
     *DEPTH_FIELDS, "attention_implementation", "dtype", "remat", "layer_loop", "depth_gradient_dtype",
-    "depth_gradient_group", "initializer_range",
+    "depth_gradient_group", "initializer_range", "stochastic_depth",
 )  # fmt: skip
 
 
-def add_depth(base: TransformerConfig, params: Any, config: TransformerConfig, key: Array) -> Any:
+def add_depth(
+    base: TransformerConfig,
+    params: Any,
+    config: TransformerConfig,
+    key: Array,
+    initial: Callable[[Array], Any] | None = None,
+) -> Any:
     """Parameters of a model with depth from those of a model without.
 
     Args:
@@ -52,6 +59,7 @@ def add_depth(base: TransformerConfig, params: Any, config: TransformerConfig, k
         params: of the base, nested dicts, see `TrainState`.
         config: the model to start; it differs from the base in OPEN_FIELDS only.
         key: a typed PRNG key, the source of the projections' keys.
+        initial: fresh parameters of the model to start, from a key; None: a `Transformer`'s.
 
     Returns:
         Nested dicts of float32 arrays.
@@ -65,7 +73,7 @@ def add_depth(base: TransformerConfig, params: Any, config: TransformerConfig, k
         ours, theirs = getattr(config, field.name), getattr(base, field.name)
         if field.name not in OPEN_FIELDS and ours != theirs:
             raise ValueError(f"model.{field.name}={ours!r}: expected the base's {theirs!r}")
-    fresh = jax.jit(lambda key: split_model(config, key)[1])(key)  # not one operation at a time
+    fresh = jax.jit(initial or (lambda key: split_model(config, key)[1]))(key)  # not one operation at a time
     return with_added(fresh, params, find_mechanism(config.depth))
 
 

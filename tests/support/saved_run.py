@@ -17,6 +17,7 @@ from moda_jax.inference.load import LoadedRun
 from moda_jax.model.function import ModelFunction, model_function, parameter_kinds, split_model
 from moda_jax.parallel.parameters import pad_vocabulary
 from moda_jax.tasks.registry import make_task
+from moda_jax.training.averaged import restarted_average
 from moda_jax.training.checkpoint import Checkpoints
 from moda_jax.training.program import state_maker
 from moda_jax.training.workdir import CHECKPOINT_DIRECTORY, write_config
@@ -39,10 +40,13 @@ def tiny_run_config(**sections) -> Config:
 
 
 def save_run(workdir: Path, config: Config, *, steps: tuple[int, ...] = (10,), seed: int = 0) -> dict:
-    """Writes config.json and a checkpoint per step, all with the same parameters; returns them without padding."""
+    """Writes config.json and a checkpoint per step, all with the same parameters; returns them without padding. Their
+    average, where the config has one, is twice as large."""
     write_config(workdir, config, [])
     initialize = functools.partial(state_maker(config, make_task(config)), seed)
     state = jax.jit(initialize, compiler_options=QUICK)()
+    average = jax.tree.map(lambda leaf: 2.0 * leaf, state.params)
+    state = dataclasses.replace(state, optimizer_state=restarted_average(state.optimizer_state, average))
     record = {
         "data_position": 0,
         "config": config.to_dict(),

@@ -123,6 +123,7 @@ def test_shares_of_a_mixture():
         ("crop_scale", 0.0, r"a share in \(0, 1\]"), ("erase_probability", 1.5, r"a share in \[0, 1\]"),
         ("rand_augment_magnitude", 11.0, r"a number in \[0, 10\]"), ("mixup_alpha", -1.0, "zero or a positive number"),
         ("normalisation", "none", r"one of \('imagenet', 'half'\)"), ("threads", 0, "a positive number"),
+        ("augmentation_repeats", 0, "a positive number"),
         ("flip", 1, "a value of type bool"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Batches of images: order, resume, shares of processes, resizing."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -137,3 +138,63 @@ def test_neighbours_are_mixed_with_each_other_and_targets_follow():
         np.testing.assert_array_equal(batch.label_shares[0::2], batch.label_shares[1::2])
         np.testing.assert_allclose(batch.label_shares.sum(axis=1), 1.0, rtol=1e-6)
     assert len({float(share) for batch in recipe(6) for share in batch.label_shares[:, 0]}) > 6
+
+
+def repeated(count=5, images=10, repeats=3, **fields):
+    split = ImageSplit("some", IMAGES.labels[:images], IMAGES.classes, "x", PIXELS.__getitem__)
+    config = DataConfig(images=ImageDataSection(crop_fraction=1.0, augmentation_repeats=repeats))
+    with image_train_batches(split, config, IMAGE, **{"batch_size": 4, "seed": 3} | fields) as batches:
+        return np.concatenate([batch.labels[:, 0] for batch in itertools.islice(batches, count)]).tolist()
+
+
+def test_repeated_images_fill_an_epoch_of_the_same_length():
+    """Of ten images in an epoch of ten rows: two three times, the next two twice."""
+    plain, rows = repeated(repeats=1), repeated()
+    for first in (0, 10):  # the rows of an epoch are those images that its order begins with
+        a, b, c, d = plain[first : first + 4]
+        assert rows[first : first + 10] == [a, b, a, b, a, b, c, d, c, d]
+
+
+@pytest.mark.parametrize("images", range(1, 8))
+def test_rows_of_repeated_images_are_of_the_epochs_images_whatever_their_number(images):
+    rows = repeated(6, images)
+    for first in range(0, 24 - images, images):
+        epoch = rows[first : first + images]
+        assert all(epoch.count(label) <= 3 for label in epoch)
+        assert sum(epoch.count(label) == 1 for label in epoch) <= 2  # at most the last pair's are alone
+
+
+def test_repeated_images_are_augmented_apart_and_mixed_with_another():
+    section = dataclasses.replace(RECIPE, augmentation_repeats=3)
+
+    def batches(count, **fields):
+        fields = {"batch_size": 6, "seed": 3} | fields
+        with image_train_batches(IMAGES, DataConfig(images=section), IMAGE, **fields) as found:
+            return list(itertools.islice(found, count))
+
+    whole = batches(5)
+    for batch in whole:
+        assert len({row.tobytes() for row in batch.images}) == 6
+    labels, shares = (np.concatenate([getattr(batch, name) for batch in whole])[:10] for name in whole[0]._fields[1:3])
+    mixed = shares[:, 1] > 0  # in the first epoch
+    assert mixed.any() and (labels[mixed, 0] != labels[mixed, 1]).all()
+    same(batches(2, position=18), whole[3:])
+    parts = [batches(5, process_index=i, process_count=6) for i in range(6)]
+    same([jax.tree.map(lambda *a: np.concatenate(a), *six) for six in zip(*parts, strict=True)], whole)
+    odd = batches(6, batch_size=5)
+    same(np.concatenate([batch.images for batch in odd]), np.concatenate([batch.images for batch in whole]))
+
+
+def test_an_image_is_decoded_once_for_rows_beside_each_other():
+    reads = []
+
+    def read(index):
+        reads.append(index)
+        return PIXELS[index]
+
+    split = dataclasses.replace(IMAGES, read=read)
+    config = DataConfig(images=ImageDataSection(augmentation_repeats=3), prefetch_batches=1)
+    with image_train_batches(split, config, IMAGE, batch_size=6, seed=3) as batches:
+        next(batches)
+    assert sorted(reads[:2]) == sorted(set(reads[:2])) and len(reads[:2]) == 2
+    assert reads.count(reads[0]) == 1

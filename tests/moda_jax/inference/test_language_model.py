@@ -48,7 +48,15 @@ def test_an_export_of_a_run_is_the_same_model(saved, tmp_path):
     np.testing.assert_array_equal(export.model(tokens), run.model(tokens))
     with pytest.raises(ValueError, match=r"^step=3: .* holds an exported model, which has no steps"):
         moda_jax.load(tmp_path / "out", step=3)
+    with pytest.raises(ValueError, match=r"^ema=True: .* holds an exported model, which has one set of weights"):
+        moda_jax.load(tmp_path / "out", ema=True)
     assert cache_of(tmp_path / "out") == cache_of(saved[0])
+
+
+def test_the_averaged_weights_are_loaded(tmp_path):
+    params = save_run(tmp_path, tiny_run_config(optimizer={"warmup_steps": 2, "ema_decay": 0.9}))
+    model = moda_jax.load(tmp_path, ema=True)
+    np.testing.assert_array_equal(model.model.embedding.table[...], 2.0 * params["embedding"]["table"])
 
 
 def test_an_export_takes_the_tokenizer_that_lies_in_it_or_asks_for_one(saved, tmp_path):

@@ -39,6 +39,19 @@ def test_the_parameters_come_back_and_nothing_is_written(saved):
     assert sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*")) == before
 
 
+def test_the_averaged_weights_come_back(tmp_path):
+    config = tiny_run_config(optimizer={"warmup_steps": 2, "ema_decay": 0.9, "name": "muon"})
+    params = save_run(tmp_path / "run", config)
+    averaged, last = load_run(tmp_path / "run", ema=True), load_run(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, averaged.params, jax.tree.map(lambda leaf: 2.0 * leaf, params))
+    jax.tree.map(np.testing.assert_array_equal, last.params, params)
+
+
+def test_a_run_without_averaged_weights_says_so(saved):
+    with pytest.raises(ValueError, match=r"^--ema: .*run has no averaged weights; it is trained with optimizer\.ema_d"):
+        load_run(saved[0], ema=True)
+
+
 def test_a_save_that_is_under_way_is_left_alone(copy):
     unfinished = copy / "checkpoints" / "15.orbax-checkpoint-tmp"
     unfinished.mkdir()

@@ -8,12 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+from support import plain_deit
 from support.mechanisms import case_config
 from support.saved_run import save_run
 from support.tiny_run import tiny_config, write_corpus
+from support.tiny_vision import vision_config
 from support.virtual_devices import run_module
 
 from moda_jax.config import TransformerConfig
+from moda_jax.inference.image_run import load_image_run
+from moda_jax.interop.deit import load_deit
 from moda_jax.interop.exchange import export_model
 from moda_jax.interop.start import fitted, starting_params
 from moda_jax.model.function import split_model
@@ -180,6 +186,68 @@ def test_a_new_run_has_the_parameters_and_nothing_else(place, config):
     average = averaged_params(run._state.optimizer_state)
     assert_equal(average, run._state.params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(restarted_average(run._state.optimizer_state, 0.0)))
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """The config of a new run on the digits, whose model is that of `plain_deit`; keyword arguments change sections."""
+
+    def config_(init_from, **sections):
+        sizes = {"width": 12, "num_heads": 3, "num_kv_heads": 3, "head_dim": 4, "ffn_width": 20, "num_layers": 3}
+        sections["model"] = sizes | {"depth": "none", "dtype": "float32"} | sections.get("model", {})
+        return vision_config(tmp_path / "cache", train={"init_from": str(init_from), "num_steps": 2}, **sections)
+
+    return config_
+
+
+def write_deit(path, **options):
+    path.parent.mkdir(exist_ok=True)
+    save_file(plain_deit.make_tensors(size=8, patch=4, channels=1, classes=10, **options), path)
+    return path
+
+
+def test_a_vision_transformer_starts_from_timms_layout_and_gets_depth(digits, tmp_path, caplog):
+    path = write_deit(tmp_path / "deit" / "model.safetensors")
+    base = nnx.to_pure_dict(nnx.state(load_deit(path, num_heads=3)[1], nnx.Param))
+    for place in (path, path.parent):
+        with caplog.at_level(logging.INFO, logger="moda_jax"):
+            assert_equal(starting_params(digits(place)), base)
+        assert f"starting from {place}, a vision transformer in timm's layout: its parameters" in caplog.text
+    with caplog.at_level(logging.INFO, logger="moda_jax"):
+        params = starting_params(digits(path, model={"depth": "moda", "stochastic_depth": 0.1}))
+    assert "started close to what it does without: layers.depth.ffn_kv.kernel" in caplog.text
+    params["layers"].pop("depth")
+    assert_equal(params, base)
+
+
+def test_another_vision_transformer_is_refused(digits, place, tmp_path):
+    path = write_deit(tmp_path / "deit" / "model.safetensors", depth=2)
+    with pytest.raises(
+        ValueError, match=r"layers\.attention\.key\.kernel: \[1, 12, 3, 4\] there, \[2, 12, 3, 4\] here"
+    ):
+        starting_params(digits(path))
+    with pytest.raises(ValueError, match=r"init_from=.*: num_heads=5: expected a divisor of the width 12"):
+        starting_params(digits(path, model={"num_heads": 5, "num_kv_heads": 5}))
+    with pytest.raises(ValueError, match=r"train\.task='vision': train\.init_from=.* is a run of 'language'"):
+        starting_params(digits(place / "moda"))
+    with pytest.raises(
+        ValueError, match=r"holds no checkpoints/ and no model\.safetensors of a vision transformer in t"
+    ):
+        starting_params(digits(place / "moda_export"))
+
+
+@pytest.mark.slow
+def test_a_run_of_images_starts_from_an_imported_one(digits, tmp_path):
+    """The command's import at step 0, then a run with depth from it."""
+    path = write_deit(tmp_path / "deit.safetensors")
+    base = nnx.to_pure_dict(nnx.state(load_deit(path, num_heads=3)[1], nnx.Param))
+    imported = TrainingRun(dataclasses.replace(digits(path)), tmp_path / "imported", starting_params)
+    imported.start_from(base)
+    assert_equal(load_image_run(tmp_path / "imported").params, base)
+    config = digits(tmp_path / "imported", model={"depth": "moda"}, optimizer={"warmup_steps": 1})
+    run = TrainingRun(config, tmp_path / "moda", starting_params)
+    assert_equal({**run._state.params["layers"], "depth": None}, {**base["layers"], "depth": None})
+    assert run.train().step == 2
 
 
 @pytest.mark.slow

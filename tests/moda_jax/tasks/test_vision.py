@@ -23,7 +23,7 @@ from moda_jax.training.trainer import TrainingRun
 
 RECIPE = {
     "crop_scale": 0.6, "rand_augment_magnitude": 3.0, "erase_probability": 0.2, "mixup_alpha": 0.8,
-    "cutmix_alpha": 1.0, "label_smoothing": 0.1,
+    "cutmix_alpha": 1.0, "label_smoothing": 0.1, "augmentation_repeats": 3,
 }  # fmt: skip
 
 
@@ -183,6 +183,8 @@ def test_a_run_is_loaded_and_its_maps_are_drawn(straight, place, tmp_path):
     run, _ = straight
     loaded = load_image_run(place / "straight", step=6)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, run._state.params)
+    averaged = load_image_run(place / "straight", ema=True)
+    jax.tree.map(np.testing.assert_array_equal, averaged.params, averaged_params(run._state.optimizer_state))
     text = run_image_maps(loaded, tmp_path / "maps", number=2)
     assert re.search(r"straight, step 6: image 2 of digits \(validation\), a \d, taken for a \d", text)
     assert (tmp_path / "maps" / "attention_maps.png").stat().st_size > 10_000
@@ -204,8 +206,18 @@ def test_evaluate_draws_the_maps_and_refuses_what_is_of_texts(straight, place, t
         evaluate.evaluate()
         assert "straight, step 6: image 3 of digits (validation)" in capsys.readouterr().out
         assert (tmp_path / "maps" / "attention_maps.png").is_file()
+        evaluate.FLAGS(["", "--validation", "--ema"])
+        evaluate.evaluate()
+        last = read_metrics(place / "straight")[-1]
+        assert "straight, step 6, averaged weights: loss " in capsys.readouterr().out
+        found = json.loads((tmp_path / "maps" / "validation.json").read_text())
+        assert found["ema"] and found["images"] > 100
+        for name in ("loss", "top1", "top5"):
+            assert found[name] == pytest.approx(last[f"validation_ema_{name}"], rel=1e-6)
         evaluate.FLAGS(["", "--depth-probes"])
-        with pytest.raises(ValueError, match=r"its train\.task is 'vision', for which there is --attention-maps alone"):
+        with pytest.raises(
+            ValueError, match=r"its train\.task is 'vision', for which there are --validation and --att"
+        ):
             evaluate.evaluate_images("vision")
     finally:
         for name in evaluate.FLAGS:
