@@ -42,6 +42,7 @@ def deit(file: str, name: str, *, width: int, num_heads: int) -> ConfigDict:
     model.ffn_width = 4 * width
     model.num_layers = 64 if name == "moda_64l" else 12
     model.depth = "none" if name == "none" else "moda"
+    model.layer_loop = "scan" if name == "moda_64l" else "unroll"  # 64 layers by themselves take long to compile
     model.stochastic_depth = 0.1
     data = config.data
     data.source = "imagenet"  # a folder of this name; --config.data.source=... for another place
