@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from moda_jax.config import TransformerConfig
 from moda_jax.data.damage import is_lfs_pointer
 from moda_jax.model.depth.registry import find_mechanism
+from moda_jax.model.function import abstract_model
 from moda_jax.model.transformer import Transformer
 
 SINGLE_FILE = "model.safetensors"
@@ -132,8 +133,8 @@ def read_transformer(
     Raises:
         FileNotFoundError, ValueError: as `load_olmo2`, for the tensors.
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    shapes = {path: parameter.shape for path, parameter in nnx.to_flat_state(state)}
+    model, params = abstract_model(config)
+    shapes = {path: parameter.shape for path, parameter in nnx.traversals.flatten_mapping(params).items()}
     sources = {
         path: [dataclasses.replace(tensor, name=rename(tensor.name)) for tensor in sources_of(path, shape, config)]
         for path, shape in shapes.items()
@@ -145,8 +146,7 @@ def read_transformer(
         _check_tensors(directory, files, [tensor for tensors in sources.values() for tensor in tensors])
         # One parameter at a time, so that the peak is the model and one of its (stacked) parameters.
         arrays = {path: jnp.asarray(_read(files, sources[path], shape)) for path, shape in shapes.items()}
-    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(arrays))
-    return nnx.merge(graph, state)
+    return model.module(nnx.traversals.unflatten_mapping(arrays))
 
 
 # The config.

@@ -74,8 +74,8 @@ def split_module(module: nnx.Module) -> tuple[ModelFunction, Any]:
     return ModelFunction(graph, ParameterKinds.of(params)), nnx.to_pure_dict(params)
 
 
-def module_function(build: Callable[[], nnx.Module]) -> ModelFunction:
-    """The function alone of the model that `build` makes; no parameter is allocated."""
+def abstract_module(build: Callable[[], nnx.Module]) -> tuple[ModelFunction, Any]:
+    """The function of the model that `build` makes, and its parameters' shapes and dtypes; nothing is allocated."""
     holder: list[ModelFunction] = []
 
     def split() -> Any:
@@ -83,8 +83,8 @@ def module_function(build: Callable[[], nnx.Module]) -> ModelFunction:
         holder.append(model)
         return params
 
-    jax.eval_shape(split)
-    return holder[0]
+    params = jax.eval_shape(split)
+    return holder[0], params
 
 
 def split_model(config: TransformerConfig, key: Array) -> tuple[ModelFunction, Any]:
@@ -98,9 +98,14 @@ def split_model(config: TransformerConfig, key: Array) -> tuple[ModelFunction, A
 
 
 @functools.cache
+def abstract_model(config: TransformerConfig) -> tuple[ModelFunction, Any]:
+    """`abstract_module` of a `Transformer`, made once for a config."""
+    return abstract_module(lambda: Transformer(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+
+
 def model_function(config: TransformerConfig) -> ModelFunction:
-    """The function of a `Transformer` alone, made once for a config; no parameter is allocated."""
-    return module_function(lambda: Transformer(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+    """The function of a `Transformer` alone; no parameter is allocated."""
+    return abstract_model(config)[0]
 
 
 @functools.cache

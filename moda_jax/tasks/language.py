@@ -19,7 +19,7 @@ from moda_jax.config_checks import require
 from moda_jax.data.packing import Batch, batch_layout
 from moda_jax.model.accounting import param_count, train_flops_per_token
 from moda_jax.model.depth_probe import SlotChoice, depth_mass, filled_slots, probed_hidden
-from moda_jax.model.function import ModelFunction, model_function, parameter_kinds, split_model
+from moda_jax.model.function import ModelFunction, abstract_model, model_function, parameter_kinds, split_model
 from moda_jax.model.not_finite import counted_layers
 from moda_jax.numerics.cross_entropy import loss_sums, projected_loss_sums
 from moda_jax.numerics.loss_chunks import LossSums
@@ -95,7 +95,7 @@ class LanguageModelling(Task):
 
     def adapted(self, params: Any) -> Any:
         """With padding."""
-        expected = jax.eval_shape(lambda key: split_model(self.config.model, key)[1], jax.random.key(0))
+        expected = abstract_model(self.config.model)[1]
         if jax.tree.map(jnp.shape, expected) != jax.tree.map(jnp.shape, params):
             raise ValueError("params: names or shapes differ from those of the config's model")
         return jax.jit(lambda params: _padded(params, self.config.model))(params)

@@ -19,7 +19,7 @@ from moda_jax.config_checks import require
 from moda_jax.data.image_pipeline import ImageBatch, image_layout
 from moda_jax.model.accounting import image_param_count, image_train_flops
 from moda_jax.model.depth_probe import SlotChoice, depth_mass, filled_slots, probed_walk
-from moda_jax.model.function import ModelFunction, module_function, split_module
+from moda_jax.model.function import ModelFunction, abstract_module, split_module
 from moda_jax.model.not_finite import counted_layers
 from moda_jax.model.vision_transformer import VisionTransformer, check_image_model
 from moda_jax.parallel.batches import RowShare
@@ -187,7 +187,7 @@ class Vision(Task):
 @functools.cache
 def vision_function(config: TransformerConfig) -> ModelFunction:
     """The function of a `VisionTransformer` alone; no parameter is allocated."""
-    return module_function(lambda: VisionTransformer(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+    return abstract_module(lambda: VisionTransformer(config, rngs=nnx.Rngs(params=jax.random.key(0))))[0]
 
 
 def normalised(images: Array, config: Config) -> Array:

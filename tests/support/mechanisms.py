@@ -32,7 +32,7 @@ OTHERS = {
     "value_mixing of all": {"depth": "value_mixing", "value_mixing": {"stride": 1}, "norm": "pre"},
     "attnres_block of 4": {"depth": "attnres_block", "attnres_block": {"block_size": 4}, "norm": "pre"},
 }
-# Of these the quick suite has the gradients of two; the rest of the contract is slow.
+# Their contract is slow.
 FAMILY = {
     "value_residual": {"depth": "value_residual", "value_residual": {"learned": True}, "num_layers": 3},
     "attnres": {"depth": "attnres", "num_layers": 3},

@@ -17,7 +17,7 @@ from moda_jax import MoDAAttention, VisionTransformer, image_forward_flops, imag
 from moda_jax.config import TransformerConfig
 from moda_jax.depth_config import MECHANISMS
 from moda_jax.model.depth.stream import DepthStream
-from moda_jax.model.function import module_function, split_module
+from moda_jax.model.function import abstract_module, split_module
 from moda_jax.model.vision_transformer import kept_outputs
 from moda_jax.vision_config import ImageModelSection
 
@@ -50,7 +50,7 @@ def tiny(**fields):
 @functools.cache
 def perturbed(config):
     """The model's function, and fresh parameters with noise on all of them: what starts as 0 would hide mistakes."""
-    function = module_function(lambda: VisionTransformer(config, rngs=nnx.Rngs(0)))
+    function = abstract_module(lambda: VisionTransformer(config, rngs=nnx.Rngs(0)))[0]
 
     def make():
         leaves, tree = jax.tree.flatten(split_module(VisionTransformer(config, rngs=nnx.Rngs(0)))[1])

@@ -97,6 +97,7 @@ def test_depth_gradients_are_added_in_place_under_scan():
         assert found == [("0", "7"), ("1", "8"), ("2", "9")]
 
 
+@pytest.mark.slow
 def test_gradients_under_shard_map():
     """Batch over `data`, KV heads with their query heads over `tensor`: depth needs no collective."""
     mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -112,6 +113,7 @@ def test_gradients_under_shard_map():
     assert not any(f"stablehlo.{op}" in text for op in ("all_reduce", "all_gather", "all_to_all", "collective_permute"))
 
 
+@pytest.mark.slow
 def test_a_models_gradients():
     """The layer loop's reverse scan carries the gradient buffers, to which the kernel adds in place."""
     config = TransformerConfig(

@@ -45,8 +45,8 @@ def expected(name):
     )
 
 
-# By default two mechanisms in one way each; all ways and the other cases are slow.
-QUICK_FORMS = {("moda", ("scan", "attention")), ("attnres_block", ("unroll", "none"))}
+# By default MoDA in one way; all ways and the other cases are slow.
+QUICK_FORMS = {("moda", ("scan", "attention"))}
 FAMILY_FORMS = [("scan", "attention"), ("unroll", "none")]
 FORMS = [(loop, remat) for loop in ("scan", "unroll") for remat in ("full", "attention", "ffn", "none")]
 
@@ -63,7 +63,7 @@ def near(value, quick):
     return slow(value, quick, pytest.mark.precise, pytest.mark.xdist_group(value[0]))
 
 
-every_case = pytest.mark.parametrize("name", [slow(name, {"moda", "mhc"}) for name in CASES])
+every_case = pytest.mark.parametrize("name", [slow(name, {"moda", "attnres_block"}) for name in CASES])
 
 
 @pytest.mark.parametrize(
