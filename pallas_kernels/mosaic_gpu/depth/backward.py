@@ -104,9 +104,7 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
         groups = lax.div(shape.groups - block + (blocks - 1), blocks)  # of this block; 0 beyond the last one
         units = groups * chunks
         column = length * 0  # a traced 0: a box may then reach beyond H
-
-        def boxes(group):
-            return depth_boxes(shape, group, column, tiles.box_heads)
+        boxes = functools.partial(depth_boxes, shape, column=column)
 
         def locate(unit):
             turn = lax.div(unit, chunks)
@@ -126,16 +124,16 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
                     copy(source, queries.at[stage, i, c])
             operands = (k_ref, v_ref, dk_ref, dv_ref)[: spec.parts]
             for i, ref in enumerate(operands):
-                for box, c, index in boxes(group):
-                    load_chunk(copy, ref, index, ring.at[stage, i, box, c], rows, slot, first)
+                for warp, c, index in boxes(group):
+                    load_chunk(copy, ref, index, ring.at[stage, i, warp, c], rows, slot, first)
 
         def store(unit):
             stage, group, slot = locate(unit)
             for i, ref in enumerate((dk_ref, dv_ref)):
                 source = i + spec.parts - 2
-                for box, c, index in boxes(group):
+                for warp, c, index in boxes(group):
                     plgpu.copy_smem_to_gmem(
-                        ring.at[stage, source, box, c], ref.at[index(slot, rows)], commit_group=False
+                        ring.at[stage, source, warp, c], ref.at[index(slot, rows)], commit_group=False
                     )
 
         def store_zeros(group):
@@ -187,8 +185,6 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
                 return state
 
             state = lax.fori_loop(0, chunks, chunk_loop, compute.start())
-            if spec.deferred and tiles.box_heads > 1:
-                plgpu.commit_smem()  # the rows of a box are of two warps
             if spec.queries:
                 last = lax.rem(lax.max(turn * chunks + chunks - 1, 0), stages) if spec.deferred else jnp.int32(0)
                 compute.finish(state, staging, last, group, dq_ref, added_ref)

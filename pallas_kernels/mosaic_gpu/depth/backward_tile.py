@@ -91,7 +91,7 @@ class BackwardWarpTile:
         self.layout = registers(self.count)
         self.tile_bytes = shape.column_blocks * tiles.rows * wm.ROW_BYTES
         self.query_bytes = shape.column_blocks * shape.query_rows * wm.ROW_BYTES
-        self.block_bytes = tiles.rows * tiles.box_heads * wm.ROW_BYTES  # of a column block of a box
+        self.block_bytes = tiles.rows * wm.ROW_BYTES  # of a column block of a tile
 
     def _type(self) -> Any:
         return plgpu.ShapeDtypeStruct((self.count * THREADS,), jnp.float32, self.layout)
@@ -153,12 +153,11 @@ class BackwardWarpTile:
             rows_of_heads = functools.partial(self._head_rows, lane)
             right = None if self.spec.deferred else [rows_of_heads(x) for x in (query, cotangent)]
             factor, zero, scale = wm.real(self.scale * LOG2E), wm.real(0.0), wm.real(self.scale)
-            share = self._share(lane)
             if self.spec.windowed:
                 for tile in (keys, values):
-                    clear_rows(lane, shape, rows, tile, first, share)
+                    clear_rows(lane, shape, rows, tile, first)
                 wm.warp_barrier()
-            straight, transposed = lane.a_operand(*share), lane.a_transposed_operand(*share)
+            straight, transposed = lane.a_operand(), lane.a_transposed_operand()
 
             def differentiate(block, dq):
                 """The gradients of 16 rows; returns dq with theirs added."""
@@ -194,7 +193,7 @@ class BackwardWarpTile:
                     gradient = functools.partial(differential, ((ds, heads[0]), (p, heads[1])))
                     if self.gradients == FLOAT_BUFFERS:
                         before = self._old_rows(lane, buffers[0], where, 0) if old is None else old
-                        self._add_to_global(lane, share, buffers, where, keys, values, before, gradient)
+                        self._add_to_global(lane, buffers, where, keys, values, before, gradient)
                         return []
                     for operand, tile in enumerate((keys, values)):
                         before = self._old_words(lane, buffers[operand], where) if self.spec.deferred else None
@@ -202,7 +201,7 @@ class BackwardWarpTile:
                             self._write_rows(straight, tile, gradient(operand, step), block, step)
                         if self.spec.deferred:
                             wm.warp_barrier()
-                            self._add_words(lane, share, where, tile, before)
+                            self._add_words(lane, where, tile, before)
                     return []
 
                 if self.spec.deferred:
@@ -262,14 +261,9 @@ class BackwardWarpTile:
         return result
 
     def _tile(self, lane: wm.Lane, ring: Any, stage: Any) -> Any:
-        """Shared-memory address of the box that holds this warp's K in a stage."""
+        """Shared-memory address of this warp's K in a stage."""
         base = wm.add(wm.shared_address(ring), wm.multiply(stage, self.spec.parts * WARPS * self.tile_bytes))
-        box = wm.divide(lane.warp, self.tiles.box_heads)
-        return wm.add(base, wm.multiply(box, self.tiles.box_heads * self.tile_bytes))
-
-    def _share(self, lane: wm.Lane) -> tuple[int, Any]:
-        """(heads of a box, which of them this warp's tile is)."""
-        return self.tiles.box_heads, wm.remainder(lane.warp, self.tiles.box_heads)
+        return wm.add(base, wm.multiply(lane.warp, self.tile_bytes))
 
     def _write_rows(self, place: wm.Place, tile: Any, c: list, block: int, step: int) -> None:
         """Puts a [16 rows, 16 columns] gradient over the rows of the tile, plus the old gradient where there is one."""
@@ -323,11 +317,11 @@ class BackwardWarpTile:
                 result.append((target, predicate, wm.load_global_16_bytes(target, predicate)))
         return result
 
-    def _add_words(self, lane: wm.Lane, share: tuple[int, Any], where: tuple, tile: Any, old: list) -> None:
+    def _add_words(self, lane: wm.Lane, where: tuple, tile: Any, old: list) -> None:
         """Adds 16 rows of dK or dV, which stand in the rows of K or V, to a buffer of the inputs' dtype."""
         for i, (target, predicate, theirs) in enumerate(old):
             row = wm.add(wm.shift_right(lane.lane, 3), 16 * where[3] + 4 * (i % 4))
-            place = lane.place(row, wm.bit_and(lane.lane, 7), *share)
+            place = lane.place(row, wm.bit_and(lane.lane, 7))
             address = wm.chunk_address(wm.add(tile, i // 4 * self.block_bytes), place, 0, 0)
             sums = []
             for mine, other in zip(wm.load_shared_16_bytes(address), theirs, strict=True):
@@ -336,15 +330,7 @@ class BackwardWarpTile:
             wm.store_global_16_bytes(target, sums, predicate)
 
     def _add_to_global(
-        self,
-        lane: wm.Lane,
-        share: tuple[int, Any],
-        buffers: tuple,
-        where: tuple,
-        keys: Any,
-        values: Any,
-        old: list,
-        gradient: Any,
+        self, lane: wm.Lane, buffers: tuple, where: tuple, keys: Any, values: Any, old: list, gradient: Any
     ) -> None:
         """Adds 16 rows of dK and dV to float32 buffers [B*T, S, K, H].
 
@@ -356,14 +342,14 @@ class BackwardWarpTile:
             following = None
             if i + 1 < len(items):
                 following = self._old_rows(lane, buffers[items[i + 1][0]], where, items[i + 1][1])
-            offset = c * self.block_bytes + 16 * block * share[0] * wm.ROW_BYTES
+            offset = c * self.block_bytes + 16 * block * wm.ROW_BYTES
             bases = [wm.add(x, offset) for x in (keys, values)]
             for step in range(4 * c, min(4 * c + 4, self.shape.steps)):
                 parts = gradient(operand, step)
                 for n in range(2):
                     for half in range(2):
                         column = wm.add(lane.column, (16 * step + 8 * n) % 32)
-                        place = lane.place(wm.add(lane.row, 8 * half), wm.shift_right(column, 2), *share)
+                        place = lane.place(wm.add(lane.row, 8 * half), wm.shift_right(column, 2))
                         address = wm.chunk_address(bases[step % 4 // 2], place, 0, 0)
                         address = wm.add(address, wm.shift_left(wm.bit_and(column, 3), 2))
                         wm.store_shared_pair(address, parts[n][2 * half : 2 * half + 2])
@@ -372,7 +358,7 @@ class BackwardWarpTile:
             base = wm.select(wm.less(chunk, 8), *bases)
             for two, (target, predicate, theirs) in enumerate(old):
                 row = wm.add(wm.shift_right(lane.lane, 4), 2 * two)
-                place = lane.place(row, wm.bit_and(chunk, 7), *share)
+                place = lane.place(row, wm.bit_and(chunk, 7))
                 mine = wm.load_shared_16_bytes(wm.chunk_address(base, place, 0, 0))
                 sums = [wm.arith.addf(wm.as_real(x), wm.as_real(y)) for x, y in zip(mine, theirs, strict=True)]
                 wm.store_global_16_bytes(target, [wm.as_word(x) for x in sums], predicate)
@@ -407,7 +393,7 @@ class BackwardWarpTile:
                     wanted = wm.both(in_range, wm.less(column, shape.head_dim))
                     for four in range(rows // 4):
                         row = wm.add(row_in_four, 4 * four)
-                        place = lane.place(row, chunk, *self._share(lane))
+                        place = lane.place(row, chunk)
                         words = wm.load_shared_16_bytes(wm.chunk_address(base, place, 0, 0))
                         entry = wm.add(wm.multiply(wm.add(slot, row), shape.num_kv_heads), head)
                         address = wm.advance(wm.advance(target, entry, 2 * shape.head_dim), column, 2)
@@ -431,10 +417,10 @@ class BackwardWarpTile:
             dq = [[[wm.arith.mulf(x, scale) for x in c] for c in step] for step in dq]
             tile = wm.add(wm.multiply(scalar(group), WARPS), lane.warp)
             size = shape.column_blocks * 8 * shape.head_blocks * wm.ROW_BYTES
-            mine = wm.shared_address(staging)
             if self.spec.deferred:
-                mine = wm.add(mine, wm.multiply(scalar(stage), self.spec.parts * WARPS * self.tile_bytes))
-            mine = wm.add(mine, wm.multiply(lane.warp, self.tile_bytes if self.spec.deferred else size))
+                mine = self._tile(lane, staging, scalar(stage))
+            else:
+                mine = wm.add(wm.shared_address(staging), wm.multiply(lane.warp, size))
             addresses = [wm.global_address(r) for r in refs]
             added = addresses[1] if len(addresses) == 2 else None
             wm.warp_barrier()  # the last group's rows have been read
@@ -490,9 +476,7 @@ class BackwardInterpretedTile:
                     continue
                 for c in range(shape.column_blocks):
                     part = gradient[w, :, c * COLUMNS : (c + 1) * COLUMNS]
-                    share = self.tiles.box_heads
-                    target = ring.at[stage, i + self.spec.parts - 2, w // share, c]
-                    target = target if share == 1 else target.at[:, w % share]
+                    target = ring.at[stage, i + self.spec.parts - 2, w, c]
                     if self.spec.parts == 4:
                         part = part + target[...].astype(jnp.float32)
                     target[...] = part.astype(self.dtype)

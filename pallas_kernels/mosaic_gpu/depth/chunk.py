@@ -97,7 +97,7 @@ def score_fragments(
     """C fragments [head block] of X q^T for 16 rows of a tile X [column_blocks, rows, 64] in shared memory."""
     c = [[wm.real(0.0)] * 4 for _ in range(shape.head_blocks)]
     for step in range(shape.steps):
-        base = wm.add(keys, step // 4 * rows * place.heads * wm.ROW_BYTES)
+        base = wm.add(keys, step // 4 * rows * wm.ROW_BYTES)
         a = wm.load_matrices(wm.chunk_address(base, place, 16 * block, 2 * (step % 4)))
         for n in range(shape.head_blocks):
             c[n] = wm.mma_k16(c[n], a, fragments[n][step], dtype)
@@ -165,25 +165,20 @@ def write_heads(
             wm.store_global_16_bytes(place_in(address), words, predicate)
 
 
-def clear_rows(
-    lane: wm.Lane, shape: DepthShape, rows: int, tile: Any, first: Any, share: tuple[int, Any] = (1, None)
-) -> None:
+def clear_rows(lane: wm.Lane, shape: DepthShape, rows: int, tile: Any, first: Any) -> None:
     """Zeros what of a tile comes before row `first` in its block of 16 rows: slots that are not seen, which were loaded
     beside others. Blocks before that one are not read at all.
 
     Args:
         rows: of a tile. tile: its shared-memory address.
         first: the first row that is a seen slot.
-        share: (heads of a box, which of them this tile is).
     """
-    heads, head = share
     row = wm.add(wm.shift_left(wm.shift_right(first, 4), 4), wm.shift_right(lane.lane, 1))
-    line = row if heads == 1 else wm.add(wm.multiply(row, heads), head)
-    start = wm.add(tile, wm.add(wm.shift_left(line, 7), wm.shift_left(wm.bit_and(lane.lane, 1), 6)))
+    start = wm.add(tile, wm.add(wm.shift_left(row, 7), wm.shift_left(wm.bit_and(lane.lane, 1), 6)))
     hidden = wm.less(row, first)
     for block in range(shape.column_blocks):
         for i in range(4):
-            offset = block * rows * heads * wm.ROW_BYTES + 16 * i
+            offset = block * rows * wm.ROW_BYTES + 16 * i
             wm.store_shared_16_bytes(wm.add(start, offset), [wm.integer(0)] * 4, hidden)
 
 
@@ -227,9 +222,7 @@ def group_queries(shape: DepthShape, staged: jax.Array) -> jax.Array:
 
 
 def group_tiles(staged: jax.Array) -> jax.Array:
-    """[boxes, column_blocks, rows, (heads of a box,) 64] -> [4, rows, columns]."""
-    if staged.ndim == 5:
-        staged = jnp.moveaxis(staged, 3, 1).reshape(WARPS, *staged.shape[1:3], COLUMNS)
+    """[4, column_blocks, rows, 64] -> [4, rows, columns]."""
     return jnp.swapaxes(staged, 1, 2).reshape(staged.shape[0], staged.shape[2], -1)
 
 
@@ -238,18 +231,15 @@ def filled_rows(tiles: jax.Array, first: jax.Array) -> jax.Array:
     return jnp.where(jnp.arange(tiles.shape[1])[:, None] >= first, tiles, 0)
 
 
-def depth_boxes(
-    shape: DepthShape, group: jax.Array, column: jax.Array, box_heads: int = 1
-) -> Iterator[tuple[int, int, Any]]:
-    """(box, column block, function of (first slot, slots): index into [B*T, S, K, H]) of the four tiles of a group."""
-    for box in range(WARPS // box_heads):
-        tile = lax.div(group * WARPS + box * box_heads, shape.tiles_per_kv_head)
+def depth_boxes(shape: DepthShape, group: jax.Array, column: jax.Array) -> Iterator[tuple[int, int, Any]]:
+    """(warp, column block, function of (first slot, slots): index into [B*T, S, K, H]) of the four tiles of a group."""
+    for warp in range(WARPS):
+        tile = lax.div(group * WARPS + warp, shape.tiles_per_kv_head)
         token = lax.div(tile, shape.num_kv_heads)
         head = tile - token * shape.num_kv_heads
-        heads = head if box_heads == 1 else pl.ds(head, box_heads)
         for c in range(shape.column_blocks):
             columns = pl.ds(column + c * COLUMNS, COLUMNS)
-            yield box, c, lambda slot, count, at=(token, heads, columns): (at[0], pl.ds(slot, count), *at[1:])
+            yield warp, c, lambda slot, count, at=(token, head, columns): (at[0], pl.ds(slot, count), *at[1:])
 
 
 def load_chunk(copy: Any, ref: Any, index: Any, tile: Any, rows: int, slot: jax.Array, first: jax.Array) -> None:

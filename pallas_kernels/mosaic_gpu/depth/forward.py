@@ -343,8 +343,8 @@ def _body(shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_
                 copy(q_ref.at[pl.ds(group * group_rows, shape.query_rows), columns], queries.at[stage, c])
             first = window.hidden_rows(slot, slot_offset)
             for operand, ref in enumerate((k_ref, v_ref)):
-                for box, c, index in depth_boxes(shape, group, column):
-                    load_chunk(copy, ref, index, ring.at[stage, operand, box, c], rows, slot, first)
+                for warp, c, index in depth_boxes(shape, group, column):
+                    load_chunk(copy, ref, index, ring.at[stage, operand, warp, c], rows, slot, first)
 
         for unit in range(stages):
             pl.when(unit < units)(functools.partial(load, jnp.int32(unit)))

@@ -32,13 +32,11 @@ class DepthTiles:
         rows: slots of a chunk, a multiple of 16 and at most 256.
         stages: chunks of a block that are in flight at once.
         blocks: thread blocks of a multiprocessor, all resident (the grid is persistent).
-        box_heads: neighbouring KV heads of a TMA box, 1 or 2: fewer and wider copies, a few more bank conflicts.
     """
 
     rows: int
     stages: int
     blocks: int
-    box_heads: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +98,8 @@ class DepthShape:
         return f"{name}_T{self.tokens}_S{self.slots}_{heads}_tiles_{numbers}"
 
     def ring_shape(self, tiles: DepthTiles, parts: int) -> tuple[int, ...]:
-        """Shared memory of the ring: [stages, operands, boxes, column blocks, rows, (heads of a box,) 64]."""
-        box = (tiles.rows, COLUMNS) if tiles.box_heads == 1 else (tiles.rows, tiles.box_heads, COLUMNS)
-        return (tiles.stages, parts, WARPS // tiles.box_heads, self.column_blocks, *box)
+        """Shared memory of the ring: [stages, operands, tiles of a group, column blocks, rows, 64]."""
+        return (tiles.stages, parts, WARPS, self.column_blocks, tiles.rows, COLUMNS)
 
 
 def most_heads(head_dim: int) -> int:
@@ -150,7 +147,7 @@ def backward_scratch(
 ) -> dict[str, Any]:
     """Scratch types of one block of the backward kernel; `gradients`: FRESH, SMALL_BUFFERS or FLOAT_BUFFERS."""
     columns, parts = shape.column_blocks, ring_parts(gradients, deferred)
-    copies = 2 + (2 + parts * WARPS // tiles.box_heads) * columns
+    copies = 2 + (2 + parts * WARPS) * columns
     scratch = {
         "ring": swizzled(shape.ring_shape(tiles, parts), dtype),
         "queries": swizzled((tiles.stages, 2, columns, shape.query_rows, COLUMNS), dtype),
@@ -159,7 +156,7 @@ def backward_scratch(
         "loaded": plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
     }
     if gradients == FRESH:
-        scratch["blank"] = swizzled(shape.ring_shape(tiles, parts)[4:], dtype)
+        scratch["blank"] = swizzled((tiles.rows, COLUMNS), dtype)
     return scratch
 
 
@@ -192,16 +189,17 @@ def forward_tiles(shape: DepthShape) -> DepthTiles:
     raise NotImplementedError(f"no tiles of the depth forward fit into shared memory for {shape}")
 
 
-def backward_tiles(shape: DepthShape, gradients: str, box_heads: int = 1, deferred: bool = False) -> DepthTiles:
+def backward_tiles(shape: DepthShape, gradients: str, deferred: bool = False) -> DepthTiles:
     """Tiles of the backward: a stage is loaded, overwritten by its gradients and stored, beside others that are loaded.
 
     Measured on an H200. Fresh (T = 16384, K = 8, H = 64, S = 64): 1.23 ms with (32, 2, 2), 1.21 to 1.44 with others.
     Accumulating in bfloat16, ms summed over 15 numbers of seen slots from 2 to 70 (T = 32768, G = 2, K = 8): H = 64:
     (16, 2, 2) 30.9, (16, 1, 4) 31.2, (32, 1, 2) 33.3, (32, 3, 1) 39.3; at G = 8 up to 64 slots 17.0, 17.8, -, 18.0;
     H = 128 (T = 16384): (16, 1, 4) 32.5, (16, 2, 2) 37.8, (32, 1, 4) 46.6. What counts are the blocks: eight warps of a
-    multiprocessor wait for less than four. Two KV heads in a box (`box_heads=2`) give nothing: 31.1 with (16, 2, 4),
-    30.9 with (16, 1, 4). Deferred, it mostly reads, as the forward does, and has its three blocks: (32, 2, 3) 17.0,
-    (32, 2, 6) 17.5, (16, 3, 6) 17.8, (16, 2, 4) 21.6.
+    multiprocessor wait for less than four. Two neighbouring KV heads in one TMA box (`box_heads`, since deleted)
+    gained nothing over one: 31.1 after 32.0 (with one outlier of 1.2) at (16, 2, 4), 30.9 after 31.2 at (16, 1, 4).
+    Deferred, it mostly reads, as the forward does, and has its three blocks: (32, 2, 3) 17.0, (32, 2, 6) 17.5,
+    (16, 3, 6) 17.8, (16, 2, 4) 21.6.
     """
     choices = ((32, 2, 2), (32, 3, 1), (16, 3, 2), (32, 2, 1), (16, 3, 1), (16, 2, 1), (16, 1, 1))
     if deferred:
@@ -209,7 +207,7 @@ def backward_tiles(shape: DepthShape, gradients: str, box_heads: int = 1, deferr
     elif gradients == SMALL_BUFFERS:
         choices = ((16, 2, 2), (16, 1, 2), *choices)
     for rows, stages, blocks in choices:
-        tiles = DepthTiles(16 if shape.slots <= 16 else rows, stages, blocks, box_heads)
+        tiles = DepthTiles(16 if shape.slots <= 16 else rows, stages, blocks)
         if _fits(tiles, backward_scratch(shape, tiles, jnp.bfloat16, gradients, deferred)):
             return tiles
     raise NotImplementedError(f"no tiles of the depth backward fit into shared memory for {shape}")

@@ -338,18 +338,17 @@ class Lane:
         self._low = bit_and(self._matrix, 1)
         self._high = shift_right(self._matrix, 1)
 
-    def place(self, row: Value, chunk: Value, heads: int = 1, head: Value | None = None) -> Place:
-        """Where `row` and 16-byte `chunk` of a tile lie; `heads` tiles may share a block of memory, row by row."""
-        line = row if heads == 1 else add(multiply(row, heads), head)
-        return Place(shift_left(line, 7), shift_left(bit_xor(chunk, bit_and(line, 7)), 4), heads)
+    def place(self, row: Value, chunk: Value) -> Place:
+        """Where `row` and 16-byte `chunk` of a tile lie."""
+        return Place(shift_left(row, 7), shift_left(bit_xor(chunk, bit_and(row, 7)), 4))
 
-    def a_operand(self, heads: int = 1, head: Value | None = None) -> Place:
+    def a_operand(self) -> Place:
         """A [16, 16] stored [M rows, K columns], for `load_matrices`; or two C fragments side by side."""
-        return self.place(add(self._in_matrix, shift_left(self._low, 3)), self._high, heads, head)
+        return self.place(add(self._in_matrix, shift_left(self._low, 3)), self._high)
 
-    def a_transposed_operand(self, heads: int = 1, head: Value | None = None) -> Place:
+    def a_transposed_operand(self) -> Place:
         """A [16, 16] stored [K rows, M columns], for `load_matrices(transpose=True)`."""
-        return self.place(add(self._in_matrix, shift_left(self._high, 3)), self._low, heads, head)
+        return self.place(add(self._in_matrix, shift_left(self._high, 3)), self._low)
 
     def wide_operand(self, first_row: Value | int = 0) -> Place:
         """8 rows x 32 columns from `first_row`: two K = 16 steps of B [N, K]; transposed, four B [K, N]."""
@@ -362,10 +361,9 @@ class Place:
 
     row_bytes: Value
     chunk_bytes: Value
-    heads: int  # tiles that share the block of memory row by row
 
 
 def chunk_address(base: Value, place: Place, row: int, chunk: int) -> Value:
     """Address of `chunk` (even for A, a multiple of 4 for wide operands) from `row` (a multiple of 8) on."""
-    offset = add(place.row_bytes, row * place.heads * ROW_BYTES)
+    offset = add(place.row_bytes, row * ROW_BYTES)
     return add(add(base, offset), bit_xor(place.chunk_bytes, chunk * 16))

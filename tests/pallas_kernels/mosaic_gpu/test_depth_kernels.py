@@ -161,12 +161,12 @@ def test_forward_without_filled_slots():
 # B, T, N, K, H, S, filled, dtype, dtype of the buffers, whether dquery is given, tiles
 BACKWARD = [
     (1, 5, 4, 2, 64, 5, 5, jnp.bfloat16, None, False, None),
-    (1, 3, 4, 4, 64, 40, 37, jnp.float16, jnp.float16, True, DepthTiles(32, 2, 1, 2)),
-    (1, 3, 4, 4, 64, 18, 7, jnp.bfloat16, None, True, DepthTiles(16, 3, 1, 2)),
+    (1, 3, 4, 4, 64, 40, 37, jnp.float16, jnp.float16, True, DepthTiles(32, 2, 1)),
+    (1, 3, 4, 4, 64, 18, 7, jnp.bfloat16, None, True, DepthTiles(16, 3, 1)),
     (2, 3, 3, 3, 32, 20, 18, jnp.bfloat16, jnp.float32, True, None),
     (1, 2, 20, 1, 64, 18, 0, jnp.float16, None, False, None),
     (1, 3, 4, 2, 64, 40, (3, 37), jnp.bfloat16, None, False, None),
-    (1, 3, 4, 4, 64, 20, (17, 19), jnp.float16, jnp.float16, True, DepthTiles(16, 2, 1, 2)),
+    (1, 3, 4, 4, 64, 20, (17, 19), jnp.float16, jnp.float16, True, DepthTiles(16, 2, 1)),
     (1, 3, 2, 2, 64, 18, (2, 17), jnp.bfloat16, jnp.float32, False, None),
     (1, 2, 2, 2, 256, 18, 17, jnp.bfloat16, jnp.bfloat16, True, None),
     (1, 2, 12, 1, 160, 17, 17, jnp.float16, None, False, None),
@@ -180,13 +180,13 @@ LARGE_BACKWARD = [
     (2, 333, 16, 8, 64, 70, 51, jnp.bfloat16, jnp.float32, False, None),
     (1, 65, 32, 2, 128, 64, 50, jnp.bfloat16, jnp.float32, True, None),
     (1, 333, 4, 4, 8, 35, 18, jnp.float16, None, True, None),
-    (1, 1024, 16, 8, 64, 64, 50, jnp.bfloat16, None, True, DepthTiles(32, 3, 1, 2)),
-    (1, 777, 16, 8, 64, 70, 51, jnp.bfloat16, jnp.bfloat16, True, DepthTiles(16, 3, 2, 2)),
-    (1, 333, 16, 8, 128, 70, 51, jnp.bfloat16, jnp.float32, True, DepthTiles(16, 2, 1, 2)),
+    (1, 1024, 16, 8, 64, 64, 50, jnp.bfloat16, None, True, DepthTiles(32, 3, 1)),
+    (1, 777, 16, 8, 64, 70, 51, jnp.bfloat16, jnp.bfloat16, True, DepthTiles(16, 3, 2)),
+    (1, 333, 16, 8, 128, 70, 51, jnp.bfloat16, jnp.float32, True, DepthTiles(16, 2, 1)),
     (1, 50, 16, 8, 64, 64, 0, jnp.bfloat16, None, False, None),
     (1, 777, 16, 8, 64, 70, (5, 37), jnp.bfloat16, None, True, None),
     (1, 777, 16, 8, 64, 70, (40, 70), jnp.bfloat16, jnp.bfloat16, False, None),
-    (1, 333, 16, 8, 128, 70, (33, 51), jnp.float16, jnp.float32, True, DepthTiles(16, 2, 1, 2)),
+    (1, 333, 16, 8, 128, 70, (33, 51), jnp.float16, jnp.float32, True, DepthTiles(16, 2, 1)),
     (1, 50, 16, 8, 64, 64, (30, 30), jnp.bfloat16, None, False, None),
     (1, 333, 16, 8, 256, 70, 51, jnp.bfloat16, None, True, None),
     (1, 333, 16, 8, 256, 70, 51, jnp.bfloat16, jnp.bfloat16, True, None),
@@ -198,7 +198,7 @@ LARGE_BACKWARD = [
 DEFERRED = [
     (1, 3, 4, 2, 64, 40, 37, jnp.bfloat16, jnp.bfloat16, True, None, 33, True),
     (1, 3, 2, 2, 64, 18, (2, 17), jnp.bfloat16, jnp.float32, False, None, 9, True),
-    (1, 3, 4, 4, 64, 20, 18, jnp.float16, jnp.float16, True, DepthTiles(16, 2, 1, 2), 18, True),
+    (1, 3, 4, 4, 64, 20, 18, jnp.float16, jnp.float16, True, DepthTiles(16, 2, 1), 18, True),
     (1, 2, 20, 1, 64, 18, 17, jnp.bfloat16, jnp.bfloat16, True, None, 2, True),
     (1, 3, 16, 2, 64, 40, 33, jnp.bfloat16, jnp.bfloat16, False, None, None, False),
     (1, 2, 20, 1, 64, 18, 17, jnp.float16, jnp.float32, True, None, 3, False),
@@ -207,7 +207,7 @@ LARGE_DEFERRED = [
     (2, 513, 16, 8, 64, 70, 70, jnp.bfloat16, jnp.bfloat16, True, None, 64, True),
     (1, 777, 16, 8, 64, 70, 6, jnp.bfloat16, jnp.bfloat16, True, None, 0, True),
     (1, 777, 16, 8, 64, 70, 40, jnp.bfloat16, jnp.bfloat16, True, DepthTiles(16, 3, 3), 40, True),
-    (1, 1024, 16, 8, 64, 70, (5, 51), jnp.float16, jnp.float16, False, DepthTiles(32, 2, 2, 2), 30, True),
+    (1, 1024, 16, 8, 64, 70, (5, 51), jnp.float16, jnp.float16, False, DepthTiles(32, 2, 2), 30, True),
     (2, 333, 16, 8, 64, 70, 51, jnp.bfloat16, jnp.float32, True, None, 45, True),
     (2, 100, 16, 4, 128, 130, 129, jnp.float16, jnp.float16, True, None, 120, True),
     (1, 333, 16, 8, 256, 70, 51, jnp.bfloat16, jnp.bfloat16, True, None, 45, True),
@@ -299,20 +299,11 @@ def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
         lower(functools.partial(run, with_rest=True), query, array, array, ends)
     for gradient_dtype, name in ((None, ""), (dtype, "_accumulate"), (jnp.float32, "_accumulate_float32")):
         buffers = None if gradient_dtype is None else (jax.ShapeDtypeStruct(depth, gradient_dtype),) * 2
-        for box_heads, ends in zip((1, 2), windows, strict=True):
-            most = depth_tiles.most_heads(head_dim)
-            in_tile = depth_tiles.tile_heads(depth_tiles.padded_group(group, most), most)
-            shape = depth_tiles.DepthShape(batch * tokens, slots, heads[2], kv_heads, head_dim, in_tile)
-            last = gradient_dtype or (dtype if group > most else None)  # large groups: later passes accumulate
-            tiles = depth_tiles.backward_tiles(shape, depth_tiles.gradient_kind(last), box_heads)
-
-            def run(query, key, value, ends, upstream, buffers, tiles=tiles):
-                return backward(query, key, value, ends, upstream, buffers, interpret=False, tiles=tiles)
-
+        run = functools.partial(backward, interpret=False)
+        for ends in windows:
             text = lower(run, query, array, array, ends, (query, rows, rows), buffers)
-            assert f"moda_depth_backward{name}" in text
+            assert f"moda_depth_backward{name}_T" in text
         if buffers is not None:
-            run = functools.partial(backward, interpret=False)
             arguments = query, array, array, windows[0], (query, rows, rows), buffers
             text = lower(functools.partial(run, deferred=3), *arguments)
             assert f"moda_depth_backward{name}_deferred_T" in text
