@@ -34,7 +34,6 @@ FIRST = (
     "tests/moda_jax/parallel/test_sharded_training.py",
     "tests/moda_jax/model/depth/test_training.py",
     "tests/pallas_kernels/mosaic_gpu/test_composition.py",
-    "tests/moda_jax/model/depth/test_tampering.py",
     "tests/test_train_script.py",
     "tests/test_evaluate_script.py",
     "tests/test_document_commands.py",

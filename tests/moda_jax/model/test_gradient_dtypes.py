@@ -37,7 +37,7 @@ def cast(params, dtype):
 
 
 @pytest.mark.parametrize("compute", quick_of(("float32", "bfloat16"), ("bfloat16",)))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", quick_of(("float32", "bfloat16", "float16"), ("bfloat16",)))
 @pytest.mark.parametrize(
     "fields",
     [

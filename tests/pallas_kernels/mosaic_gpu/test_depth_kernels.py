@@ -275,12 +275,12 @@ def test_deferred_gradients_need_buffers_for_the_others():
         backward(query, key, value, (None, 16), (dout, *rows), deferred=8)
 
 
-WIDE_OR_NARROW = [(1, 16, 64), (32, 256, 128), (3, 5, 40), (2, 70, 256), (12, 20, 136)]
+WIDE_OR_NARROW = [(8, 70, 64), (1, 16, 64), (32, 256, 128), (3, 5, 40), (2, 70, 256), (12, 20, 136)]
 
 
 @pytest.mark.parametrize(
     ("group", "slots", "head_dim"),
-    [(8, 70, 64), *(pytest.param(*case, marks=pytest.mark.slow) for case in WIDE_OR_NARROW)],
+    [(2, 12, 64), *(pytest.param(*case, marks=pytest.mark.slow) for case in WIDE_OR_NARROW)],
 )
 def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
     dtype, batch, tokens, kv_heads = jnp.bfloat16, 2, 47, 4

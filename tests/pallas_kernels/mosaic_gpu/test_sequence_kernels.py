@@ -182,7 +182,7 @@ def assert_lowers_for_cuda(function, *specs):
     assert "mosaic_gpu" in lowered.as_text(), "no kernel in the lowered program"
 
 
-QUICK_LOWERINGS = [(64, ()), (128, ("segments", "positions"))]
+QUICK_LOWERINGS = [(128, ("segments", "positions"))]
 FORWARD_TILES = [ForwardTiles(2, 128, 4), ForwardTiles(1, 64, 2)]
 BACKWARD_TILES = [
     (BackwardTiles(2, 128, 3), BackwardTiles(2, 64, 4)),

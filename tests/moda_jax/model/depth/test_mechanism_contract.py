@@ -97,7 +97,7 @@ def test_prefill_and_decoding_are_the_forward_pass(name):
     assert_close(jnp.stack(seen, axis=1), logits[:, 7:], 1e-5)
 
 
-@every_case
+@pytest.mark.parametrize("name", [slow(name, {"moda"}) for name in CASES])
 def test_no_token_depends_on_a_later_one_or_on_another_document(name):
     config, params = case_config(name, layer_loop="unroll"), case_params(name)
     module = model_function(config).module(params)

@@ -58,10 +58,8 @@ def last_logits(name, depth):
     return ways
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(method, marks=() if method == "entries" else pytest.mark.slow) for method in tampered.METHODS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", tampered.METHODS)
 def test_all_ways_change_together(method):
     base = tampered.METHODS[method]
     name = "moda, window" if method == "attended" else CASE[base]
