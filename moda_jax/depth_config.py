@@ -118,7 +118,7 @@ class MoDASection(Section):
     def one_softmax(self) -> bool:
         """Whether the depth slots join the sequence's softmax as they are, in one op."""
         return (
-            self.key != "reader_norm" and self.query_rotated and self.read in ("all", "stride")
+            self.key != "reader_norm" and self.query_rotated and self.read in ("all", "stride", "window")
             and not (self.null_slot or self.entry_bias) and self.softmax == "joint"
         )  # fmt: skip
 

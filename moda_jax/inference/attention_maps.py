@@ -109,10 +109,10 @@ class _Maps(Step):
     def attend(self, operation, request, stream, shared, number, held):
         query, key, _ = request
         if operation.reads_slots:
-            depth_key, length = stream.key[0], stream.length
+            depth_key, seen = stream.key[0], operation.slots(stream).is_seen()
         else:
-            depth_key, length = jnp.zeros((key.shape[1], 0, *key.shape[2:]), key.dtype), 0
-        return operation(request, stream, shared), pooled_maps(query[0], key[0], depth_key, length), stream, 0
+            depth_key, seen = jnp.zeros((key.shape[1], 0, *key.shape[2:]), key.dtype), jnp.zeros(0, bool)
+        return operation(request, stream, shared), pooled_maps(query[0], key[0], depth_key, seen), stream, 0
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -123,14 +123,14 @@ def _all_layers(model: ModelFunction, params: Any, tokens: Array) -> tuple[Array
     return module.walk(x, default_positions(x), None, _Maps())[1]
 
 
-def pooled_maps(query: Array, key: Array, depth_key: Array, depth_length: Array) -> tuple[Array, Array, Array]:
+def pooled_maps(query: Array, key: Array, depth_key: Array, seen_slots: Array) -> tuple[Array, Array, Array]:
     """One layer's probabilities, pooled.
 
     Args:
         query: [T, N, H].
         key: [T, K, H].
-        depth_key: [T, S, K, H], of which `depth_length` slots are filled.
-        depth_length: int32 scalar.
+        depth_key: [T, S, K, H].
+        seen_slots: [S] bool, those that are part of the softmax.
 
     Returns:
         [N, R, R], [N, R, S] and [N, S], float32; see `AttentionMaps`.
@@ -144,7 +144,6 @@ def pooled_maps(query: Array, key: Array, depth_key: Array, depth_length: Array)
     padding = blocks * rows * pool - T
     query = jnp.pad(query.reshape(T, kv_heads, -1, head_dim), ((0, padding), (0, 0), (0, 0), (0, 0)))
     depth_key = jnp.pad(depth_key, ((0, padding), (0, 0), (0, 0), (0, 0)))
-    filled = jnp.arange(slots) < depth_length
 
     def dot(spec: str, a: Array, b: Array) -> Array:
         return jnp.einsum(spec, a, b, precision=dot_precision(a.dtype), preferred_element_type=jnp.float32)
@@ -157,7 +156,7 @@ def pooled_maps(query: Array, key: Array, depth_key: Array, depth_length: Array)
         logits = jnp.concatenate(
             [
                 jnp.where(seen, dot("tkgh,ukh->kgtu", q, key) * head_dim**-0.5, MASKED),
-                jnp.where(filled, dot("tkgh,tskh->kgts", q, d) * head_dim**-0.5, MASKED),
+                jnp.where(seen_slots, dot("tkgh,tskh->kgts", q, d) * head_dim**-0.5, MASKED),
             ],
             axis=-1,
         ).reshape(heads, count, T + slots)

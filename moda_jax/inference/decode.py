@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from moda_jax.config import TransformerConfig
 from moda_jax.inference.sampling import SamplingConfig, sample
-from moda_jax.model.depth.operations import SoftmaxAttention, filled_slots
+from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.depth.stream import Stream
 from moda_jax.model.function import ModelFunction, parameter_kinds
 from moda_jax.model.stack import Step
@@ -310,8 +310,8 @@ class _Token(Step):
             attended = _merged(over_cache, _of_itself(query, key, value))
             return attended if operation.with_lse else attended[0], own, stream, 0
         beside = stream.append(key, value)
-        depth = DepthKV(beside.key, beside.value, length=filled_slots(beside))
-        attended, _ = _merged(over_cache, _over_slots(query, depth, self.implementation))
+        seen = operation.slots(beside, own=1)
+        attended, _ = _merged(over_cache, _over_slots(query, seen, self.implementation))
         # The stream is read before it is written again: XLA would copy it otherwise, as in the layer loop.
         attended, beside = jax.lax.optimization_barrier((attended, beside))
         return attended, own, beside.with_length(stream.length), 1

@@ -77,23 +77,22 @@ class _Maps(Step):
     def attend(self, operation, request, stream, shared, number, held):
         query, key, _ = request
         if operation.reads_slots:
-            depth_key, length = stream.key[0], stream.length
+            depth_key, seen = stream.key[0], operation.slots(stream).is_seen()
         else:
-            depth_key, length = jnp.zeros((key.shape[1], 0, *key.shape[2:]), key.dtype), 0
+            depth_key, seen = jnp.zeros((key.shape[1], 0, *key.shape[2:]), key.dtype), jnp.zeros(0, bool)
         asked = query[0, :1] if self.first_only else query[0]
-        left = _probabilities(asked, key[0], depth_key[: len(asked)], length)
+        left = _probabilities(asked, key[0], depth_key[: len(asked)], seen)
         return operation(request, stream, shared), left, stream, 0
 
 
-def _probabilities(query: Array, key: Array, depth_key: Array, length: Array | int) -> tuple[Array, Array]:
+def _probabilities(query: Array, key: Array, depth_key: Array, seen: Array) -> tuple[Array, Array]:
     """query [Q, N, H], key [T, K, H], depth_key [Q, S, K, H]: the means over the queries, [N, T] and [N, S] float32."""
     count, heads, head_dim = query.shape
     grouped = query.reshape(count, key.shape[1], -1, head_dim)  # [Q, K, G, H]
     options = {"precision": dot_precision(query.dtype), "preferred_element_type": jnp.float32}
     over_keys = jnp.einsum("qkgh,ukh->kgqu", grouped, key, **options)
     over_slots = jnp.einsum("qkgh,qskh->kgqs", grouped, depth_key, **options)
-    filled = (jnp.arange(depth_key.shape[1]) < length)[None, None, None]
-    logits = jnp.concatenate([over_keys, jnp.where(filled, over_slots, MASKED)], axis=-1) * head_dim**-0.5
+    logits = jnp.concatenate([over_keys, jnp.where(seen, over_slots, MASKED)], axis=-1) * head_dim**-0.5
     both = jax.nn.softmax(logits, axis=-1).mean(axis=2).reshape(heads, -1)
     return both[:, : len(key)], both[:, len(key) :]
 

@@ -51,6 +51,7 @@ FAMILY = {
     "value_mixing, norm of the sum": {"depth": "value_mixing", "value_mixing": {"stride": 2}, "norm": "post_sum"},
     "value_residual, norm of the sum": {"depth": "value_residual", "norm": "post_sum"},
     "moda, window": {"depth": "moda", "moda": {"read": "window", "read_slots": 3, "null_slot": True}},
+    "moda, window alone": {"depth": "moda", "norm": "pre", "moda": {"read": "window", "read_slots": 3}},
     "moda, hybrid": {
         "depth": "moda",
         "norm": "pre",

@@ -187,6 +187,12 @@ class DepthMechanism(nnx.Module):
         return False
 
     @classmethod
+    def softmax_window(cls, config: TransformerConfig) -> int | None:
+        """Where `softmax_slots`: how many of the filled slots are part of it, the last ones; None: all."""
+        del config
+        return None
+
+    @classmethod
     def merges(cls, config: TransformerConfig) -> bool:
         """Whether `attended` merges attention's result with the "value" operation's."""
         del config

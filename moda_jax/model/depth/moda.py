@@ -136,6 +136,10 @@ class MixtureOfDepths(DepthMechanism):
         return config.moda.one_softmax
 
     @classmethod
+    def softmax_window(cls, config: TransformerConfig) -> int | None:
+        return config.moda.read_slots if config.moda.read == "window" else None
+
+    @classmethod
     def merges(cls, config: TransformerConfig) -> bool:
         return not config.moda.one_softmax
 

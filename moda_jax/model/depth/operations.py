@@ -136,6 +136,7 @@ class SoftmaxAttention(Operation):
 
     Attributes:
         reads_slots: whether the slots are part of the softmax; False: plain attention, whatever the stream is.
+        window: how many of the filled slots are, the last ones; None: all.
         segment_ids: (*shared) -> [B, T] int32 or None, the mask.
         scale: of the logits; None: H ** -0.5.
         implementation: see `pallas_kernels.moda_attention`.
@@ -149,6 +150,7 @@ class SoftmaxAttention(Operation):
     implementation: str | None = None
     with_lse: bool = False
     causal: bool = True
+    window: int | None = None
 
     def __call__(self, request: tuple, stream: Stream, shared: tuple) -> PyTree:
         if self.with_lse:
@@ -196,6 +198,8 @@ class SoftmaxAttention(Operation):
         call = self.call(request, stream, shared)
         if call.depth is None or (first is not None and dispatch.gradient_group(self.implementation, call) is None):
             first = None  # nothing to defer, or kernels that do not
+        elif call.depth.start is not None:
+            first = None  # the layers of a group see other slots
         elif first is not None:
             call = dataclasses.replace(call, depth=dataclasses.replace(call.depth, deferred=first))
         dquery, dkey, dvalue, *sums = attention_backward(
@@ -223,16 +227,26 @@ class SoftmaxAttention(Operation):
     def gradient_group(self, request: tuple, stream: Stream, shared: tuple) -> int:
         """As `Operation.gradient_group`: what the kernels of the call gain by."""
         call = self.call(request, stream, shared)
-        return 1 if call.depth is None else dispatch.gradient_group(self.implementation, call) or 1
+        if call.depth is None or call.depth.start is not None:
+            return 1
+        return dispatch.gradient_group(self.implementation, call) or 1
 
     def call(self, request: tuple, stream: Stream, shared: tuple) -> Call:
         """The op's operands: no depth part without slots, which is plain attention."""
         query, key, value = request
         depth = None
         if self.reads_slots and stream.slots:
-            depth = DepthKV(stream.key, stream.value, length=filled_slots(stream))
+            depth = self.slots(stream)
         mask = dataclasses.replace(causal_mask(self.segment_ids(*shared)), causal=self.causal)
         return Call(query, key, value, mask, depth, self._scale(query.shape[-1]))
+
+    def slots(self, stream: Stream, own: int = 0) -> DepthKV:
+        """What is seen of a `DepthStream`, whose last `own` entries count beside the window."""
+        filled = filled_slots(stream)
+        if self.window is None or self.window + own >= stream.slots:
+            return DepthKV(stream.key, stream.value, length=filled)
+        start = jnp.maximum(jnp.asarray(filled, jnp.int32) - (self.window + own), 0)
+        return DepthKV(stream.key, stream.value, start=start, length=filled)
 
     def _scale(self, head_dim: int) -> float:
         return head_dim**-0.5 if self.scale is None else self.scale

@@ -16,16 +16,20 @@ TOKENS = np.random.default_rng(0).integers(0, 256, 21).astype(np.int32)
 def dense_maps(run, tokens, monkeypatch):
     """Probabilities [N, T, T + filled slots] per layer, from the independent model."""
     seen, original = [], plain_model.attention
+    section = run.config.model.moda
+    most = section.read_slots if section.read == "window" else None
 
     def attention(q, k, v, depth_keys, depth_values, visible):
         group, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
         logits = plain_model.einsum("btnh,bunh->bntu", q, jnp.repeat(k, group, axis=2)) * scale
         logits = jnp.where(visible[:, None], logits, -jnp.inf)
-        for depth_key in depth_keys:
+        first = 0 if most is None else max(len(depth_keys) - most, 0)
+        for i, depth_key in enumerate(depth_keys):
             slot = jnp.sum(q * jnp.repeat(depth_key, group, axis=2), axis=-1) * scale  # [B, T, N]
+            slot = slot if i >= first else jnp.full_like(slot, -jnp.inf)
             logits = jnp.concatenate([logits, jnp.moveaxis(slot, 2, 1)[..., None]], axis=-1)
         seen.append(np.asarray(jax.nn.softmax(logits, axis=-1))[0])
-        return original(q, k, v, depth_keys, depth_values, visible)
+        return original(q, k, v, depth_keys[first:], depth_values[first:], visible)
 
     monkeypatch.setattr(plain_model, "attention", attention)
     plain_model.logits(run.params, run.config.model, jnp.asarray(tokens)[None])
@@ -39,6 +43,7 @@ def dense_maps(run, tokens, monkeypatch):
         pytest.param({}, 8, id="pooled"),
         pytest.param({"depth_ffn_kv": False, "norm": "pre"}, 8, id="own KV, pre-norm", marks=pytest.mark.slow),
         pytest.param({"depth": "none"}, 64, id="no depth", marks=pytest.mark.slow),
+        pytest.param({"moda": {"read": "window", "read_slots": 3}}, 8, id="window", marks=pytest.mark.slow),
     ],
 )
 def test_maps_are_the_pooled_softmax(model, pixels, monkeypatch):
@@ -73,7 +78,7 @@ def test_memory_grows_with_a_block_and_not_with_the_square():
     T, heads, head_dim, slots = 4096, 16, 64, 70
     shapes = [(T, heads, head_dim), (T, 8, head_dim), (T, slots, 8, head_dim)]
     arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    compiled = jax.jit(maps_lib.pooled_maps).lower(*arguments, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    compiled = jax.jit(maps_lib.pooled_maps).lower(*arguments, jax.ShapeDtypeStruct((slots,), bool)).compile()
     dense = heads * T * (T + slots) * 4
     assert compiled.memory_analysis().temp_size_in_bytes < dense / 2
 
