@@ -31,6 +31,7 @@ MOST_WORKERS = 8  # each holds up to 2 GB
 SLOW_TIMEOUT = 1800  # seconds, where the machine has other work too
 # Files with few tests, some of which take long: given out first, so that no worker is left alone with one at the end.
 FIRST = (
+    "tests/safety/test_soak.py",
     "tests/moda_jax/parallel/test_sharded_training.py",
     "tests/moda_jax/model/depth/test_training.py",
     "tests/pallas_kernels/mosaic_gpu/test_composition.py",
