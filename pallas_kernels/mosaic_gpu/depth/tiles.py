@@ -195,9 +195,10 @@ def backward_tiles(shape: DepthShape, gradients: str, deferred: bool = False) ->
     Measured on an H200. Fresh (T = 16384, K = 8, H = 64, S = 64): 1.23 ms with (32, 2, 2), 1.21 to 1.44 with others.
     Accumulating in bfloat16, ms summed over 15 numbers of seen slots from 2 to 70 (T = 32768, G = 2, K = 8): H = 64:
     (16, 2, 2) 30.9, (16, 1, 4) 31.2, (32, 1, 2) 33.3, (32, 3, 1) 39.3; at G = 8 up to 64 slots 17.0, 17.8, -, 18.0;
-    H = 128 (T = 16384): (16, 1, 4) 32.5, (16, 2, 2) 37.8, (32, 1, 4) 46.6. What counts are the blocks: eight warps of a
-    multiprocessor wait for less than four. Two neighbouring KV heads in one TMA box (`box_heads`, since deleted)
-    gained nothing over one: 31.1 after 32.0 (with one outlier of 1.2) at (16, 2, 4), 30.9 after 31.2 at (16, 1, 4).
+    H = 128 (T = 16384): (16, 1, 4) 32.5, of whose blocks two fit at once (what is taken, (16, 1, 2), was not timed),
+    (16, 2, 2) 37.8, (32, 1, 4) 46.6. What counts are the blocks: eight warps of a multiprocessor wait less than four.
+    Two neighbouring KV heads in one TMA box (`box_heads`, since deleted) gained nothing over one: 31.1 after 32.0 (with
+    one outlier of 1.2) at (16, 2, 4), 30.9 after 31.2 at (16, 1, 4).
     Deferred, it mostly reads, as the forward does, and has its three blocks: (32, 2, 3) 17.0, (32, 2, 6) 17.5,
     (16, 3, 6) 17.8, (16, 2, 4) 21.6.
     """
