@@ -6,6 +6,8 @@ therefore go through `accumulate` and `wgmma_registers`; nothing else in a kerne
 
 from __future__ import annotations
 
+import builtins
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +29,18 @@ LOWEST = float(np.finfo(np.float32).min)
 TILE = plgpu.Layout.WGMMA  # [64 * n, columns] over the 128 threads of a warpgroup
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of TILE
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column of TILE
+
+
+H200_MULTIPROCESSORS = 132
+INTERPRETED_PROGRAMS = 2  # of a persistent kernel under the interpreter, which runs every warp in Python
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Of the default GPU; an H200's when there is none (lowering and interpreting)."""
+    if jax.default_backend() != "gpu":
+        return H200_MULTIPROCESSORS
+    return jax.devices()[0].core_count
 
 
 def default_interpret() -> bool:
@@ -94,6 +108,34 @@ def rows(x: jax.Array, shape: Sequence[int]) -> jax.Array:
 def columns(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     """[columns] -> [M, columns]."""
     return lax.broadcast_in_dim(x, tuple(shape), [1])
+
+
+def divmod(x: Any, divisor: int) -> tuple[Any, Any]:
+    """(quotient, remainder) of an int32 that is not negative."""
+    quotient = lax.div(x, jnp.int32(divisor))
+    return quotient, x - quotient * divisor
+
+
+class Turns:
+    """Work items that persistent CTAs share out among each other: one each in every turn, every other turn backwards.
+
+    Where the items go from the longest to the shortest the sums then differ by little, and nobody has to count what is
+    taken. With B = 8, T = 4096, N = 16 (causal) the last CTA is 2 % behind their mean, 3 % if all turns go forwards.
+    """
+
+    def __init__(self, program: Any, programs: int, items: int) -> None:
+        self.program, self.programs = program, programs
+        whole, left_over = builtins.divmod(items, programs)
+        place = self._place(whole)
+        self.turns = whole + (place < left_over).astype(jnp.int32)
+
+    def _place(self, turn: Any) -> Any:
+        backwards = turn % 2 == 1 if isinstance(turn, int) else lax.rem(turn, jnp.int32(2)) == 1
+        return jnp.where(backwards, self.programs - 1 - self.program, self.program)
+
+    def item(self, turn: Any) -> Any:
+        """The number of this CTA's item in a turn below `turns`."""
+        return turn * self.programs + self._place(turn)
 
 
 class BlockRange(NamedTuple):

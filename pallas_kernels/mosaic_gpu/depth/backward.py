@@ -50,6 +50,7 @@ from pallas_kernels.mosaic_gpu import warpgroup
 from pallas_kernels.mosaic_gpu.depth.backward_tile import BackwardInterpretedTile, BackwardWarpTile, DepthVariant
 from pallas_kernels.mosaic_gpu.depth.chunk import (
     Window,
+    box_sizes,
     compiler_params,
     depth_boxes,
     load_chunk,
@@ -71,7 +72,6 @@ from pallas_kernels.mosaic_gpu.depth.tiles import (
     check_shared_memory,
     gradient_kind,
     most_heads,
-    multiprocessors,
     padded_group,
     tile_heads,
 )
@@ -125,15 +125,20 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
             operands = (k_ref, v_ref, dk_ref, dv_ref)[: spec.parts]
             for i, ref in enumerate(operands):
                 for warp, c, index in boxes(group):
-                    load_chunk(copy, ref, index, ring.at[stage, i, warp, c], rows, slot, first)
+                    load_chunk(copy, ref, index, ring.at[stage, i, warp, c], rows, slot, first, spec.windowed)
 
-        def store(unit):
+        def store(unit, size):
+            """The last `size` rows of a chunk's gradients."""
             stage, group, slot = locate(unit)
+            before = rows - size
             for i, ref in enumerate((dk_ref, dv_ref)):
                 source = i + spec.parts - 2
                 for warp, c, index in boxes(group):
+                    tile = ring.at[stage, source, warp, c]
                     plgpu.copy_smem_to_gmem(
-                        ring.at[stage, source, warp, c], ref.at[index(slot, rows)], commit_group=False
+                        tile.at[pl.ds(before, size)] if before else tile,
+                        ref.at[index(slot + before, size)],
+                        commit_group=False,
                     )
 
         def store_zeros(group):
@@ -177,10 +182,14 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
                 buffers = (dk_ref, dv_ref) if spec.by_threads else ()
                 state = compute.step(ring, queries, statistics, place, buffers, state)
                 if not spec.by_threads:
-                    # At negative slots a TMA store is an illegal instruction: a cut first chunk goes by hand.
-                    pl.when(first > 0)(lambda: compute.store(ring, place, (dk_ref, dv_ref)))
+                    # At negative slots a TMA store is an illegal instruction, and slots before the window keep what
+                    # they have: a cut first chunk goes by hand, but for one that fills a smaller box.
+                    sizes = box_sizes(rows, spec.windowed)
+                    cut = functools.reduce(jnp.logical_and, [first != rows - size for size in sizes])
+                    pl.when(cut)(lambda: compute.store(ring, place, (dk_ref, dv_ref)))
                     plgpu.commit_smem()
-                    pl.when(first == 0)(lambda: store(unit))
+                    for size in sizes:
+                        pl.when(first == rows - size)(functools.partial(store, unit, size))
                     plgpu.commit_smem_to_gmem_group()
                 return state
 
@@ -280,7 +289,7 @@ def _run(call, query, upstream, buffers, dquery, *, tiles, blocks, interpret):
     tiles = tiles or backward_tiles(shape, gradients, deferred=deferred)
     scratch = backward_scratch(shape, tiles, dtype, gradients, deferred)
     check_shared_memory("depth backward", shape, tiles, scratch)
-    blocks = blocks or min(shape.groups, 2 if interpret else multiprocessors() * tiles.blocks)
+    blocks = blocks or min(shape.groups, 2 if interpret else warpgroup.multiprocessors() * tiles.blocks)
     heads_flat = [x.reshape(-1, head_dim) for x in (query, upstream.dout)]
     arrays = [x.reshape(tokens, *x.shape[2:]) for x in (depth.key, depth.value)]
     statistics = [x.reshape(-1).astype(jnp.float32) for x in (upstream.lse, upstream.delta)]

@@ -7,6 +7,7 @@ the kernel.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -242,20 +243,40 @@ def depth_boxes(shape: DepthShape, group: jax.Array, column: jax.Array) -> Itera
             yield warp, c, lambda slot, count, at=(token, head, columns): (at[0], pl.ds(slot, count), *at[1:])
 
 
-def load_chunk(copy: Any, ref: Any, index: Any, tile: Any, rows: int, slot: jax.Array, first: jax.Array) -> None:
-    """Copies the slots of a chunk into a tile of `rows` rows. With half of the rows before slot 0, one half is left
-    alone.
+def box_sizes(rows: int, windowed: bool) -> list[int]:
+    """Slots of the boxes in which a chunk of `rows` may be copied: all, or the last half, quarter, ... of them.
+
+    With a window that has a start the smallest has 8: what it hides is cleared after loading. Else zeros have to fill
+    the 16 rows of an mma, and the smallest has 16.
+    """
+    smallest, sizes = 8 if windowed else 16, [rows]
+    while sizes[-1] % 2 == 0 and sizes[-1] // 2 >= smallest:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def load_chunk(
+    copy: Any, ref: Any, index: Any, tile: Any, rows: int, slot: jax.Array, first: jax.Array, windowed: bool
+) -> None:
+    """Copies the slots of a chunk into a tile of `rows` rows, in the smallest box that holds them; rows before it are
+    left alone.
 
     Args:
         copy: of a source and a destination. index: of (first slot, count), the place of a box in the array `ref`.
-        slot: of row 0. first: the first row that is a slot.
+        slot: of row 0. first: the first row that is a seen slot.
+        windowed: see `box_sizes`.
     """
-    half = rows // 2
-    if half % 16:
+    sizes = box_sizes(rows, windowed)
+    if len(sizes) == 1:
         copy(ref.at[index(slot, rows)], tile)
         return
-    pl.when(first < half)(lambda: copy(ref.at[index(slot, rows)], tile))
-    pl.when(first >= half)(lambda: copy(ref.at[index(slot + half, half)], tile.at[pl.ds(half, half)]))
+    for size in sizes:
+        before = rows - size
+        wanted = first >= before
+        if size != sizes[-1]:
+            wanted = jnp.logical_and(wanted, first < rows - size // 2)
+        source, target = ref.at[index(slot + before, size)], tile.at[pl.ds(before, size)]
+        pl.when(wanted)(functools.partial(copy, source, target))
 
 
 def pad_for_interpreter(

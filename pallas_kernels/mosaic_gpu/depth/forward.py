@@ -80,7 +80,6 @@ from pallas_kernels.mosaic_gpu.depth.tiles import (
     forward_scratch,
     forward_tiles,
     most_heads,
-    multiprocessors,
     padded_group,
     tile_heads,
 )
@@ -315,7 +314,7 @@ class ForwardInterpretedTile:
                 lse_ref[rows] = lse[w]
 
 
-def _body(shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_offset: int):
+def _body(shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_offset: int, windowed: bool):
     rows, stages = tiles.rows, tiles.stages
     group_rows = WARPS * shape.tile_heads
 
@@ -344,7 +343,7 @@ def _body(shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_
             first = window.hidden_rows(slot, slot_offset)
             for operand, ref in enumerate((k_ref, v_ref)):
                 for warp, c, index in depth_boxes(shape, group, column):
-                    load_chunk(copy, ref, index, ring.at[stage, operand, warp, c], rows, slot, first)
+                    load_chunk(copy, ref, index, ring.at[stage, operand, warp, c], rows, slot, first, windowed)
 
         for unit in range(stages):
             pl.when(unit < units)(functools.partial(load, jnp.int32(unit)))
@@ -402,7 +401,7 @@ def depth_forward(
     tiles = tiles or forward_tiles(shape)
     scratch = forward_scratch(shape, tiles, query.dtype)
     check_shared_memory("depth forward", shape, tiles, scratch)
-    blocks = blocks or min(shape.groups, 2 if interpret else multiprocessors() * tiles.blocks)
+    blocks = blocks or min(shape.groups, 2 if interpret else warpgroup.multiprocessors() * tiles.blocks)
     q = query.reshape(-1, head_dim)
     arrays = [x.reshape(shape.tokens, *x.shape[2:]) for x in (depth.key, depth.value)]
     if interpret:
@@ -411,7 +410,7 @@ def depth_forward(
     compute = tile(shape, tiles, call.scale, query.dtype, depth.start is not None)
     out_type = jax.ShapeDtypeStruct((shape.tokens * num_heads, head_dim), query.dtype)
     kernel = plgpu.kernel(
-        _body(shape, tiles, blocks, compute, tiles.rows if interpret else 0),
+        _body(shape, tiles, blocks, compute, tiles.rows if interpret else 0, depth.start is not None),
         out_type=(
             out_type,
             jax.ShapeDtypeStruct((shape.tokens * num_heads,), jnp.float32),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -14,7 +12,6 @@ from pallas_kernels.mosaic_gpu.warpgroup import shared_bytes
 
 WARPS = 4  # of a warpgroup; each owns one tile of a group
 THREADS = 128
-H200_MULTIPROCESSORS = 132
 MAX_SHARED_BYTES = 227 * 1024  # of one multiprocessor, for all its blocks
 BLOCK_OVERHEAD_BYTES = 2048  # reserved by CUDA, barriers, alignment
 MAX_TILE_HEADS = 16  # query heads of a tile: two n = 8 blocks of an mma
@@ -117,14 +114,6 @@ def padded_group(group_size: int, most: int = MAX_TILE_HEADS) -> int:
     if group_size <= most or tile_heads(group_size, most) >= 8:
         return group_size
     return -(-group_size // most) * most
-
-
-@functools.cache
-def multiprocessors() -> int:
-    """Of the default GPU; an H200's when there is none (lowering and interpreting)."""
-    if jax.default_backend() != "gpu":
-        return H200_MULTIPROCESSORS
-    return jax.devices()[0].core_count
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -44,6 +44,7 @@ from pallas_kernels.block_masks import MaskRows, pad_rows
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
 from pallas_kernels.mosaic_gpu.sequence.tiles import (
     REGISTERS,
+    SHARED_BYTES,
     ForwardTiles,
     ForwardVariant,
     SequenceShape,
@@ -60,13 +61,15 @@ def _scratch(variant: ForwardVariant) -> dict[str, Any]:
     warpgroups, key_block, stages = tiles.warpgroups, tiles.key_block, tiles.stages
     merge, with_rest, tile = variant.merge, variant.with_rest, wg_lib.tiled_smem
     return dict(
-        query_smem=tile((warpgroups, 64, head_dim), dtype),
+        query_smem=tile((variant.query_buffers, warpgroups, 64, head_dim), dtype),
         key_smem=tile((stages, key_block, head_dim), dtype),
         value_smem=tile((stages, key_block, head_dim), dtype),
         lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32),
         other_smem=tile((warpgroups, 64, head_dim), dtype) if merge or with_rest else None,
         other_lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32) if merge else None,
-        query_rows_smem=plgpu.SMEM((warpgroups, mask.channels, 64), jnp.int32) if mask.explicit else None,
+        query_rows_smem=plgpu.SMEM((variant.query_buffers, warpgroups, mask.channels, 64), jnp.int32)
+        if mask.explicit
+        else None,
         key_rows_smem=plgpu.SMEM((stages, mask.channels, key_block), jnp.int32) if mask.explicit else None,
         p_stage=tile((warpgroups, 64, key_block), dtype) if variant.interpret else None,
         query_ready=plgpu.Barrier(num_arrivals=2 if mask.explicit else 1, num_barriers=warpgroups),
@@ -77,6 +80,11 @@ def _scratch(variant: ForwardVariant) -> dict[str, Any]:
         key_consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         value_consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     )
+
+
+def _fits(variant: ForwardVariant) -> bool:
+    """Whether its scratch fits into shared memory."""
+    return wg_lib.shared_bytes(_scratch(dataclasses.replace(variant, interpret=False))) <= SHARED_BYTES
 
 
 def _make_body(variant: ForwardVariant):
@@ -102,56 +110,69 @@ def _make_body(variant: ForwardVariant):
         query_rows_ref, key_rows_ref, bounds_ref = refs if spec.explicit else (None, None, None)
         s = wg_lib.named(scratch)
 
-        batch = lax.axis_index("batch")
-        head = lax.axis_index("head")
-        query_tile = query_blocks - 1 - lax.axis_index("query_block")
         warpgroup = lax.axis_index("warpgroup")
-        query_start = query_tile * tiles.query_block
-        limit = limit_ref[batch] if spec.limit else jnp.int32(key_tokens)
+        work = wg_lib.Turns(lax.axis_index("program"), variant.programs, sizes.batch * query_blocks * sizes.num_heads)
 
-        # Key blocks of the whole CTA: [first, last).
-        if spec.explicit:
-            first = bounds_ref[batch, query_tile, 0]
-            last = bounds_ref[batch, query_tile, 1]
-        else:
-            first = jnp.int32(0)
-            end = limit
-            if spec.causal:
-                end = jnp.minimum(end, query_start + tiles.query_block)
-            last = pl.cdiv(end, key_block)
-        # One block is always walked: it is masked where nothing is visible.
-        last = jnp.maximum(last, first + 1)
+        def locate(turn):
+            """(batch row, query block, head) of a turn: the longest causal rows first, heads side by side."""
+            rest, head = wg_lib.divmod(work.item(turn), sizes.num_heads)
+            place, batch = wg_lib.divmod(rest, sizes.batch)
+            return batch, query_blocks - 1 - place, head
+
+        def limit_of(batch):
+            return limit_ref[batch] if spec.limit else jnp.int32(key_tokens)
+
+        def key_blocks(batch, query_tile):
+            """Key blocks of the whole CTA: [first, last)."""
+            if spec.explicit:
+                first = bounds_ref[batch, query_tile, 0]
+                last = bounds_ref[batch, query_tile, 1]
+            else:
+                first = jnp.int32(0)
+                end = limit_of(batch)
+                if spec.causal:
+                    end = jnp.minimum(end, (query_tile + 1) * tiles.query_block)
+                last = pl.cdiv(end, key_block)
+            # One block is always walked: it is masked where nothing is visible.
+            return first, jnp.maximum(last, first + 1)
 
         @pl.when(warpgroup == warpgroups)
         def _producer():
             if not tiles.paired:
                 plgpu.set_max_registers(REGISTERS[warpgroups][1], action="decrease")
-            kv_head = lax.div(head, jnp.int32(sizes.group))
 
-            def fetch(step, wait):
-                slot = lax.rem(step - first, jnp.int32(stages))
-                window = pl.ds(step * key_block, key_block)
-                if wait:
-                    plgpu.barrier_wait(s.key_consumed.at[slot])
-                plgpu.copy_gmem_to_smem(key_ref.at[batch, window, kv_head], s.key_smem.at[slot], s.key_ready.at[slot])
-                if spec.explicit:
+            def one_turn(turn, fetched):
+                """fetched: blocks of the turns before, which the ring counts on."""
+                batch, query_tile, head = locate(turn)
+                first, last = key_blocks(batch, query_tile)
+                kv_head = lax.div(head, jnp.int32(sizes.group))
+
+                @pl.loop(first, last)
+                def _fetch(step):
+                    place = fetched + step - first
+                    slot, window = lax.rem(place, jnp.int32(stages)), pl.ds(step * key_block, key_block)
+                    refill = place >= stages
+                    pl.when(refill)(lambda: plgpu.barrier_wait(s.key_consumed.at[slot]))
                     plgpu.copy_gmem_to_smem(
-                        key_rows_ref.at[batch, :, window], s.key_rows_smem.at[slot], s.key_ready.at[slot]
+                        key_ref.at[batch, window, kv_head], s.key_smem.at[slot], s.key_ready.at[slot]
                     )
-                if wait:
-                    plgpu.barrier_wait(s.value_consumed.at[slot])
-                plgpu.copy_gmem_to_smem(
-                    value_ref.at[batch, window, kv_head], s.value_smem.at[slot], s.value_ready.at[slot]
-                )
+                    if spec.explicit:
+                        plgpu.copy_gmem_to_smem(
+                            key_rows_ref.at[batch, :, window], s.key_rows_smem.at[slot], s.key_ready.at[slot]
+                        )
+                    pl.when(refill)(lambda: plgpu.barrier_wait(s.value_consumed.at[slot]))
+                    plgpu.copy_gmem_to_smem(
+                        value_ref.at[batch, window, kv_head], s.value_smem.at[slot], s.value_ready.at[slot]
+                    )
 
-            warm = jnp.minimum(first + stages, last)
-            pl.loop(first, warm)(lambda step: fetch(step, wait=False))
-            pl.loop(warm, last)(lambda step: fetch(step, wait=True))
+                return fetched + last - first
 
-            @pl.loop(jnp.maximum(last - stages, first), last)
-            def _drain(step):
+            fetched = lax.fori_loop(0, work.turns, one_turn, jnp.int32(0))
+
+            @pl.loop(jnp.maximum(fetched - stages, 0), fetched)
+            def _drain(place):
                 """Every phase of a barrier is observed before the barrier goes (the interpreter insists)."""
-                slot = lax.rem(step - first, jnp.int32(stages))
+                slot = lax.rem(place, jnp.int32(stages))
                 plgpu.barrier_wait(s.key_consumed.at[slot])
                 plgpu.barrier_wait(s.value_consumed.at[slot])
 
@@ -159,125 +180,163 @@ def _make_body(variant: ForwardVariant):
         def _consumer():
             if not tiles.paired:
                 plgpu.set_max_registers(REGISTERS[warpgroups][0], action="increase")
-            row_start = query_start + warpgroup * 64
-            row_window = pl.ds(row_start, 64)
-            query_smem = s.query_smem.at[warpgroup]
             p_stage = s.p_stage.at[warpgroup] if interpret else None
-            plgpu.copy_gmem_to_smem(query_ref.at[batch, row_window, head], query_smem, s.query_ready.at[warpgroup])
-            if spec.explicit:
-                plgpu.copy_gmem_to_smem(
-                    query_rows_ref.at[batch, :, row_window],
-                    s.query_rows_smem.at[warpgroup],
-                    s.query_ready.at[warpgroup],
-                )
-            if merge:
-                plgpu.copy_gmem_to_smem(
-                    other_ref.at[batch, row_window, head], s.other_smem.at[warpgroup], s.other_ready.at[warpgroup]
-                )
-                plgpu.copy_gmem_to_smem(
-                    other_lse_ref.at[batch, head, row_window],
-                    s.other_lse_smem.at[warpgroup],
-                    s.other_ready.at[warpgroup],
-                )
 
-            # Key blocks of this warpgroup: [first, own_end), of which [full_start, full_end) need no mask.
-            if spec.explicit:
-                full_start, full_end, own_end = bounds_ref[batch, query_tile, 2], bounds_ref[batch, query_tile, 3], last
-            else:
-                full_start, full_end, own_end = first, lax.div(limit, jnp.int32(key_block)), pl.cdiv(limit, key_block)
-            if spec.causal and not spec.positions:
-                full_end = jnp.minimum(full_end, lax.div(row_start + 1, jnp.int32(key_block)))
-                own_end = jnp.minimum(own_end, pl.cdiv(row_start + 64, key_block))
-            own_end = jnp.minimum(jnp.maximum(own_end, first + 1), last)
+            def rows_of(query_tile):
+                return query_tile * tiles.query_block + warpgroup * 64
 
-            plgpu.barrier_wait(s.query_ready.at[warpgroup])
-            row_values = []
-            if spec.explicit:
-                row_values = [
-                    plgpu.load(s.query_rows_smem.at[warpgroup, c], layout=wg_lib.ROW) for c in range(spec.channels)
-                ]
-
-            def slot_of(step):
-                return lax.rem(step - first, jnp.int32(stages))
-
-            def load_key_rows(slot):
-                """Of a block that is masked. TMA overwrites the slot soon: these reads are fenced from its writes."""
-                loaded = [plgpu.load(s.key_rows_smem.at[slot, c], layout=wg_lib.COLUMN) for c in range(spec.channels)]
+            def load_queries(turn):
+                """Starts to load a turn's queries; nobody reads the buffer or writes to it any more."""
+                batch, query_tile, head = locate(turn)
+                buffer, ready = lax.rem(turn, jnp.int32(variant.query_buffers)), s.query_ready.at[warpgroup]
+                window = pl.ds(rows_of(query_tile), 64)
+                plgpu.copy_gmem_to_smem(query_ref.at[batch, window, head], s.query_smem.at[buffer, warpgroup], ready)
                 if spec.explicit:
-                    plgpu.commit_smem()
-                return loaded
+                    plgpu.copy_gmem_to_smem(
+                        query_rows_ref.at[batch, :, window], s.query_rows_smem.at[buffer, warpgroup], ready
+                    )
 
-            def hide(logits, step, key_values):
-                """Puts HIDDEN where a key is not visible."""
-                column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wg_lib.TILE)
-                visible = column < limit - step * key_block
-                channel = 0
-                if spec.positions:
-                    visible &= wg_lib.columns(key_values[0], shape) <= wg_lib.rows(row_values[0], shape)
-                    channel = 1
-                elif spec.causal:
-                    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=wg_lib.TILE)
-                    visible &= column - row <= row_start - step * key_block
-                if spec.segments:
-                    visible &= wg_lib.columns(key_values[channel], shape) == wg_lib.rows(row_values[channel], shape)
-                return jnp.where(visible, logits, wg_lib.HIDDEN)
+            def load_next_queries(turn):
+                pl.when(turn + 1 < work.turns)(lambda: load_queries(turn + 1))
 
-            def softmax(logits, maximum, total, step, key_values, masked):
-                """Online softmax in base 2 -> (P, rescaling of what is accumulated, new maximum, new sum)."""
-                if masked:
-                    logits = hide(logits, step, key_values)
-                new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale2)
-                shift = new_maximum
-                if masked:
-                    # A row that saw no key yet: exp2(HIDDEN - 0) = 0, where exp2(HIDDEN - HIDDEN) would be NaN.
-                    shift = jnp.where(new_maximum == wg_lib.HIDDEN, 0.0, new_maximum)
-                rescale = jnp.exp2(maximum - shift)
-                p = jnp.exp2(logits * scale2 - wg_lib.rows(shift, shape))
-                return p, rescale, new_maximum, total * rescale + p.sum(axis=1)
+            def one_turn(turn, walked):
+                """walked: blocks of the turns before."""
+                batch, query_tile, head = locate(turn)
+                first, last = key_blocks(batch, query_tile)
+                limit, row_start = limit_of(batch), rows_of(query_tile)
+                buffer = lax.rem(turn, jnp.int32(variant.query_buffers))
+                row_window = pl.ds(row_start, 64)
+                query_smem = s.query_smem.at[buffer, warpgroup]
+                if merge:
+                    plgpu.copy_gmem_to_smem(
+                        other_ref.at[batch, row_window, head], s.other_smem.at[warpgroup], s.other_ready.at[warpgroup]
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        other_lse_ref.at[batch, head, row_window],
+                        s.other_lse_smem.at[warpgroup],
+                        s.other_ready.at[warpgroup],
+                    )
 
-            maximum = wg_lib.full((64,), wg_lib.HIDDEN, wg_lib.ROW)
-            total = wg_lib.full((64,), 0.0, wg_lib.ROW)
-            out = wg_lib.full((64, head_dim), 0.0, wg_lib.TILE)
+                # Key blocks of this warpgroup: [first, own_end), of which [full_start, full_end) need no mask.
+                if spec.explicit:
+                    full_start, full_end, own_end = (
+                        bounds_ref[batch, query_tile, 2],
+                        bounds_ref[batch, query_tile, 3],
+                        last,
+                    )
+                else:
+                    full_start, full_end, own_end = (
+                        first,
+                        lax.div(limit, jnp.int32(key_block)),
+                        pl.cdiv(limit, key_block),
+                    )
+                if spec.causal and not spec.positions:
+                    full_end = jnp.minimum(full_end, lax.div(row_start + 1, jnp.int32(key_block)))
+                    own_end = jnp.minimum(own_end, pl.cdiv(row_start + 64, key_block))
+                own_end = jnp.minimum(jnp.maximum(own_end, first + 1), last)
 
-            consumer = _Consumer(variant, s, query_smem, p_stage, slot_of, load_key_rows, softmax)
-            blocks = wg_lib.BlockRange(first, full_start, full_end, own_end, spec.explicit, masked_end)
-            out, maximum, total = _walk(consumer, blocks, last, (out, maximum, total))
+                plgpu.barrier_wait(s.query_ready.at[warpgroup])
+                row_values = []
+                if spec.explicit:
+                    row_values = [
+                        plgpu.load(s.query_rows_smem.at[buffer, warpgroup, c], layout=wg_lib.ROW)
+                        for c in range(spec.channels)
+                    ]
 
-            if merge and with_rest:
-                plgpu.commit_smem()  # all warps are done with the queries, which make room
-                plgpu.copy_gmem_to_smem(
-                    other_rest_ref.at[batch, row_window, head], query_smem, s.other_rest_ready.at[warpgroup]
-                )
-            # maximum is HIDDEN and total 0 in a row that saw nothing: lse = -inf.
-            lse = maximum * wg_lib.LN2 + jnp.log(total)
-            weight = jnp.where(maximum == wg_lib.HIDDEN, 0.0, 1.0 / total)
-            if merge:
-                plgpu.barrier_wait(s.other_ready.at[warpgroup])
-                other_lse = plgpu.load(s.other_lse_smem.at[warpgroup], layout=wg_lib.ROW)
-                top = jnp.maximum(jnp.maximum(lse, other_lse), wg_lib.LOWEST)
-                mine, others = jnp.exp(lse - top), jnp.exp(other_lse - top)
-                both = mine + others
-                inverse = jnp.where(both > 0.0, 1.0 / both, 0.0)
-                lse = top + jnp.log(both)
-                weight = weight * mine * inverse
-                other = plgpu.load(s.other_smem.at[warpgroup], layout=wg_lib.TILE).astype(jnp.float32)
+                def slot_of(step):
+                    return lax.rem(walked + step - first, jnp.int32(stages))
+
+                def load_key_rows(slot):
+                    """Of a block that is masked. TMA overwrites the slot soon: these reads are fenced from its writes."""
+                    loaded = [
+                        plgpu.load(s.key_rows_smem.at[slot, c], layout=wg_lib.COLUMN) for c in range(spec.channels)
+                    ]
+                    if spec.explicit:
+                        plgpu.commit_smem()
+                    return loaded
+
+                def hide(logits, step, key_values):
+                    """Puts HIDDEN where a key is not visible."""
+                    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wg_lib.TILE)
+                    visible = column < limit - step * key_block
+                    channel = 0
+                    if spec.positions:
+                        visible &= wg_lib.columns(key_values[0], shape) <= wg_lib.rows(row_values[0], shape)
+                        channel = 1
+                    elif spec.causal:
+                        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=wg_lib.TILE)
+                        visible &= column - row <= row_start - step * key_block
+                    if spec.segments:
+                        visible &= wg_lib.columns(key_values[channel], shape) == wg_lib.rows(row_values[channel], shape)
+                    return jnp.where(visible, logits, wg_lib.HIDDEN)
+
+                def softmax(logits, maximum, total, step, key_values, masked):
+                    """Online softmax in base 2 -> (P, rescaling of what is accumulated, new maximum, new sum)."""
+                    if masked:
+                        logits = hide(logits, step, key_values)
+                    new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale2)
+                    shift = new_maximum
+                    if masked:
+                        # A row that saw no key yet: exp2(HIDDEN - 0) = 0, where exp2(HIDDEN - HIDDEN) would be NaN.
+                        shift = jnp.where(new_maximum == wg_lib.HIDDEN, 0.0, new_maximum)
+                    rescale = jnp.exp2(maximum - shift)
+                    p = jnp.exp2(logits * scale2 - wg_lib.rows(shift, shape))
+                    return p, rescale, new_maximum, total * rescale + p.sum(axis=1)
+
+                maximum = wg_lib.full((64,), wg_lib.HIDDEN, wg_lib.ROW)
+                total = wg_lib.full((64,), 0.0, wg_lib.ROW)
+                out = wg_lib.full((64, head_dim), 0.0, wg_lib.TILE)
+
+                consumer = _Consumer(variant, s, query_smem, p_stage, slot_of, load_key_rows, softmax)
+                blocks = wg_lib.BlockRange(first, full_start, full_end, own_end, spec.explicit, masked_end)
+                out, maximum, total = _walk(consumer, blocks, last, (out, maximum, total))
+
+                plgpu.wait_smem_to_gmem(0)  # the results of the turn before have left shared memory
+                if variant.query_buffers > 1:
+                    load_next_queries(turn)
+                if merge and with_rest:
+                    plgpu.commit_smem()  # all warps are done with the queries, which make room
+                    plgpu.copy_gmem_to_smem(
+                        other_rest_ref.at[batch, row_window, head], query_smem, s.other_rest_ready.at[warpgroup]
+                    )
+                # maximum is HIDDEN and total 0 in a row that saw nothing: lse = -inf.
+                lse = maximum * wg_lib.LN2 + jnp.log(total)
+                weight = jnp.where(maximum == wg_lib.HIDDEN, 0.0, 1.0 / total)
+                if merge:
+                    plgpu.barrier_wait(s.other_ready.at[warpgroup])
+                    other_lse = plgpu.load(s.other_lse_smem.at[warpgroup], layout=wg_lib.ROW)
+                    top = jnp.maximum(jnp.maximum(lse, other_lse), wg_lib.LOWEST)
+                    mine, others = jnp.exp(lse - top), jnp.exp(other_lse - top)
+                    both = mine + others
+                    inverse = jnp.where(both > 0.0, 1.0 / both, 0.0)
+                    lse = top + jnp.log(both)
+                    weight = weight * mine * inverse
+                    other = plgpu.load(s.other_smem.at[warpgroup], layout=wg_lib.TILE).astype(jnp.float32)
+                    if with_rest:
+                        plgpu.barrier_wait(s.other_rest_ready.at[warpgroup])
+                        other += plgpu.load(query_smem, layout=wg_lib.TILE).astype(jnp.float32)
+                        plgpu.commit_smem()  # all warps have read it
+                    out = out * wg_lib.rows(weight, out.shape) + other * wg_lib.rows(others * inverse, out.shape)
+                else:
+                    out = out * wg_lib.rows(weight, out.shape)
+                rounded = out.astype(dtype)
+                query_smem[...] = rounded
                 if with_rest:
-                    plgpu.barrier_wait(s.other_rest_ready.at[warpgroup])
-                    other += plgpu.load(query_smem, layout=wg_lib.TILE).astype(jnp.float32)
-                    plgpu.commit_smem()  # all warps have read it
-                out = out * wg_lib.rows(weight, out.shape) + other * wg_lib.rows(others * inverse, out.shape)
-            else:
-                out = out * wg_lib.rows(weight, out.shape)
-            rounded = out.astype(dtype)
-            query_smem[...] = rounded
-            if with_rest:
-                s.other_smem[warpgroup] = (out - rounded.astype(jnp.float32)).astype(dtype)
-            s.lse_smem[warpgroup] = lse
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(query_smem, out_ref.at[batch, row_window, head])
-            if with_rest:
-                plgpu.copy_smem_to_gmem(s.other_smem.at[warpgroup], out_rest_ref.at[batch, row_window, head])
-            plgpu.copy_smem_to_gmem(s.lse_smem.at[warpgroup], lse_ref.at[batch, head, row_window])
+                    s.other_smem[warpgroup] = (out - rounded.astype(jnp.float32)).astype(dtype)
+                s.lse_smem[warpgroup] = lse
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(query_smem, out_ref.at[batch, row_window, head])
+                if with_rest:
+                    plgpu.copy_smem_to_gmem(s.other_smem.at[warpgroup], out_rest_ref.at[batch, row_window, head])
+                plgpu.copy_smem_to_gmem(s.lse_smem.at[warpgroup], lse_ref.at[batch, head, row_window])
+                if with_rest or variant.query_buffers == 1:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if variant.query_buffers == 1:
+                    load_next_queries(turn)
+                return walked + last - first
+
+            pl.when(work.turns > 0)(lambda: load_queries(jnp.int32(0)))
+            lax.fori_loop(0, work.turns, one_turn, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     return body
@@ -391,11 +450,15 @@ def sequence_forward(
         shape.head_dim, query_tokens=shape.query_tokens, explicit_masks=shape.mask.explicit, interpret=interpret,
         cache_only=shape.query_tokens <= 64 and not (shape.mask.causal or merge or with_rest),
     ).forward  # fmt: skip
-    variant = ForwardVariant(shape, tiles, scale, merge, with_rest, interpret)
+    query_blocks = pl.cdiv(shape.query_tokens, tiles.query_block)
+    turns = shape.batch * query_blocks * shape.num_heads
+    programs = min(turns, wg_lib.INTERPRETED_PROGRAMS if interpret else wg_lib.multiprocessors() * (1 + tiles.paired))
+    variant = ForwardVariant(shape, tiles, scale, merge, with_rest, interpret, programs)
+    if not _fits(variant):
+        variant = dataclasses.replace(variant, query_buffers=1)
     check_shared("sequence forward", variant, _scratch(dataclasses.replace(variant, interpret=False)))
     if with_rest and merge and other.rest is None:
         raise ValueError("other.rest=None: expected an array, because with_rest=True and another part is given")
-    query_blocks = pl.cdiv(shape.query_tokens, tiles.query_block)
     padded_tokens = query_blocks * tiles.query_block
 
     operands = [wg_lib.pad_tokens(x) for x in (query, call.key, call.value)]
@@ -420,8 +483,8 @@ def sequence_forward(
             jax.ShapeDtypeStruct((shape.batch, shape.num_heads, padded_tokens), jnp.float32),
             *([like_query] if with_rest else []),
         ),
-        grid=(shape.batch, query_blocks, shape.num_heads),
-        grid_names=("batch", "query_block", "head"),
+        grid=(programs,),
+        grid_names=("program",),
         num_threads=tiles.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types={name: entry for name, entry in _scratch(variant).items() if entry is not None},

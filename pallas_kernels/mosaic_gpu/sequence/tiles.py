@@ -156,6 +156,8 @@ class ForwardVariant:
         merge: another part of the same softmax is merged in.
         with_rest: what rounding takes from out is kept.
         interpret: the kernel is interpreted.
+        programs: CTAs that are resident at once and take turns at the query blocks.
+        query_buffers: 2 if the queries of the next turn are loaded while this one ends.
     """
 
     shape: SequenceShape
@@ -164,6 +166,8 @@ class ForwardVariant:
     merge: bool
     with_rest: bool
     interpret: bool
+    programs: int
+    query_buffers: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
