@@ -53,6 +53,7 @@ from pallas_kernels.mosaic_gpu.depth.chunk import (
     box_sizes,
     compiler_params,
     depth_boxes,
+    last_rows,
     load_chunk,
     pad_for_interpreter,
     pad_group,
@@ -122,24 +123,23 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
                 for i, ref in enumerate((q_ref, do_ref)):
                     source = ref.at[pl.ds(group * group_rows, shape.query_rows), columns]
                     copy(source, queries.at[stage, i, c])
-            operands = (k_ref, v_ref, dk_ref, dv_ref)[: spec.parts]
-            for i, ref in enumerate(operands):
-                for warp, c, index in boxes(group):
-                    load_chunk(copy, ref, index, ring.at[stage, i, warp, c], rows, slot, first, spec.windowed)
+
+            def load_slots(size):
+                for i, ref in enumerate((k_ref, v_ref, dk_ref, dv_ref)[: spec.parts]):
+                    for warp, c, index in boxes(group):
+                        target = last_rows(ring.at[stage, i, warp, c], rows, size)
+                        copy(ref.at[index(slot + (rows - size), size)], target)
+
+            load_chunk(load_slots, rows, first, spec.windowed)
 
         def store(unit, size):
             """The last `size` rows of a chunk's gradients."""
             stage, group, slot = locate(unit)
-            before = rows - size
             for i, ref in enumerate((dk_ref, dv_ref)):
-                source = i + spec.parts - 2
                 for warp, c, index in boxes(group):
-                    tile = ring.at[stage, source, warp, c]
-                    plgpu.copy_smem_to_gmem(
-                        tile.at[pl.ds(before, size)] if before else tile,
-                        ref.at[index(slot + before, size)],
-                        commit_group=False,
-                    )
+                    source = last_rows(ring.at[stage, i + spec.parts - 2, warp, c], rows, size)
+                    target = ref.at[index(slot + (rows - size), size)]
+                    plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
         def store_zeros(group):
             def one_chunk(first, i, _):

@@ -255,28 +255,29 @@ def box_sizes(rows: int, windowed: bool) -> list[int]:
     return sizes
 
 
-def load_chunk(
-    copy: Any, ref: Any, index: Any, tile: Any, rows: int, slot: jax.Array, first: jax.Array, windowed: bool
-) -> None:
-    """Copies the slots of a chunk into a tile of `rows` rows, in the smallest box that holds them; rows before it are
-    left alone.
+def load_chunk(load: Any, rows: int, first: jax.Array, windowed: bool) -> None:
+    """Runs `load(size)`, which copies the last `size` slots of a chunk of `rows`, for the smallest box that holds the
+    seen ones; the rows before it are left alone.
+
+    One thread issues all copies: the size is chosen once for all of them.
 
     Args:
-        copy: of a source and a destination. index: of (first slot, count), the place of a box in the array `ref`.
-        slot: of row 0. first: the first row that is a seen slot.
-        windowed: see `box_sizes`.
+        first: the first row that is a seen slot. windowed: see `box_sizes`.
     """
     sizes = box_sizes(rows, windowed)
-    if len(sizes) == 1:
-        copy(ref.at[index(slot, rows)], tile)
-        return
     for size in sizes:
-        before = rows - size
-        wanted = first >= before
+        wanted = first >= rows - size
         if size != sizes[-1]:
             wanted = jnp.logical_and(wanted, first < rows - size // 2)
-        source, target = ref.at[index(slot + before, size)], tile.at[pl.ds(before, size)]
-        pl.when(wanted)(functools.partial(copy, source, target))
+        if len(sizes) == 1:
+            load(size)
+        else:
+            pl.when(wanted)(functools.partial(load, size))
+
+
+def last_rows(tile: Any, rows: int, size: int) -> Any:
+    """The last `size` rows of a reference to a tile of `rows`."""
+    return tile if size == rows else tile.at[pl.ds(rows - size, size)]
 
 
 def pad_for_interpreter(

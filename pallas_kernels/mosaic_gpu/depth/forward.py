@@ -55,6 +55,7 @@ from pallas_kernels.mosaic_gpu.depth.chunk import (
     group_queries,
     group_tiles,
     if_loaded,
+    last_rows,
     like,
     load_chunk,
     pad_for_interpreter,
@@ -341,9 +342,14 @@ def _body(shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_
                 columns = pl.ds(column + c * COLUMNS, COLUMNS)
                 copy(q_ref.at[pl.ds(group * group_rows, shape.query_rows), columns], queries.at[stage, c])
             first = window.hidden_rows(slot, slot_offset)
-            for operand, ref in enumerate((k_ref, v_ref)):
-                for warp, c, index in depth_boxes(shape, group, column):
-                    load_chunk(copy, ref, index, ring.at[stage, operand, warp, c], rows, slot, first, windowed)
+
+            def load_slots(size):
+                for operand, ref in enumerate((k_ref, v_ref)):
+                    for warp, c, index in depth_boxes(shape, group, column):
+                        target = last_rows(ring.at[stage, operand, warp, c], rows, size)
+                        copy(ref.at[index(slot + (rows - size), size)], target)
+
+            load_chunk(load_slots, rows, first, windowed)
 
         for unit in range(stages):
             pl.when(unit < units)(functools.partial(load, jnp.int32(unit)))

@@ -412,10 +412,10 @@ def _walk(consumer: _Consumer, blocks: wg_lib.BlockRange, last: Any, state: tupl
 
     @pl.loop(own_end, last)
     def _release(step):
-        """Blocks that only the other warpgroups need."""
-        if interpret:
-            plgpu.barrier_wait(s.key_ready.at[slot_of(step)])
-            plgpu.barrier_wait(s.value_ready.at[slot_of(step)])
+        """Blocks that only the other warpgroups need. Their phases of the barriers have to be seen here too: the next
+        turn counts on them."""
+        plgpu.barrier_wait(s.key_ready.at[slot_of(step)])
+        plgpu.barrier_wait(s.value_ready.at[slot_of(step)])
         plgpu.barrier_arrive(s.key_consumed.at[slot_of(step)])
         plgpu.barrier_arrive(s.value_consumed.at[slot_of(step)])
 
