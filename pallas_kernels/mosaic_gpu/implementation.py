@@ -32,9 +32,7 @@ DTYPES = ("bfloat16", "float16")
 LARGEST_HEAD_DIM = HEAD_DIMS[-1]  # of the sequence kernels; others are padded
 DEPTH_STEP = 8  # the depth kernels take every multiple of it as it lies: TMA wants rows of whole 16 bytes
 MAX_SLOTS = 512
-# Calls whose gradients of old slots are added together: see `gradient_group`. 4 by the kernels' own times, but a whole
-# train step with it has not run on a card yet; `model.depth_gradient_group=4` asks for it.
-MOST_TOGETHER = 1
+MOST_TOGETHER = 4  # calls whose gradients of old slots are added together: see `gradient_group`
 FEWEST_SLOTS = 32  # for which that is done
 
 
@@ -58,6 +56,7 @@ def check_supported(call: Call) -> None:
         heads = tiles.tile_heads(num_heads // call.num_kv_heads, tiles.most_heads(head_dim))
         shape = tiles.DepthShape(batch * tokens, call.slots, num_heads, call.num_kv_heads, head_dim, heads)
         tiles.forward_tiles(shape)
+        tiles.forward_tiles(shape, windowed=True)
         tiles.backward_tiles(shape, tiles.SMALL_BUFFERS)
         if call.depth.deferred is not None:
             tiles.backward_tiles(shape, tiles.SMALL_BUFFERS, deferred=True)

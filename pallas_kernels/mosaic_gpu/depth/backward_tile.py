@@ -154,9 +154,7 @@ class BackwardWarpTile:
             right = None if self.spec.deferred else [rows_of_heads(x) for x in (query, cotangent)]
             factor, zero, scale = wm.real(self.scale * LOG2E), wm.real(0.0), wm.real(self.scale)
             if self.spec.windowed:
-                for tile in (keys, values):
-                    clear_rows(lane, shape, rows, tile, first)
-                wm.warp_barrier()
+                clear_rows(lane, shape, rows, [keys, values], first)
             straight, transposed = lane.a_operand(), lane.a_transposed_operand()
 
             def differentiate(block, dq):

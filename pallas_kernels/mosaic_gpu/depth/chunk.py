@@ -166,14 +166,25 @@ def write_heads(
             wm.store_global_16_bytes(place_in(address), words, predicate)
 
 
-def clear_rows(lane: wm.Lane, shape: DepthShape, rows: int, tile: Any, first: Any) -> None:
-    """Zeros what of a tile comes before row `first` in its block of 16 rows: slots that are not seen, which were loaded
-    beside others. Blocks before that one are not read at all.
+def clear_rows(lane: wm.Lane, shape: DepthShape, rows: int, tiles: list[Any], first: Any) -> None:
+    """Zeros what of this warp's tiles comes before row `first` in its block of 16 rows: slots that are not seen, and
+    were loaded beside others or are left from another chunk. Blocks before that one are not read at all.
 
     Args:
-        rows: of a tile. tile: its shared-memory address.
+        rows: of a tile. tiles: their shared-memory addresses.
         first: the first row that is a seen slot.
     """
+
+    def clear() -> list[Any]:
+        for tile in tiles:
+            _clear_tile(lane, shape, rows, tile, first)
+        wm.warp_barrier()
+        return []
+
+    wm.when(wm.less(wm.integer(0), first), clear, [])
+
+
+def _clear_tile(lane: wm.Lane, shape: DepthShape, rows: int, tile: Any, first: Any) -> None:
     row = wm.add(wm.shift_left(wm.shift_right(first, 4), 4), wm.shift_right(lane.lane, 1))
     start = wm.add(tile, wm.add(wm.shift_left(row, 7), wm.shift_left(wm.bit_and(lane.lane, 1), 6)))
     hidden = wm.less(row, first)

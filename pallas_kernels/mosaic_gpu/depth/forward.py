@@ -131,9 +131,7 @@ class ForwardWarpTile:
             values = wm.add(keys, WARPS * self.tile_bytes)
             query = wm.add(wm.shared_address(queries), wm.multiply(stage, self.query_bytes))
             if self.windowed:
-                for tile in (keys, values):
-                    clear_rows(lane, shape, rows, tile, first)
-                wm.warp_barrier()
+                clear_rows(lane, shape, rows, [keys, values], first)
             highest, total, accumulators = self._unflatten(thread_values(state))
 
             fragments = query_fragments(lane, shape, query)
@@ -404,7 +402,7 @@ def depth_forward(
         return jax.tree.map(lambda x: unpad_group(x, num_kv_heads, group_size), part)
     heads = tile_heads(group_size, most)
     shape = DepthShape(batch * length, depth.slots, num_heads, num_kv_heads, head_dim, heads)
-    tiles = tiles or forward_tiles(shape)
+    tiles = tiles or forward_tiles(shape, windowed=depth.start is not None)
     scratch = forward_scratch(shape, tiles, query.dtype)
     check_shared_memory("depth forward", shape, tiles, scratch)
     blocks = blocks or min(shape.groups, 2 if interpret else warpgroup.multiprocessors() * tiles.blocks)

@@ -114,6 +114,8 @@ FORWARD = [
     (1, 2, 17, 1, 64, 33, 2, jnp.bfloat16, None),
     (1, 3, 4, 2, 64, 40, (3, 37), jnp.bfloat16, None),
     (1, 3, 2, 2, 64, 20, (17, 17), jnp.float16, None),
+    (1, 5, 4, 4, 64, 20, (5, 13), jnp.bfloat16, DepthTiles(16, 2, 1)),
+    (1, 3, 4, 2, 64, 60, (10, 50), jnp.float16, DepthTiles(32, 2, 1)),
     (1, 2, 12, 1, 256, 18, 17, jnp.bfloat16, None),
 ]
 LARGE_FORWARD = [
@@ -126,6 +128,8 @@ LARGE_FORWARD = [
     (1, 777, 16, 8, 64, 70, (5, 37), jnp.bfloat16, None),
     (2, 129, 16, 8, 128, 130, (100, 129), jnp.float16, None),
     (1, 333, 4, 4, 40, 16, (9, 16), jnp.bfloat16, None),
+    (1, 777, 16, 8, 64, 70, (29, 37), jnp.bfloat16, None),
+    (1, 333, 16, 8, 64, 70, (0, 5), jnp.bfloat16, DepthTiles(32, 2, 3)),
     (1, 333, 16, 8, 256, 70, 37, jnp.bfloat16, None),
     (1, 129, 24, 1, 136, 40, (3, 39), jnp.float16, None),
 ]
@@ -168,6 +172,8 @@ BACKWARD = [
     (1, 3, 4, 2, 64, 40, (3, 37), jnp.bfloat16, None, False, None),
     (1, 3, 4, 4, 64, 20, (17, 19), jnp.float16, jnp.float16, True, DepthTiles(16, 2, 1)),
     (1, 3, 2, 2, 64, 18, (2, 17), jnp.bfloat16, jnp.float32, False, None),
+    (1, 5, 4, 4, 64, 20, (5, 13), jnp.bfloat16, jnp.bfloat16, False, DepthTiles(16, 2, 1)),
+    (1, 3, 4, 2, 64, 60, (10, 50), jnp.float16, None, True, DepthTiles(32, 2, 1)),
     (1, 2, 2, 2, 256, 18, 17, jnp.bfloat16, jnp.bfloat16, True, None),
     (1, 2, 12, 1, 160, 17, 17, jnp.float16, None, False, None),
 ]
@@ -186,6 +192,8 @@ LARGE_BACKWARD = [
     (1, 50, 16, 8, 64, 64, 0, jnp.bfloat16, None, False, None),
     (1, 777, 16, 8, 64, 70, (5, 37), jnp.bfloat16, None, True, None),
     (1, 777, 16, 8, 64, 70, (40, 70), jnp.bfloat16, jnp.bfloat16, False, None),
+    (1, 777, 16, 8, 64, 70, (29, 37), jnp.bfloat16, jnp.bfloat16, True, None),
+    (1, 333, 16, 8, 64, 70, (5, 29), jnp.bfloat16, jnp.bfloat16, False, DepthTiles(32, 2, 1)),
     (1, 333, 16, 8, 128, 70, (33, 51), jnp.float16, jnp.float32, True, DepthTiles(16, 2, 1)),
     (1, 50, 16, 8, 64, 64, (30, 30), jnp.bfloat16, None, False, None),
     (1, 333, 16, 8, 256, 70, 51, jnp.bfloat16, None, True, None),
