@@ -138,7 +138,8 @@ class TransformerConfig(DepthSections):
         layer_loop: "scan" compiles one layer; "unroll" each by itself, which is faster on a GPU and slower to compile.
         depth_gradient_dtype: dtype in which the depth stream's gradient accumulates; None: the compute dtype.
         depth_gradient_group: how many layers add their gradients of older slots together, see `moda_jax.depth_scan`;
-            None: as many as the device's kernels ask for, which is 1 so far. 1 takes the least memory.
+            None: as many as the device's kernels ask for: four on Hopper if their query heads fit into a tile, else 1,
+            which takes the least memory.
         causal: a token sees the sequence up to itself; False: all of it, as in a model of images.
         norm_kind: "rms": RMSNorm; "layer": LayerNorm with a bias, of the sub-layers' norms and the final one.
         ffn: "swiglu", or "gelu": two projections with a GELU between them.

@@ -11,10 +11,9 @@ class DataLostError(RuntimeError):
 
 
 class FileGuard:
-    """Notices that files changed under a reader who has mapped them into memory.
+    """Notices that files changed under their reader.
 
-    A mapped file that is cut off kills its reader (SIGBUS) at the next access, and one that is overwritten gives other
-    data. One that is merely deleted stays as it was for those who have it open.
+    One that is overwritten gives other data. One that is merely deleted stays as it was for those who have it open.
 
     Args:
         paths: the files.

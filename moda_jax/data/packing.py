@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moda_jax.data.file_array import FileArray
 from moda_jax.parallel.batches import ArrayLayout
 
 
@@ -45,7 +46,9 @@ def count_rows(num_tokens: int, sequence_length: int) -> int:
     return max(0, num_tokens - 1) // sequence_length
 
 
-def pack_rows(tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, sequence_length: int) -> Batch:
+def pack_rows(
+    tokens: np.ndarray | FileArray, offsets: np.ndarray | FileArray, rows: np.ndarray, sequence_length: int
+) -> Batch:
     """Builds rows of a token stream; any subset, in any order.
 
     Args:
@@ -71,19 +74,18 @@ def pack_rows(tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, sequenc
     segment_ids = np.zeros((B, T), np.int32)
     positions = np.empty((B, T), np.int32)
     target_mask = np.ones((B, T), np.float32)
-    place = np.arange(T, dtype=np.int32)
-    ends = offsets[1:]  # a document's end is the next one's start
+    places = np.arange(T, dtype=np.int32)
     for b, row in enumerate(rows):
         start = row * T
         stream[b] = tokens[start : start + T + 1]
-        first, last = np.searchsorted(ends, (start, start + T), side="right")
-        boundaries = ends[first:last] - start  # in 1..T: the places in this row where a new document starts
+        first, last = (offsets.searchsorted(place, side="right") for place in (start, start + T))
+        boundaries = offsets[first:last] - start  # in 1..T: the places in this row where a new document starts
         target_mask[b, boundaries - 1] = 0.0
         boundaries = boundaries[boundaries < T]
         segment_ids[b, boundaries] = 1
         np.cumsum(segment_ids[b], out=segment_ids[b])
         segment_starts = np.concatenate(([0], boundaries))
-        positions[b] = place - segment_starts[segment_ids[b]]
+        positions[b] = places - segment_starts[segment_ids[b]]
     return Batch(
         tokens=np.ascontiguousarray(stream[:, :-1]),
         targets=np.ascontiguousarray(stream[:, 1:]),

@@ -1,4 +1,4 @@
-"""A split as one flat array of tokens on disk, made once and memory-mapped: any row of any length at any time.
+"""A split as one flat array of tokens on disk, made once and read where it is wanted: any row, any length.
 
 The directory of a split holds:
 
@@ -24,6 +24,7 @@ import numpy as np
 from moda_jax.config import DataConfig
 from moda_jax.data.cache import prepare_once
 from moda_jax.data.damage import DamageError, SkippedDocuments, log_skipped, read_skipped
+from moda_jax.data.file_array import FileArray
 from moda_jax.data.file_guard import FileGuard
 from moda_jax.data.packing import count_rows
 from moda_jax.data.tokenizer import Tokenizer
@@ -60,16 +61,16 @@ class TokenDataset:
     """A tokenised split.
 
     Attributes:
-        tokens: uint16 or uint32 [N], memory-mapped.
-        offsets: int64 [num_documents + 1], memory-mapped.
+        tokens: uint16 or uint32 [N], in its file.
+        offsets: int64 [num_documents + 1], in its file.
         fingerprint: depends on the tokens, the documents' bounds and the tokenizer alone, so equal data has equal
             fingerprints on any machine.
         name: the split in words, for messages.
-        guard: notices changes of the mapped files.
+        guard: notices changes of the files.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
+    tokens: FileArray
+    offsets: FileArray
     fingerprint: str
     name: str
     guard: FileGuard | None = None
@@ -112,7 +113,7 @@ def prepare_tokens(
     skipped = SkippedDocuments(DataConfig()) if skipped is None else skipped
     prepare_once(directory, lambda new: _write(new, open_documents(), tokenizer, name, skipped), f"Tokens of {name}")
     log_skipped(name, directory, read_skipped(directory))
-    return _map(directory, json.loads((directory / "meta.json").read_text()), name)
+    return _opened(directory, json.loads((directory / "meta.json").read_text()), name)
 
 
 def open_tokens(directory: Path, tokenizer: Tokenizer) -> TokenDataset:
@@ -131,17 +132,15 @@ def open_tokens(directory: Path, tokenizer: Tokenizer) -> TokenDataset:
             f"data.tokenizer: is not the tokenizer that made the tokens in {directory} ({tokenizer.fingerprint}, "
             f"theirs is {meta['tokenizer']})"
         )
-    return _map(directory, meta, meta["name"])
+    return _opened(directory, meta, meta["name"])
 
 
-def _map(directory: Path, meta: dict, name: str) -> TokenDataset:
+def _opened(directory: Path, meta: dict, name: str) -> TokenDataset:
     """The arrays of a finished directory."""
     losses = Losses(**meta.get("losses", {}))
     if losses != Losses():
         _logger.warning("%s: the tokenizer lost text: %s (of %d tokens)", name, losses, meta["num_tokens"])
-    # An empty file cannot be mapped; the array of an empty split can be read.
-    tokens = np.load(directory / "tokens.npy", mmap_mode="r" if meta["num_tokens"] else None)
-    offsets = np.load(directory / "offsets.npy", mmap_mode="r")
+    tokens, offsets = FileArray(directory / "tokens.npy"), FileArray(directory / "offsets.npy")
     if len(tokens) != meta["num_tokens"] or len(offsets) != meta["num_documents"] + 1:
         raise ValueError(f"{directory}: the arrays do not have the lengths in meta.json; delete the directory")
     guard = FileGuard(directory / "tokens.npy", directory / "offsets.npy")

@@ -172,9 +172,9 @@ def check_shared_memory(name: str, shape: DepthShape, tiles: DepthTiles, scratch
 def forward_tiles(shape: DepthShape, windowed: bool = False) -> DepthTiles:
     """Tiles of the forward: enough bytes in flight (about 40 KB a multiprocessor) with as many warps as fit.
 
-    A window that has a start is mostly a short one, and wants more blocks with less each. H200, T = 32768, G = 2, K = 8,
-    H = 64, ms of a window of 8 slots, of all 36, of all 70: (16, 2, 4) 0.26 0.63 1.13, (32, 2, 3) 0.31 0.62 1.14,
-    (16, 2, 6) 0.34 0.77 1.34.
+    A window that has a start is mostly a short one, and wants more blocks with less each. H200, T = 32768, G = 2,
+    K = 8, H = 64, ms of a window of 8 slots, of all 36, of all 70: (16, 2, 4) 0.26 0.63 1.13, (32, 2, 3) 0.31 0.62
+    1.14, (16, 2, 6) 0.34 0.77 1.34.
     """
     choices = ((32, 3, 4), (32, 3, 3), (32, 3, 2), (32, 2, 2), (32, 1, 3), (32, 1, 2), (16, 1, 2))
     for rows, blocks, stages in ((16, 4, 2), *choices) if windowed else choices:

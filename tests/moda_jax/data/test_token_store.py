@@ -10,6 +10,7 @@ from support.tiny_tokenizer import words_without_unknown
 from moda_jax.config import DataConfig
 from moda_jax.data import token_store
 from moda_jax.data.damage import DamageError, SkippedDocuments
+from moda_jax.data.file_array import FileArray
 from moda_jax.data.token_store import prepare_tokens
 from moda_jax.data.tokenizer import ByteTokenizer
 from moda_jax.data.tokenizer_file import Losses
@@ -53,8 +54,9 @@ def test_layout(tmp_path):
     assert dataset.offsets.tolist() == [0, 3, 5]
     assert (dataset.num_tokens, dataset.num_documents, dataset.name) == (5, 2, "texts")
     assert dataset.tokens.dtype == np.uint16 and dataset.offsets.dtype == np.int64
-    assert isinstance(dataset.tokens, np.memmap) and isinstance(dataset.offsets, np.memmap)
-    assert not dataset.tokens.flags.writeable
+    assert isinstance(dataset.tokens, FileArray) and isinstance(dataset.offsets, FileArray)
+    with pytest.raises(TypeError, match="item assignment"):
+        dataset.tokens[0] = 1
     assert [dataset.num_rows(T) for T in (1, 2, 4, 5)] == [4, 2, 1, 0]
 
 
