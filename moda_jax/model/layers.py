@@ -19,10 +19,10 @@ from flax import nnx
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.numerics.precision import contract
 from moda_jax.numerics.row_sums import sum_rows
+from moda_jax.parallel import norm as norms
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.manual import varying_like
 from moda_jax.parallel.mesh import constrain, current_mesh
-from moda_jax.parallel.norm import rms_norm_backward
 from moda_jax.parameter import parameter
 from pallas_kernels import norm
 
@@ -307,7 +307,7 @@ def _rms_norm_forward(x: Array, scale: Array, epsilon: float, implementation: st
 
 def _rms_norm_backward(epsilon: float, implementation: str | None, residuals: tuple, dy: Array) -> tuple[Array, Array]:
     x, scale = residuals
-    return rms_norm_backward(x, dy, scale, epsilon=epsilon, implementation=implementation)
+    return norms.rms_norm_backward(x, dy, scale, epsilon=epsilon, implementation=implementation)
 
 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
@@ -315,23 +315,18 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float, implementation: str | None = None) -> Array:
-    """`rms_norm(x - mean(x)) + bias` over the last axis, which is LayerNorm, computed in float32.
+    """`scale * (x - mean(x)) / sqrt(variance(x) + epsilon) + bias` over the last axis, computed in float32.
 
     Args:
         x: [..., D], any float dtype.
         scale, bias: [D], any float dtype.
-        epsilon, implementation: as in `rms_norm`.
+        epsilon: as in `rms_norm`.
+        implementation: of the forward and the backward, see `pallas_kernels.layer_norm`.
 
     Returns:
         [..., D] in x's dtype.
     """
-    return (rms_norm(_centred(x), scale, epsilon, implementation) + norm.over_rows(bias, x)).astype(x.dtype)
-
-
-def _centred(x: Array) -> Array:
-    """x less its mean over the last axis, float32."""
-    wide = x.astype(jnp.float32)
-    return wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return norms.layer_norm(x, scale, bias, epsilon=epsilon, implementation=implementation)
 
 
 def _layer_norm_forward(
@@ -344,10 +339,8 @@ def _layer_norm_backward(
     epsilon: float, implementation: str | None, residuals: tuple, dy: Array
 ) -> tuple[Array, Array, Array]:
     x, scale, bias = residuals
-    dy = dy.astype(jnp.float32)
-    dcentred, dscale = rms_norm_backward(_centred(x), dy, scale, epsilon=epsilon, implementation=implementation)
-    dbias = jnp.sum(dy, axis=tuple(range(dy.ndim - 1)))
-    return _centred(dcentred).astype(x.dtype), dscale, dbias.astype(bias.dtype)
+    dx, dscale, dbias = norms.layer_norm_backward(x, dy, scale, epsilon=epsilon, implementation=implementation)
+    return dx, dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
@@ -542,7 +535,7 @@ def _norm_rotate_backward(
 ) -> tuple[Array, Array, np.ndarray]:
     x, scale, positions = residuals
     rotation = None if theta is None else _angles(positions, x.shape[-1], theta)
-    dx, dscale = rms_norm_backward(
+    dx, dscale = norms.rms_norm_backward(
         x, dy, scale, rotation, epsilon=epsilon, per_head=scale.ndim == 1, implementation=implementation
     )
     return dx, dscale, np.zeros(positions.shape, jax.dtypes.float0)
