@@ -24,6 +24,7 @@ from moda_jax.parallel import vocabulary
 from moda_jax.parallel.manual import varying_like
 from moda_jax.parallel.mesh import constrain, current_mesh
 from moda_jax.parameter import parameter
+from pallas_kernels import biased_gelu as biased
 from pallas_kernels import norm
 
 Array = jax.Array
@@ -74,8 +75,12 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """The result, in the compute dtype."""
-        y = contract(self.spec, x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.out_dtype)
+        y = self.without_bias(x)
         return y if self.bias is None else add_to_rows(y, varying_like(self.bias[...], y))
+
+    def without_bias(self, x: Array) -> Array:
+        """The einsum alone."""
+        return contract(self.spec, x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.out_dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -202,6 +207,7 @@ class GELUNetwork(nnx.Module):
         keep_hidden: keep what stands between the matrix products for the backward pass, 2 F numbers a token; else it
             is computed again.
         bias: both projections have one.
+        implementation: of GELU's backward where there is a bias, see `pallas_kernels.biased_gelu`.
         initializer_range, dtype, rngs: as in `Projection`.
     """
 
@@ -212,6 +218,7 @@ class GELUNetwork(nnx.Module):
         *,
         keep_hidden: bool = True,
         bias: bool = False,
+        implementation: str | None = None,
         initializer_range: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs | InitialKeys,
@@ -219,6 +226,7 @@ class GELUNetwork(nnx.Module):
         keys = InitialKeys.of(rngs)
         options = {"initializer_range": initializer_range, "dtype": dtype, "bias": bias}
         self.keep_hidden = keep_hidden
+        self.implementation = implementation
         self.up = Projection("btd,df->btf", (width, hidden), **options, rngs=keys.at("up"))
         self.down = Projection("btf,fd->btd", (hidden, width), **options, rngs=keys.at("down"))
 
@@ -228,8 +236,10 @@ class GELUNetwork(nnx.Module):
 
         def run(params: nnx.State, x: Array) -> Array:
             module = nnx.merge(graph, params)
-            hidden = constrain(module.up(x), "batch", "tokens", "ffn")
-            return module.down(gelu(hidden))
+            hidden, bias = constrain(module.up.without_bias(x), "batch", "tokens", "ffn"), module.up.bias
+            if bias is None:
+                return module.down(gelu(hidden))
+            return module.down(biased_gelu(hidden, varying_like(bias[...], hidden), module.implementation))
 
         return (run if self.keep_hidden else jax.checkpoint(run))(params, x)
 
@@ -398,6 +408,35 @@ def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def biased_gelu(x: Array, bias: Array, implementation: str | None = None) -> Array:
+    """`gelu(x + bias)`, whose backward keeps x and sums the bias' gradient in float32.
+
+    Args:
+        x: [..., F], any float dtype.
+        bias: [F] float32; rounded to x's dtype.
+        implementation: of the backward, see `pallas_kernels.biased_gelu`.
+
+    Returns:
+        [..., F] in x's dtype.
+    """
+    del implementation
+    return biased.biased_gelu(x, bias)
+
+
+def _biased_gelu_forward(x: Array, bias: Array, implementation: str | None = None) -> tuple[Array, tuple[Array, Array]]:
+    return biased_gelu(x, bias, implementation), (x, bias)
+
+
+def _biased_gelu_backward(implementation: str | None, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, bias = residuals
+    dx, dbias = norms.biased_gelu_backward(x, bias, dy, implementation=implementation)
+    return dx, dbias.astype(bias.dtype)
+
+
+biased_gelu.defvjp(_biased_gelu_forward, _biased_gelu_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

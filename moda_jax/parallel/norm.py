@@ -1,4 +1,4 @@
-"""Norms on the mesh: every device runs `pallas_kernels.norm` or `.layer_norm` on its own rows, under `shard_map`."""
+"""What goes over rows, on the mesh: every device runs `pallas_kernels` on its own rows, under `shard_map`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from moda_jax.parallel.mesh import RULES, current_mesh, partition_spec
+from pallas_kernels import biased_gelu, norm
 from pallas_kernels import layer_norm as layer_norms
-from pallas_kernels import norm
 
 Array = jax.Array
 
@@ -76,3 +76,18 @@ def layer_norm_backward(
 
     specs = (rows, rows, whole), (rows, whole, whole)
     return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], check_vma=False)(x, dy, scale)
+
+
+def biased_gelu_backward(x: Array, bias: Array, dy: Array, *, implementation: str | None = None) -> tuple[Array, Array]:
+    """`pallas_kernels.biased_gelu.biased_gelu_backward` of an FFN's x [B, T, F], on the current mesh or without one."""
+    run = functools.partial(biased_gelu.biased_gelu_backward, implementation=implementation)
+    if current_mesh() is None:
+        return run(x, bias, dy)
+    rows, columns = partition_spec("batch", "tokens", "ffn"), partition_spec("ffn")
+
+    def local(*operands: Array) -> tuple[Array, Array]:
+        dx, dbias = run(*operands)
+        return dx, jax.lax.psum(dbias, _TOKEN_AXES)
+
+    specs = (rows, columns, rows), (rows, columns)
+    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], check_vma=False)(x, bias, dy)

@@ -28,6 +28,8 @@ CTAS = 1188  # 9 for each multiprocessor of an H100
 check_supported = functools.partial(narrow_rows.check_supported, "layer_norm")
 
 
+# Jitted, so that the layers of an unrolled model share what is traced and lowered.
+@functools.partial(jax.jit, static_argnames=("epsilon", "interpret"))
 @in_default_modes
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, interpret: bool | None = None
@@ -53,7 +55,7 @@ def layer_norm(
         def step(rows, carry):
             n, _ = _normed(shape, shape.load(x_ref, rows), epsilon)
             scale, bias = shape.load_vector(scale_ref), shape.load_vector(bias_ref)
-            shape.store(y_ref, rows, [s * a + b for s, a, b in zip(scale, n, bias, strict=True)])
+            shape.store(y_ref, rows, parts=[s * a + b for s, a, b in zip(scale, n, bias, strict=True)])
             return carry
 
         shape.walk(lax.axis_index("program"), step, ())
@@ -64,6 +66,8 @@ def layer_norm(
     return shape.flat(y)
 
 
+# Jitted, so that the layers of an unrolled model share what is traced and lowered.
+@functools.partial(jax.jit, static_argnames=("epsilon", "interpret"))
 @in_default_modes
 def layer_norm_backward(
     x: jax.Array, dy: jax.Array, scale: jax.Array, *, epsilon: float, interpret: bool | None = None
@@ -93,7 +97,7 @@ def layer_norm_backward(
             # Read again for every group: it is in the L1 cache, and in registers it would cost warps.
             g = [d * s for d, s in zip(dy, shape.load_vector(scale_ref), strict=True)]
             mean, along = shape.mean(g), shape.mean([a * b for a, b in zip(g, n, strict=True)])
-            shape.store(dx_ref, rows, [r * (a - mean - b * along) for a, b in zip(g, n, strict=True)])
+            shape.store(dx_ref, rows, parts=[r * (a - mean - b * along) for a, b in zip(g, n, strict=True)])
             dscale, dbias = sums
             return (
                 tuple(total + d * a for total, d, a in zip(dscale, dy, n, strict=True)),
@@ -101,8 +105,8 @@ def layer_norm_backward(
             )
 
         dscale, dbias = shape.walk(program, step, (shape.zeros(), shape.zeros()))
-        shape.store_sums(dscale_ref, dscale_smem, program, dscale)
-        shape.store_sums(dbias_ref, dbias_smem, program, dbias)
+        shape.store_sums(dscale_ref, program, sums=dscale, smem=dscale_smem)
+        shape.store_sums(dbias_ref, program, sums=dbias, smem=dbias_smem)
 
     dx, dscale, dbias = plgpu.kernel(
         body,

@@ -107,12 +107,13 @@ class RowShape:
         """A result of `store_sums` over all programs: [D] float32."""
         return jnp.sum(sums.reshape(self.programs, self.columns), axis=0)
 
-    def options(self, name: str, interpret: bool | None) -> dict:
-        """Of `plgpu.kernel`."""
+    def options(self, name: str, interpret: bool | None, *, approximate: bool = False) -> dict:
+        """Of `plgpu.kernel`. approximate: exponentials are the hardware's."""
         interpret = wg_lib.default_interpret() if interpret is None else interpret
         return {
             "grid": (self.programs,), "grid_names": ("program",),
             "compiler_params": plgpu.CompilerParams(
+                approx_math=approximate,
                 lowering_semantics=plgpu.LoweringSemantics.Lane,
                 unsafe_no_auto_barriers=True,  # the one place that is read after it was written has a barrier
             ),
@@ -126,22 +127,23 @@ class RowShape:
         """Of all columns."""
         return tuple(wg_lib.full((self.group, self.block), 0.0, self.layout) for _ in range(self.blocks))
 
-    def load(self, ref, rows) -> tuple[jax.Array, ...]:
-        """Rows of a [R, blocks, block]."""
-        parts = (plgpu.load(ref.at[rows, i], layout=self.layout, optimized=False) for i in range(self.blocks))
+    def load(self, ref, *index) -> tuple[jax.Array, ...]:
+        """Rows of a [R, blocks, block]. index: the rows, and what else stands before the blocks."""
+        parts = (plgpu.load(ref.at[(*index, i)], layout=self.layout, optimized=False) for i in range(self.blocks))
         return tuple(part.astype(jnp.float32) for part in parts)
 
-    def load_vector(self, ref) -> tuple[jax.Array, ...]:
-        """A [blocks, block], the same for every row."""
+    def load_vector(self, ref, *index) -> tuple[jax.Array, ...]:
+        """A [blocks, block], the same for every row. index: what stands before the blocks."""
         columns = self.layout.reduce(0)
         return tuple(
-            self._spread(plgpu.load(ref.at[i], layout=columns, optimized=False), 1) for i in range(self.blocks)
+            self._spread(plgpu.load(ref.at[(*index, i)], layout=columns, optimized=False), 1)
+            for i in range(self.blocks)
         )
 
-    def store(self, ref, rows, parts) -> None:
-        """Rows of a [R, blocks, block], rounded to its dtype."""
+    def store(self, ref, *index, parts) -> None:
+        """Rows of a [R, blocks, block], rounded to its dtype. index: as of `load`."""
         for i, part in enumerate(parts):
-            ref[rows, i] = part.astype(ref.dtype)
+            ref[(*index, i)] = part.astype(ref.dtype)
 
     def mean(self, parts) -> jax.Array:
         """Of every row, over its columns: [group, block]."""
@@ -155,7 +157,7 @@ class RowShape:
 
         return lax.fori_loop(0, lax.div(self.groups - program + self.programs - 1, self.programs), one, carry)
 
-    def store_sums(self, ref, smem, program, sums) -> None:
+    def store_sums(self, ref, *index, sums, smem) -> None:
         """Sums of a program's rows, by their places in the group, added and stored. A second one needs another smem."""
         for i, part in enumerate(sums):
             smem[i] = part
@@ -163,7 +165,7 @@ class RowShape:
         columns = self.layout.reduce(0)
         for i in range(self.blocks):
             rows = [plgpu.load(smem.at[i, row], layout=columns, optimized=False) for row in range(self.group)]
-            ref[program, i] = functools.reduce(jnp.add, rows)
+            ref[(*index, i)] = functools.reduce(jnp.add, rows)
 
     def _spread(self, array, dimension: int) -> jax.Array:
         return plgpu.layout_cast(lax.broadcast_in_dim(array, (self.group, self.block), (dimension,)), self.layout)
