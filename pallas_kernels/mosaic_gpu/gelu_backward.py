@@ -7,7 +7,7 @@ Grid: (programs, chunks of the columns). Blocks, loop: `narrow_rows`, of a chunk
     of dbias, float32, in registers; added over the rows of a group at the end, and over programs [programs, F] by XLA.
 Phi is 1/2 + erf / 2: its error is below 1e-7 of 1, not of Phi, which bfloat16 cannot tell.
 Bytes: x and dy in, dx out, once each. FLOPs: about 40 a number. Bound: memory.
-Benchmark: python -m benchmarks.norms.
+Benchmark: python -m benchmarks.rows.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Grid, blocks, loop: `narrow_rows`. Resident in the backward: the program's parts
     registers; added over the rows of a group at the end, and over programs [programs, D] by XLA.
 Bytes: x in, y out, once each; x and dy in, dx out, once each (dscale, dbias: a row for each program). Mean and r are
     not kept: both sums are over what the backward reads anyway. Bound: memory.
-Benchmark: python -m benchmarks.norms.
+Benchmark: python -m benchmarks.rows.
 """
 
 from __future__ import annotations
