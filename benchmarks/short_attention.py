@@ -26,7 +26,7 @@ SCALE = HEAD_DIM**-0.5
 FORWARD = {
     "3x128x4": ForwardTiles(3, 128, 4), "2x128x2": ForwardTiles(2, 128, 2), "2x64x4": ForwardTiles(2, 64, 4),
     "2x128x4": ForwardTiles(2, 128, 4), "1x64x4p": ForwardTiles(1, 64, 4, paired=True),
-    "1x128x2p": ForwardTiles(1, 128, 2, paired=True), "1x64x4": ForwardTiles(1, 64, 4),
+    "1x64x4": ForwardTiles(1, 64, 4),
 }  # fmt: skip
 DQ = {"3x64x4": (3, 64, 4), "2x64x4": (2, 64, 4), "2x64x2": (2, 64, 2), "1x64x4": (1, 64, 4), "2x128x2": (2, 128, 2)}
 DKV = {"2x64x4k": (2, 64, 4, True), "2x64x4": (2, 64, 4), "1x64x4k": (1, 64, 4, True), "2x128x2": (2, 128, 2)}

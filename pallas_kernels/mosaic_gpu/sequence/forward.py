@@ -31,6 +31,7 @@ and `_release` waits for the blocks that it gives back, because there every phas
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,12 +60,13 @@ def _scratch(variant: ForwardVariant) -> dict[str, Any]:
     tiles, head_dim, dtype, mask = variant.tiles, variant.shape.head_dim, variant.shape.dtype, variant.shape.mask
     warpgroups, key_block, stages = tiles.warpgroups, tiles.key_block, tiles.stages
     merge, with_rest, tile = variant.merge, variant.with_rest, wg_lib.tiled_smem
+    box = functools.partial(tile, boxed=variant.boxed)
     return dict(
-        query_smem=tile((warpgroups, 64, head_dim), dtype),
-        key_smem=tile((stages, key_block, head_dim), dtype),
-        value_smem=tile((stages, key_block, head_dim), dtype),
+        query_smem=box((warpgroups, 64, head_dim), dtype),
+        key_smem=box((stages, key_block, head_dim), dtype),
+        value_smem=box((stages, key_block, head_dim), dtype),
         lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32),
-        other_smem=tile((warpgroups, 64, head_dim), dtype) if merge or with_rest else None,
+        other_smem=box((warpgroups, 64, head_dim), dtype) if merge or with_rest else None,
         other_lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32) if merge else None,
         query_rows_smem=plgpu.SMEM((warpgroups, mask.channels, 64), jnp.int32) if mask.explicit else None,
         key_rows_smem=plgpu.SMEM((stages, mask.channels, key_block), jnp.int32) if mask.explicit else None,
@@ -133,7 +135,9 @@ def _make_body(variant: ForwardVariant):
                 window = pl.ds(step * key_block, key_block)
                 if wait:
                     plgpu.barrier_wait(s.key_consumed.at[slot])
-                plgpu.copy_gmem_to_smem(key_ref.at[batch, window, kv_head], s.key_smem.at[slot], s.key_ready.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    key_ref.at[batch, window, kv_head], s.key_smem_box.at[slot], s.key_ready.at[slot]
+                )
                 if spec.explicit:
                     plgpu.copy_gmem_to_smem(
                         key_rows_ref.at[batch, :, window], s.key_rows_smem.at[slot], s.key_ready.at[slot]
@@ -141,7 +145,7 @@ def _make_body(variant: ForwardVariant):
                 if wait:
                     plgpu.barrier_wait(s.value_consumed.at[slot])
                 plgpu.copy_gmem_to_smem(
-                    value_ref.at[batch, window, kv_head], s.value_smem.at[slot], s.value_ready.at[slot]
+                    value_ref.at[batch, window, kv_head], s.value_smem_box.at[slot], s.value_ready.at[slot]
                 )
 
             warm = jnp.minimum(first + stages, last)
@@ -161,9 +165,9 @@ def _make_body(variant: ForwardVariant):
                 plgpu.set_max_registers(REGISTERS[warpgroups][0], action="increase")
             row_start = query_start + warpgroup * 64
             row_window = pl.ds(row_start, 64)
-            query_smem = s.query_smem.at[warpgroup]
+            query_smem, query_box = s.query_smem.at[warpgroup], s.query_smem_box.at[warpgroup]
             p_stage = s.p_stage.at[warpgroup] if interpret else None
-            plgpu.copy_gmem_to_smem(query_ref.at[batch, row_window, head], query_smem, s.query_ready.at[warpgroup])
+            plgpu.copy_gmem_to_smem(query_ref.at[batch, row_window, head], query_box, s.query_ready.at[warpgroup])
             if spec.explicit:
                 plgpu.copy_gmem_to_smem(
                     query_rows_ref.at[batch, :, row_window],
@@ -172,7 +176,7 @@ def _make_body(variant: ForwardVariant):
                 )
             if merge:
                 plgpu.copy_gmem_to_smem(
-                    other_ref.at[batch, row_window, head], s.other_smem.at[warpgroup], s.other_ready.at[warpgroup]
+                    other_ref.at[batch, row_window, head], s.other_smem_box.at[warpgroup], s.other_ready.at[warpgroup]
                 )
                 plgpu.copy_gmem_to_smem(
                     other_lse_ref.at[batch, head, row_window],
@@ -246,7 +250,7 @@ def _make_body(variant: ForwardVariant):
             if merge and with_rest:
                 plgpu.commit_smem()  # all warps are done with the queries, which make room
                 plgpu.copy_gmem_to_smem(
-                    other_rest_ref.at[batch, row_window, head], query_smem, s.other_rest_ready.at[warpgroup]
+                    other_rest_ref.at[batch, row_window, head], query_box, s.other_rest_ready.at[warpgroup]
                 )
             # maximum is HIDDEN and total 0 in a row that saw nothing: lse = -inf.
             lse = maximum * wg_lib.LN2 + jnp.log(total)
@@ -274,9 +278,9 @@ def _make_body(variant: ForwardVariant):
                 s.other_smem[warpgroup] = (out - rounded.astype(jnp.float32)).astype(dtype)
             s.lse_smem[warpgroup] = lse
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(query_smem, out_ref.at[batch, row_window, head])
+            plgpu.copy_smem_to_gmem(query_box, out_ref.at[batch, row_window, head])
             if with_rest:
-                plgpu.copy_smem_to_gmem(s.other_smem.at[warpgroup], out_rest_ref.at[batch, row_window, head])
+                plgpu.copy_smem_to_gmem(s.other_smem_box.at[warpgroup], out_rest_ref.at[batch, row_window, head])
             plgpu.copy_smem_to_gmem(s.lse_smem.at[warpgroup], lse_ref.at[batch, head, row_window])
             plgpu.wait_smem_to_gmem(0)
 
@@ -398,12 +402,13 @@ def sequence_forward(
     query_blocks = pl.cdiv(shape.query_tokens, tiles.query_block)
     padded_tokens = query_blocks * tiles.query_block
 
-    operands = [wg_lib.pad_tokens(x) for x in (query, call.key, call.value)]
+    as_copied = (lambda x: x) if variant.boxed else wg_lib.pad_tokens
+    operands = [as_copied(x) for x in (query, call.key, call.value)]
     query = operands[0]
     if merge:
-        other_out = wg_lib.pad_tokens(other.out)
+        other_out = as_copied(other.out)
         other_lse = jnp.pad(other.lse.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded_tokens - shape.query_tokens)))
-        operands += [other_out, other_lse, *([wg_lib.pad_tokens(other.rest)] if with_rest else [])]
+        operands += [other_out, other_lse, *([as_copied(other.rest)] if with_rest else [])]
     if shape.mask.limit:
         operands.append(rows.limit)
     if shape.mask.explicit:
