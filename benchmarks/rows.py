@@ -23,7 +23,8 @@ from pallas_kernels import biased_gelu, layer_norm, norm
 CASES = (
     "layer_norm:100864:192", "layer_norm_backward:100864:192", "layer_norm:100864:384",
     "layer_norm_backward:100864:384", "layer_norm:32768:1024", "layer_norm_backward:32768:1024",
-    "rms_norm_backward:32768:1024", "gelu_backward:100864:768", "gelu_backward:50432:1536",
+    "rms_norm_backward:32768:1024", "rms_norm_backward:100864:192", "rms_norm_backward:524288:64",
+    "rms_norm_backward:16384:2048", "rms_norm_backward:8192:8192", "gelu_backward:100864:768", "gelu_backward:50432:1536",
 )  # fmt: skip
 OPERATIONS: dict[str, tuple[Callable[..., Any], int]] = {  # and how many arrays of rows go in and out
     "layer_norm": (lambda x, dy, scale, how: layer_norm.layer_norm(x, scale, scale, epsilon=1e-6, **how), 2),
