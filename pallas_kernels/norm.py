@@ -42,12 +42,13 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 def inverse_rms(x: Array, axis: int | tuple[int, ...], epsilon: float, over: tuple[str, ...] = ()) -> Array:
     """1 / sqrt(mean(x^2) + epsilon) over `axis`, which is kept; x is float32. `over`: its mesh axes, if it is split."""
-    return jax.lax.rsqrt(_mean(jnp.square(x), axis, over) + epsilon)
+    return jax.lax.rsqrt(mean(jnp.square(x), axis, over) + epsilon)
 
 
-def _mean(x: Array, axis: int | tuple[int, ...], over: tuple[str, ...]) -> Array:
-    mean = jnp.mean(x, axis=axis, keepdims=True)
-    return jax.lax.pmean(mean, over) if over else mean
+def mean(x: Array, axis: int | tuple[int, ...], over: tuple[str, ...] = ()) -> Array:
+    """Over `axis`, which is kept. `over`: its mesh axes, if it is split."""
+    local = jnp.mean(x, axis=axis, keepdims=True)
+    return jax.lax.pmean(local, over) if over else local
 
 
 def over_rows(scale: Array, x: Array) -> Array:
@@ -90,7 +91,7 @@ def rms_norm_backward(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: expected None or one of {IMPLEMENTATIONS}")
     if implementation == "xla":
-        return _xla(x, dy, scale, rotation, epsilon)
+        return xla_backward(x, dy, scale, rotation, epsilon)
     rotated_dim = None if rotation is None else scale.shape[-1]
     _kernel().check_supported(dtype=x.dtype, columns=scale.size, rotated_dim=rotated_dim)
     dx, dscale = _partitioned(x, dy, scale.astype(jnp.float32), rotation, epsilon)
@@ -125,7 +126,7 @@ def _partitioned(
 
     def local(axes: partition.Axes, x: Array, dy: Array, scale: Array, *tables: Array) -> tuple[Array, Array]:
         if columns[0] in axes:
-            dx, dscale = _xla(x, dy, scale, tables or None, epsilon, over=axes[columns[0]])
+            dx, dscale = xla_backward(x, dy, scale, tables or None, epsilon, over=axes[columns[0]])
         else:
             rows = math.prod(x.shape[: len(leading)])
             x_rows, dy_rows = (a.reshape(rows, *scale.shape) for a in (x, dy))
@@ -144,7 +145,7 @@ def _kernel() -> ModuleType:
     return importlib.import_module("pallas_kernels.mosaic_gpu.norm_backward")
 
 
-def _xla(
+def xla_backward(
     x: Array,
     dy: Array,
     scale: Array,
@@ -167,9 +168,9 @@ def _xla(
     if rotation is not None:
         cos, sin = rotation
         y, g = rotate(y, cos, sin), rotate(dwide, cos, -sin)
-    mean = r * _mean(dwide * y, axes, over)
+    along = r * mean(dwide * y, axes, over)
     normed = wide * r
-    dx = r * (wide_scale * g - normed * mean)
+    dx = r * (wide_scale * g - normed * along)
     leading = x.shape[: x.ndim - scale.ndim]
     dscale = jnp.sum((g * normed).reshape(*leading, -1), axis=tuple(range(len(leading))))
     return dx.astype(x.dtype), dscale.reshape(scale.shape).astype(scale.dtype)

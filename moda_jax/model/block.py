@@ -285,7 +285,8 @@ def _ffn(config: TransformerConfig, dtype: jnp.dtype, rngs: InitialKeys) -> SwiG
     options = {"initializer_range": config.initializer_range, "dtype": dtype, "rngs": rngs}
     options["keep_hidden"] = config.remat != "ffn"
     if config.ffn == "gelu":
-        return GELUNetwork(config.width, config.ffn_width, bias=config.biases, **options)
+        implementation = beside(config.attention_implementation)
+        return GELUNetwork(config.width, config.ffn_width, bias=config.biases, implementation=implementation, **options)
     return SwiGLU(config.width, config.ffn_width, **options)
 
 

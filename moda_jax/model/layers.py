@@ -19,11 +19,12 @@ from flax import nnx
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.numerics.precision import contract
 from moda_jax.numerics.row_sums import sum_rows
+from moda_jax.parallel import norm as norms
 from moda_jax.parallel import vocabulary
 from moda_jax.parallel.manual import varying_like
 from moda_jax.parallel.mesh import constrain, current_mesh
-from moda_jax.parallel.norm import rms_norm_backward
 from moda_jax.parameter import parameter
+from pallas_kernels import biased_gelu as biased
 from pallas_kernels import norm
 
 Array = jax.Array
@@ -74,8 +75,12 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """The result, in the compute dtype."""
-        y = contract(self.spec, x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.out_dtype)
+        y = self.without_bias(x)
         return y if self.bias is None else add_to_rows(y, varying_like(self.bias[...], y))
+
+    def without_bias(self, x: Array) -> Array:
+        """The einsum alone."""
+        return contract(self.spec, x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.out_dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -202,6 +207,7 @@ class GELUNetwork(nnx.Module):
         keep_hidden: keep what stands between the matrix products for the backward pass, 2 F numbers a token; else it
             is computed again.
         bias: both projections have one.
+        implementation: of GELU's backward where there is a bias, see `pallas_kernels.biased_gelu`.
         initializer_range, dtype, rngs: as in `Projection`.
     """
 
@@ -212,6 +218,7 @@ class GELUNetwork(nnx.Module):
         *,
         keep_hidden: bool = True,
         bias: bool = False,
+        implementation: str | None = None,
         initializer_range: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs | InitialKeys,
@@ -219,6 +226,7 @@ class GELUNetwork(nnx.Module):
         keys = InitialKeys.of(rngs)
         options = {"initializer_range": initializer_range, "dtype": dtype, "bias": bias}
         self.keep_hidden = keep_hidden
+        self.implementation = implementation
         self.up = Projection("btd,df->btf", (width, hidden), **options, rngs=keys.at("up"))
         self.down = Projection("btf,fd->btd", (hidden, width), **options, rngs=keys.at("down"))
 
@@ -228,8 +236,10 @@ class GELUNetwork(nnx.Module):
 
         def run(params: nnx.State, x: Array) -> Array:
             module = nnx.merge(graph, params)
-            hidden = constrain(module.up(x), "batch", "tokens", "ffn")
-            return module.down(gelu(hidden))
+            hidden, bias = constrain(module.up.without_bias(x), "batch", "tokens", "ffn"), module.up.bias
+            if bias is None:
+                return module.down(gelu(hidden))
+            return module.down(biased_gelu(hidden, varying_like(bias[...], hidden), module.implementation))
 
         return (run if self.keep_hidden else jax.checkpoint(run))(params, x)
 
@@ -307,7 +317,7 @@ def _rms_norm_forward(x: Array, scale: Array, epsilon: float, implementation: st
 
 def _rms_norm_backward(epsilon: float, implementation: str | None, residuals: tuple, dy: Array) -> tuple[Array, Array]:
     x, scale = residuals
-    return rms_norm_backward(x, dy, scale, epsilon=epsilon, implementation=implementation)
+    return norms.rms_norm_backward(x, dy, scale, epsilon=epsilon, implementation=implementation)
 
 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
@@ -315,23 +325,18 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float, implementation: str | None = None) -> Array:
-    """`rms_norm(x - mean(x)) + bias` over the last axis, which is LayerNorm, computed in float32.
+    """`scale * (x - mean(x)) / sqrt(variance(x) + epsilon) + bias` over the last axis, computed in float32.
 
     Args:
         x: [..., D], any float dtype.
         scale, bias: [D], any float dtype.
-        epsilon, implementation: as in `rms_norm`.
+        epsilon: as in `rms_norm`.
+        implementation: of the forward and the backward, see `pallas_kernels.layer_norm`.
 
     Returns:
         [..., D] in x's dtype.
     """
-    return (rms_norm(_centred(x), scale, epsilon, implementation) + norm.over_rows(bias, x)).astype(x.dtype)
-
-
-def _centred(x: Array) -> Array:
-    """x less its mean over the last axis, float32."""
-    wide = x.astype(jnp.float32)
-    return wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return norms.layer_norm(x, scale, bias, epsilon=epsilon, implementation=implementation)
 
 
 def _layer_norm_forward(
@@ -344,10 +349,8 @@ def _layer_norm_backward(
     epsilon: float, implementation: str | None, residuals: tuple, dy: Array
 ) -> tuple[Array, Array, Array]:
     x, scale, bias = residuals
-    dy = dy.astype(jnp.float32)
-    dcentred, dscale = rms_norm_backward(_centred(x), dy, scale, epsilon=epsilon, implementation=implementation)
-    dbias = jnp.sum(dy, axis=tuple(range(dy.ndim - 1)))
-    return _centred(dcentred).astype(x.dtype), dscale, dbias.astype(bias.dtype)
+    dx, dscale, dbias = norms.layer_norm_backward(x, dy, scale, epsilon=epsilon, implementation=implementation)
+    return dx, dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
@@ -405,6 +408,35 @@ def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def biased_gelu(x: Array, bias: Array, implementation: str | None = None) -> Array:
+    """`gelu(x + bias)`, whose backward keeps x and sums the bias' gradient in float32.
+
+    Args:
+        x: [..., F], any float dtype.
+        bias: [F] float32; rounded to x's dtype.
+        implementation: of the backward, see `pallas_kernels.biased_gelu`.
+
+    Returns:
+        [..., F] in x's dtype.
+    """
+    del implementation
+    return biased.biased_gelu(x, bias)
+
+
+def _biased_gelu_forward(x: Array, bias: Array, implementation: str | None = None) -> tuple[Array, tuple[Array, Array]]:
+    return biased_gelu(x, bias, implementation), (x, bias)
+
+
+def _biased_gelu_backward(implementation: str | None, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, bias = residuals
+    dx, dbias = norms.biased_gelu_backward(x, bias, dy, implementation=implementation)
+    return dx, dbias.astype(bias.dtype)
+
+
+biased_gelu.defvjp(_biased_gelu_forward, _biased_gelu_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -542,7 +574,7 @@ def _norm_rotate_backward(
 ) -> tuple[Array, Array, np.ndarray]:
     x, scale, positions = residuals
     rotation = None if theta is None else _angles(positions, x.shape[-1], theta)
-    dx, dscale = rms_norm_backward(
+    dx, dscale = norms.rms_norm_backward(
         x, dy, scale, rotation, epsilon=epsilon, per_head=scale.ndim == 1, implementation=implementation
     )
     return dx, dscale, np.zeros(positions.shape, jax.dtypes.float0)

@@ -1,12 +1,15 @@
-"""RMSNorm's backward on the mesh: every device runs `pallas_kernels.norm` on its own rows, under `shard_map`."""
+"""What goes over rows, on the mesh: every device runs `pallas_kernels` on its own rows, under `shard_map`."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from moda_jax.parallel.mesh import RULES, current_mesh, partition_spec
-from pallas_kernels import norm
+from pallas_kernels import biased_gelu, norm
+from pallas_kernels import layer_norm as layer_norms
 
 Array = jax.Array
 
@@ -47,3 +50,44 @@ def rms_norm_backward(
     mapped = jax.shard_map(local, in_specs=(rows, rows, whole, tables), out_specs=out_specs, check_vma=False)
     dx, dscale = mapped(x, dy, scale.astype(jnp.float32), rotation)  # the sum over devices is float32 too
     return dx, dscale.reshape(scale.shape).astype(scale.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, *, epsilon: float, implementation: str | None = None) -> Array:
+    """`pallas_kernels.layer_norm.layer_norm` of x [B, T, D], on the current mesh or without one."""
+    run = functools.partial(layer_norms.layer_norm, epsilon=epsilon, implementation=implementation)
+    if current_mesh() is None:
+        return run(x, scale, bias)
+    rows, whole = partition_spec("batch", "tokens", None), partition_spec(None)
+    return jax.shard_map(run, in_specs=(rows, whole, whole), out_specs=rows, check_vma=False)(x, scale, bias)
+
+
+def layer_norm_backward(
+    x: Array, dy: Array, scale: Array, *, epsilon: float, implementation: str | None = None
+) -> tuple[Array, Array, Array]:
+    """`pallas_kernels.layer_norm.layer_norm_backward` of x [B, T, D], on the current mesh or without one."""
+    run = functools.partial(layer_norms.layer_norm_backward, epsilon=epsilon, implementation=implementation)
+    if current_mesh() is None:
+        return run(x, dy, scale)
+    rows, whole = partition_spec("batch", "tokens", None), partition_spec(None)
+
+    def local(*operands: Array) -> tuple[Array, ...]:
+        dx, *sums = run(*operands)
+        return dx, *(jax.lax.psum(total, _TOKEN_AXES) for total in sums)
+
+    specs = (rows, rows, whole), (rows, whole, whole)
+    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], check_vma=False)(x, dy, scale)
+
+
+def biased_gelu_backward(x: Array, bias: Array, dy: Array, *, implementation: str | None = None) -> tuple[Array, Array]:
+    """`pallas_kernels.biased_gelu.biased_gelu_backward` of an FFN's x [B, T, F], on the current mesh or without one."""
+    run = functools.partial(biased_gelu.biased_gelu_backward, implementation=implementation)
+    if current_mesh() is None:
+        return run(x, bias, dy)
+    rows, columns = partition_spec("batch", "tokens", "ffn"), partition_spec("ffn")
+
+    def local(*operands: Array) -> tuple[Array, Array]:
+        dx, dbias = run(*operands)
+        return dx, jax.lax.psum(dbias, _TOKEN_AXES)
+
+    specs = (rows, columns, rows), (rows, columns)
+    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], check_vma=False)(x, bias, dy)

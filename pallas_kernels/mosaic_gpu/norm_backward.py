@@ -3,12 +3,13 @@
 Equation, per row with mean square 1 / r^2 (epsilon in it), n = r x and g = scale * unrotated dy:
     dx = r (g - n mean(g n));  dscale = sum over rows of (unrotated dy) * n
 
-Grid: at most `CTAS` programs of one warpgroup; a program takes every CTAS-th group of 4 rows.
-Blocks: a warp owns a row of the group, a lane 8 columns out of every 256; sums over a row stay inside the warp, so no
-    warp waits for another. With a rotation a row is [heads, 2, H/2] and its two halves are loaded apart: the partners
-    of a pair then meet in one lane.
-Loop: over groups of rows. Resident: the row's x and dy, and the warp's part of dscale, float32, in registers; the four
-    parts are added at the end, and the programs' rows [programs, columns] by XLA.
+Grid: at most `CTAS` programs of one warpgroup; a program takes every CTAS-th group of rows.
+Blocks: a lane owns 8 columns of every block of a row; see `Rows`. Up to 1024 columns lanes of one warp share a row, so
+    that sums over a row stay inside the warp and no warp waits for another; wider rows are the whole warpgroup's. With
+    a rotation a row is [heads, 2, H/2] and its two halves are loaded apart: the partners of a pair then meet in one
+    lane.
+Loop: over groups of rows. Resident: the row's x and dy, and the lanes' part of dscale, float32, in registers; those of
+    the rows of a group are added at the end, and the programs' rows [programs, columns] by XLA.
 Bytes: x and dy in, dx out, once each (dscale: a row for each program). Bound: memory. 32768 x 1024 in bfloat16 on an
     H100: 68 us, 3.0 TB/s (rotated, 16 heads of 64: 73); XLA, which reads x and dy twice, in two kernels: 182 (186).
 Benchmark: python -m benchmarks.training, "elementwise, norms, rotary".
@@ -29,10 +30,48 @@ from pallas_kernels.modes import in_default_modes
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
 
 CTAS = 1188  # 9 for each multiprocessor of an H100, of which 3 run at a time (168 registers a thread)
-ROWS = 4  # of a program at a time, one for each warp
+LANES = 128  # of a program
 LANE_COLUMNS = 8  # of a lane: 16 bytes
-BLOCK_COLUMNS = 32 * LANE_COLUMNS  # of a warp
-MAX_COLUMNS = 1024  # a lane then holds 32 numbers each of x, dy, scale and dscale
+MAX_COLUMNS = 8192  # a lane then holds 64 numbers each of x, dy and dscale
+MAX_BLOCKS = 4  # of a row that lanes of one warp share: 32 numbers of each
+
+
+class Rows:
+    """How rows lie on the lanes of a program.
+
+    Attributes:
+        lanes: that share a row: 8, 16, 32 or all 128.
+        group: rows of a program at a time.
+        block: columns of a row that its lanes hold side by side.
+    """
+
+    def __init__(self, columns: int, rotated: bool) -> None:
+        self.lanes = _lanes(columns, rotated)
+        self.group = LANES // self.lanes
+        self.block = LANE_COLUMNS * self.lanes
+
+    def layout(self, *piece: int) -> plgpu.Layout:
+        """Of [group, *piece], a piece being a block [block], or [heads, H/2] of the same size."""
+        if self.lanes == LANES:  # over the warps, and then over the lanes of each
+            tiles = (1, *piece), (piece[0] // 4, *piece[1:]), (LANE_COLUMNS,)
+            warps, lanes = ((-3,), (-2,)) if len(piece) == 1 else ((-5,), (-3, -2))
+        elif self.lanes == 32:  # a warp for each row
+            tiles = (self.group, *piece), (LANE_COLUMNS,)
+            warps, lanes = ((-3,), (-2,)) if len(piece) == 1 else ((-4,), (-3, -2))
+        else:
+            tiles = (self.group, *piece), (32 // self.lanes, *piece), (LANE_COLUMNS,)
+            warps, lanes = (-5,), (-3, -2)
+        return plgpu.Layout.TILED(fragmented_array.Tiling(tiles), warps, lanes, -1)
+
+
+def _lanes(columns: int, rotated: bool) -> int | None:
+    """Of a row: as many of one warp as it fills, so that each holds few of its numbers; else all. None: no number."""
+    halves = 2 if rotated else 1
+    for lanes in (32,) if rotated else (32, 16, 8):
+        block = lanes * LANE_COLUMNS
+        if columns and columns % (halves * block) == 0 and columns <= MAX_BLOCKS * block:
+            return lanes
+    return LANES if columns and columns % (halves * LANES * LANE_COLUMNS) == 0 and columns <= MAX_COLUMNS else None
 
 
 def check_supported(*, dtype: jnp.dtype, columns: int, rotated_dim: int | None = None) -> None:
@@ -46,11 +85,13 @@ def check_supported(*, dtype: jnp.dtype, columns: int, rotated_dim: int | None =
     name = jnp.dtype(dtype).name
     if name not in ("bfloat16", "float16"):
         raise NotImplementedError(f"rms_norm_backward: dtype={name}: expected bfloat16 or float16")
-    if columns > MAX_COLUMNS:
-        raise NotImplementedError(f"rms_norm_backward: {columns} columns: expected at most {MAX_COLUMNS}")
-    unit = BLOCK_COLUMNS if rotated_dim is None else 2 * BLOCK_COLUMNS
-    if columns % unit:
-        raise NotImplementedError(f"rms_norm_backward: {columns} columns: expected a multiple of {unit}")
+    if _lanes(columns, rotated_dim is not None) is None:
+        sizes = (
+            "512 or 1024, or a multiple of 2048"
+            if rotated_dim is not None
+            else (f"1 to {MAX_BLOCKS} times 64, 128 or 256, or a multiple of 1024")
+        )
+        raise NotImplementedError(f"rms_norm_backward: {columns} columns: expected {sizes} up to {MAX_COLUMNS}")
     if rotated_dim is not None and rotated_dim not in (32, 64, 128, 256):
         raise NotImplementedError(f"rms_norm_backward: head_dim={rotated_dim}: expected 32, 64, 128 or 256")
 
@@ -84,24 +125,21 @@ def rms_norm_backward(
     rows, *shape = x.shape
     columns = scale.size
     check_supported(dtype=x.dtype, columns=columns, rotated_dim=None if rotation is None else shape[-1])
-    padded = rows + -rows % ROWS
-    programs = min(CTAS, padded // ROWS)
+    lie = Rows(columns, rotation is not None)
+    padded = rows + -rows % lie.group
+    programs = min(CTAS, padded // lie.group)
     if rotation is None:
-        view, parts, piece = (columns // BLOCK_COLUMNS, BLOCK_COLUMNS), 1, (BLOCK_COLUMNS,)
-        layout = plgpu.Layout.TILED(fragmented_array.Tiling(((ROWS, BLOCK_COLUMNS), (LANE_COLUMNS,))), (-3,), (-2,), -1)
+        view, parts, piece = (columns // lie.block, lie.block), 1, (lie.block,)
     else:
         half = shape[-1] // 2
-        heads = BLOCK_COLUMNS // half  # of a block
+        heads = lie.block // half  # of a block
         view, parts, piece = (shape[0] // heads, heads, 2, half), 2, (heads, half)
-        layout = plgpu.Layout.TILED(
-            fragmented_array.Tiling(((ROWS, heads, half), (LANE_COLUMNS,))), (-4,), (-3, -2), -1
-        )
 
     def pad(array: jax.Array) -> jax.Array:
         return jnp.pad(array, ((0, padded - rows), *((0, 0),) * (array.ndim - 1)))
 
     body = functools.partial(
-        _body, view=view, parts=parts, layout=layout, groups=padded // ROWS, programs=programs, columns=columns,
+        _body, view=view, parts=parts, lie=lie, groups=padded // lie.group, programs=programs, columns=columns,
         epsilon=epsilon,
     )  # fmt: skip
     tables = () if rotation is None else tuple(pad(table) for table in rotation)
@@ -111,7 +149,7 @@ def rms_norm_backward(
             jax.ShapeDtypeStruct((padded, *view), x.dtype),
             jax.ShapeDtypeStruct((programs, parts * view[0], *piece), jnp.float32),
         ),
-        scratch_types=dict(sums_smem=plgpu.SMEM((parts * view[0], ROWS, *piece), jnp.float32)),
+        scratch_types=dict(sums_smem=plgpu.SMEM((parts * view[0], lie.group, *piece), jnp.float32)),
         grid=(programs,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(
@@ -128,13 +166,14 @@ def rms_norm_backward(
 
 
 def _body(
-    x_ref, dy_ref, scale_ref, *refs, sums_smem, view, parts, layout, groups, programs, columns, epsilon
+    x_ref, dy_ref, scale_ref, *refs, sums_smem, view, parts, lie, groups, programs, columns, epsilon
 ):  # fmt: skip
-    """The kernel. A "piece" is what a program holds of a block's half (or whole, unrotated): [ROWS, *piece]."""
+    """The kernel. A "piece" is what a program holds of a block's half (or whole, unrotated): [group, *piece]."""
     *tables, dx_ref, dscale_ref = refs
     program = lax.axis_index("program")
     pieces = [(block, part) for block in range(view[0]) for part in range(parts)]
-    piece_shape = (ROWS, view[1]) if parts == 1 else (ROWS, view[1], view[3])
+    piece_shape = (lie.group, view[1]) if parts == 1 else (lie.group, view[1], view[3])
+    layout = lie.layout(*piece_shape[1:])
 
     def at(piece):
         """A piece's place behind the rows."""
@@ -156,7 +195,7 @@ def _body(
         return total
 
     def step(i, sums):
-        rows = pl.ds(ROWS * (program + i * programs), ROWS)
+        rows = pl.ds(lie.group * (program + i * programs), lie.group)
         # Read again for every row: it is in the L1 cache, and in registers it would cost a third of the warps.
         scale = [spread(load(scale_ref, at(p), layout.reduce(0)), *range(1, len(piece_shape))) for p in pieces]
         x = [load(x_ref, (rows, *at(p))) for p in pieces]
@@ -177,7 +216,9 @@ def _body(
     for i, total in enumerate(sums):
         sums_smem[i] = total
     plgpu.commit_smem()  # also a barrier
-    flat = plgpu.Layout.WG_STRIDED(piece_shape[1:], vec_size=BLOCK_COLUMNS // 128)
+    # What a lane had of every row, or where a row fills the warpgroup evenly: the lanes side by side.
+    fills = lie.block % LANES == 0
+    flat = plgpu.Layout.WG_STRIDED(piece_shape[1:], vec_size=lie.block // LANES) if fills else layout.reduce(0)
     for i in range(len(pieces)):
-        warps = [plgpu.load(sums_smem.at[i, warp], layout=flat) for warp in range(ROWS)]
-        dscale_ref[program, i] = functools.reduce(jnp.add, warps)
+        rows = [plgpu.load(sums_smem.at[i, row], layout=flat, optimized=fills) for row in range(lie.group)]
+        dscale_ref[program, i] = functools.reduce(jnp.add, rows)

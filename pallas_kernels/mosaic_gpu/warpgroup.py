@@ -62,13 +62,25 @@ def compiler_params() -> plgpu.CompilerParams:
     )
 
 
-def tiled_smem(shape: Sequence[int], dtype: Any) -> Any:
-    """SMEM in the layout that both TMA and `wgmma` want: rows of 128 bytes, swizzled."""
+def tiled_smem(shape: Sequence[int], dtype: Any, *, boxed: bool = False) -> Any:
+    """SMEM in the layout that both TMA and `wgmma` want: rows of 128 bytes, swizzled.
+
+    boxed: also as TMA fills it with one box of whole rows, for arrays of any number of rows, where tiles of 8 rows have
+    to be whole. Where rows are of 128 bytes that is the same memory, byte for byte; `named` gives both.
+    """
     swizzle = min(128, shape[-1] * jnp.dtype(dtype).itemsize)
     columns = swizzle // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        tuple(shape), dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
-    )
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
+    tiled = plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+    if not boxed:
+        return tiled
+    return plgpu.RefUnion(tiled, plgpu.SMEM(tuple(shape), dtype, transforms=transforms[1:]))
+
+
+def takes_boxes(dtype: Any, head_dim: int, *tokens: int) -> bool:
+    """Whether arrays [B, T, heads, H] of such T are to be copied as `boxed` memory: TMA's tiled boxes would need T
+    rounded up to 8, and that a copy of the array. (T < 8 is one short tile.)"""
+    return head_dim * jnp.dtype(dtype).itemsize == 128 and any(t % 8 for t in tokens)
 
 
 def shared_bytes(scratch: dict[str, Any]) -> int:
@@ -127,14 +139,14 @@ class Turns:
         self.program, self.programs = program, programs
         whole, left_over = builtins.divmod(items, programs)
         place = self._place(whole)
-        self.turns = whole + (place < left_over).astype(jnp.int32)
+        self.count = whole + (place < left_over).astype(jnp.int32)
 
     def _place(self, turn: Any) -> Any:
         backwards = turn % 2 == 1 if isinstance(turn, int) else lax.rem(turn, jnp.int32(2)) == 1
         return jnp.where(backwards, self.programs - 1 - self.program, self.program)
 
     def item(self, turn: Any) -> Any:
-        """The number of this CTA's item in a turn below `turns`."""
+        """The number of this CTA's item in a turn below `count`."""
         return turn * self.programs + self._place(turn)
 
 
@@ -243,5 +255,9 @@ def split_backward_refs(refs: Sequence[Any], spec: Any, outputs: int) -> tuple[A
 
 
 def named(scratch: dict[str, Any]) -> Any:
-    """Scratch references as attributes."""
-    return type("Scratch", (), scratch)
+    """Scratch references as attributes; each also as NAME_box, which is what TMA copies to and from."""
+    both = {}
+    for name, ref in scratch.items():
+        is_boxed = isinstance(ref, jax.core.Tracer) and hasattr(jax.typeof(ref), "refs")  # a RefUnion
+        both[name], both[f"{name}_box"] = ref if is_boxed else (ref, ref)
+    return type("Scratch", (), both)

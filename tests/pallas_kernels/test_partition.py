@@ -14,7 +14,7 @@ from support.callers_mesh import CASES, MANY_SLOTS, MANY_TOKENS, B, H, K, S, T
 from support.tolerances import FLOAT32
 from support.virtual_devices import run_module
 
-from pallas_kernels import block, depth_attention, dispatch, moda_attention, norm
+from pallas_kernels import biased_gelu, block, depth_attention, dispatch, layer_norm, moda_attention, norm
 from pallas_kernels.mosaic_gpu import warpgroup
 from pallas_kernels.operands import Call, DepthKV, Upstream
 from pallas_kernels.partition import Rule, partitioned
@@ -79,9 +79,11 @@ def test_a_name_that_no_dimension_has_alone_has_a_size():
 def for_the_chip(monkeypatch):
     monkeypatch.setattr(warpgroup, "default_interpret", lambda: False)
     monkeypatch.setattr(dispatch, "preferred", lambda: ("mosaic_gpu",))
-    norm._best.cache_clear()
+    for module in (norm, layer_norm, biased_gelu):
+        module._best.cache_clear()
     yield
-    norm._best.cache_clear()
+    for module in (norm, layer_norm, biased_gelu):
+        module._best.cache_clear()
 
 
 def lower(function, shapes, specs, dtypes=None):
@@ -168,6 +170,33 @@ def test_the_norms_kernel_runs_on_whole_rows(for_the_chip, spec, kernels, sums):
     text = lower(run, shapes, specs, [jnp.bfloat16] * 2 + [jnp.float32] * 3)
     assert ("moda_rms_norm_backward_R16_D512_H64" in text) == bool(kernels)
     assert moved(text) == sums
+
+
+@pytest.mark.parametrize(("spec", "kernels", "sums"), [(P("rows", "tokens"), 2, 2), (P(None, None, "heads"), 0, 4)])
+def test_layer_norm_s_kernels_run_on_whole_rows(for_the_chip, spec, kernels, sums):
+    """As RMSNorm's; of rows that are cut forward and backward take two means each."""
+    shapes = [(4, 16, 256), (4, 16, 256), (256,), (256,)]
+
+    def run(x, dy, scale, bias):
+        y = layer_norm.layer_norm(x, scale, bias, epsilon=1e-6)
+        return y, layer_norm.layer_norm_backward(x, dy, scale, epsilon=1e-6)
+
+    text = lower(run, shapes, [spec, spec, *[P(*tuple(spec)[2:])] * 2], [jnp.bfloat16] * 2 + [jnp.float32] * 2)
+    names = ("moda_layer_norm_R16_D256", "moda_layer_norm_backward_R16_D256")
+    assert sum(name in text for name in names) == kernels
+    assert moved(text) >= sums
+
+
+@pytest.mark.parametrize(("spec", "shape"), [(P("rows", "tokens"), "R16_D256"), (P("rows", None, "heads"), "R32_D64")])
+def test_gelu_s_kernel_runs_on_rows_and_columns(for_the_chip, spec, shape):
+    def run(x, bias, dy):
+        return biased_gelu.biased_gelu_backward(x, bias, dy)
+
+    columns = P(*tuple(spec)[2:])
+    dtypes = [jnp.bfloat16, jnp.float32, jnp.bfloat16]
+    text = lower(run, [(4, 16, 256), (256,), (4, 16, 256)], [spec, columns, spec], dtypes)
+    assert f"moda_gelu_backward_{shape}" in text
+    assert moved(text) == 1  # the bias' gradient
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,10 @@ def sequence_backward(
     rows = MaskRows.of(call.mask, shape.batch, shape.query_tokens, shape.key_tokens)
     chosen = choose_tiles(shape.head_dim, interpret=interpret)
     dq_tiles, dkv_tiles = dq_tiles or chosen.dq, dkv_tiles or chosen.dkv
-    query, key, value, dout = (wg_lib.pad_tokens(x) for x in (call.query, call.key, call.value, upstream.dout))
+    operands = call.query, call.key, call.value, upstream.dout
+    if interpret or not shape.takes_boxes:
+        operands = tuple(map(wg_lib.pad_tokens, operands))
+    query, key, value, dout = operands
     statistics = _statistics(upstream.lse, upstream.delta, math.lcm(dq_tiles.owned_block, dkv_tiles.block))
     fixed = [query, key, value, dout, statistics, *([rows.limit] if shape.mask.limit else [])]
 

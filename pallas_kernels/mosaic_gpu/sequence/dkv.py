@@ -45,11 +45,12 @@ def scratch_types(variant: BackwardVariant) -> dict[str, Any]:
     tiles, head_dim, dtype, spec = variant.tiles, variant.shape.head_dim, variant.shape.dtype, variant.shape.mask
     warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
     tile, interpret = wg_lib.tiled_smem, variant.interpret
+    box = functools.partial(tile, boxed=variant.boxed)
     return dict(
-        key_smem=tile((warpgroups, 64, head_dim), dtype),
-        value_smem=tile((warpgroups, 64, head_dim), dtype),
-        query_smem=tile((stages, block, head_dim), dtype),
-        dout_smem=tile((stages, block, head_dim), dtype),
+        key_smem=box((warpgroups, 64, head_dim), dtype),
+        value_smem=box((warpgroups, 64, head_dim), dtype),
+        query_smem=box((stages, block, head_dim), dtype),
+        dout_smem=box((stages, block, head_dim), dtype),
         statistics_smem=plgpu.SMEM((stages, 2, block), jnp.float32),
         key_rows_smem=plgpu.SMEM((warpgroups, spec.channels, 64), jnp.int32) if spec.explicit else None,
         query_rows_smem=plgpu.SMEM((stages, spec.channels, block), jnp.int32) if spec.explicit else None,
@@ -111,8 +112,8 @@ def make_body(variant: BackwardVariant):
                 if wait:
                     plgpu.barrier_wait(s.consumed.at[slot])
                 ready = s.ready.at[slot]
-                plgpu.copy_gmem_to_smem(query_ref.at[batch, window, head], s.query_smem.at[slot], ready)
-                plgpu.copy_gmem_to_smem(dout_ref.at[batch, window, head], s.dout_smem.at[slot], ready)
+                plgpu.copy_gmem_to_smem(query_ref.at[batch, window, head], s.query_smem_box.at[slot], ready)
+                plgpu.copy_gmem_to_smem(dout_ref.at[batch, window, head], s.dout_smem_box.at[slot], ready)
                 plgpu.copy_gmem_to_smem(statistics_ref.at[batch, head, :, window], s.statistics_smem.at[slot], ready)
                 if spec.explicit:
                     plgpu.copy_gmem_to_smem(query_rows_ref.at[batch, :, window], s.query_rows_smem.at[slot], ready)
@@ -130,10 +131,11 @@ def make_body(variant: BackwardVariant):
             window = pl.ds(row_start, 64)
             own = s.own_ready.at[warpgroup]
             key_smem, value_smem = s.key_smem.at[warpgroup], s.value_smem.at[warpgroup]
+            key_box, value_box = s.key_smem_box.at[warpgroup], s.value_smem_box.at[warpgroup]
             p_stage = s.p_stage.at[warpgroup] if interpret else None
             ds_stage = s.ds_stage.at[warpgroup] if interpret else None
-            plgpu.copy_gmem_to_smem(key_ref.at[batch, window, kv_head], key_smem, own)
-            plgpu.copy_gmem_to_smem(value_ref.at[batch, window, kv_head], value_smem, own)
+            plgpu.copy_gmem_to_smem(key_ref.at[batch, window, kv_head], key_box, own)
+            plgpu.copy_gmem_to_smem(value_ref.at[batch, window, kv_head], value_box, own)
             if spec.explicit:
                 plgpu.copy_gmem_to_smem(key_rows_ref.at[batch, :, window], s.key_rows_smem.at[warpgroup], own)
 
@@ -208,8 +210,8 @@ def make_body(variant: BackwardVariant):
                 key_smem[...] = dk.astype(dtype)
                 value_smem[...] = dv.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(key_smem, dk_ref.at[batch, window, kv_head])
-                plgpu.copy_smem_to_gmem(value_smem, dv_ref.at[batch, window, kv_head])
+                plgpu.copy_smem_to_gmem(key_box, dk_ref.at[batch, window, kv_head])
+                plgpu.copy_smem_to_gmem(value_box, dv_ref.at[batch, window, kv_head])
             else:
                 columns = pl.ds(variant.columns.start, len(variant.columns))
                 key_smem[:, columns] = dk.astype(dtype)

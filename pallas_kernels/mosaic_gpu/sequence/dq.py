@@ -19,6 +19,7 @@ Interpreted on a CPU, dS goes through SMEM (`ds_stage`): `wgmma` with A in regis
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,12 +36,13 @@ def scratch_types(variant: BackwardVariant) -> dict[str, Any]:
     tiles, head_dim, dtype, spec = variant.tiles, variant.shape.head_dim, variant.shape.dtype, variant.shape.mask
     warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
     tile, interpret = wg_lib.tiled_smem, variant.interpret
+    box = functools.partial(tile, boxed=variant.boxed)
     return dict(
-        query_smem=tile((warpgroups, 64, head_dim), dtype),
-        dout_smem=tile((warpgroups, 64, head_dim), dtype),
+        query_smem=box((warpgroups, 64, head_dim), dtype),
+        dout_smem=box((warpgroups, 64, head_dim), dtype),
         statistics_smem=plgpu.SMEM((warpgroups, 2, 64), jnp.float32),
-        key_smem=tile((stages, block, head_dim), dtype),
-        value_smem=tile((stages, block, head_dim), dtype),
+        key_smem=box((stages, block, head_dim), dtype),
+        value_smem=box((stages, block, head_dim), dtype),
         query_rows_smem=plgpu.SMEM((warpgroups, spec.channels, 64), jnp.int32) if spec.explicit else None,
         key_rows_smem=plgpu.SMEM((stages, spec.channels, block), jnp.int32) if spec.explicit else None,
         ds_stage=tile((warpgroups, 64, block), dtype) if interpret else None,
@@ -94,8 +96,8 @@ def make_body(variant: BackwardVariant):
                 if wait:
                     plgpu.barrier_wait(s.consumed.at[slot])
                 ready = s.ready.at[slot]
-                plgpu.copy_gmem_to_smem(key_ref.at[batch, window, kv_head], s.key_smem.at[slot], ready)
-                plgpu.copy_gmem_to_smem(value_ref.at[batch, window, kv_head], s.value_smem.at[slot], ready)
+                plgpu.copy_gmem_to_smem(key_ref.at[batch, window, kv_head], s.key_smem_box.at[slot], ready)
+                plgpu.copy_gmem_to_smem(value_ref.at[batch, window, kv_head], s.value_smem_box.at[slot], ready)
                 if spec.explicit:
                     plgpu.copy_gmem_to_smem(key_rows_ref.at[batch, :, window], s.key_rows_smem.at[slot], ready)
 
@@ -112,10 +114,11 @@ def make_body(variant: BackwardVariant):
             window = pl.ds(row_start, 64)
             own = s.own_ready.at[warpgroup]
             query_smem, dout_smem = s.query_smem.at[warpgroup], s.dout_smem.at[warpgroup]
+            query_box, dout_box = s.query_smem_box.at[warpgroup], s.dout_smem_box.at[warpgroup]
             statistics_smem = s.statistics_smem.at[warpgroup]
             ds_stage = s.ds_stage.at[warpgroup] if interpret else None
-            plgpu.copy_gmem_to_smem(query_ref.at[batch, window, head], query_smem, own)
-            plgpu.copy_gmem_to_smem(dout_ref.at[batch, window, head], dout_smem, own)
+            plgpu.copy_gmem_to_smem(query_ref.at[batch, window, head], query_box, own)
+            plgpu.copy_gmem_to_smem(dout_ref.at[batch, window, head], dout_box, own)
             plgpu.copy_gmem_to_smem(statistics_ref.at[batch, head, :, window], statistics_smem, own)
             if spec.explicit:
                 plgpu.copy_gmem_to_smem(query_rows_ref.at[batch, :, window], s.query_rows_smem.at[warpgroup], own)
@@ -217,7 +220,7 @@ def make_body(variant: BackwardVariant):
 
             query_smem[...] = (dq * scale).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(query_smem, dq_ref.at[batch, window, head])
+            plgpu.copy_smem_to_gmem(query_box, dq_ref.at[batch, window, head])
             plgpu.wait_smem_to_gmem(0)
 
     return body

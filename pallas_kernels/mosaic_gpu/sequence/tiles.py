@@ -15,7 +15,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.block_masks import MaskSpec
-from pallas_kernels.mosaic_gpu.warpgroup import shared_bytes
+from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
 from pallas_kernels.operands import Call
 
 HEAD_DIMS = (64, 128, 256)
@@ -66,6 +66,11 @@ class SequenceShape:
         return cls(*sizes, call.query.dtype, MaskSpec.of(call.mask))
 
     @property
+    def takes_boxes(self) -> bool:
+        """Whether the kernels copy the arrays as they are, and not rounded up to 8 tokens."""
+        return wg_lib.takes_boxes(self.dtype, self.head_dim, self.query_tokens, self.key_tokens)
+
+    @property
     def group(self) -> int:
         """G, query heads of a KV head."""
         return self.num_heads // self.num_kv_heads
@@ -79,7 +84,7 @@ class SequenceShape:
 
 def check_shared(name: str, variant: ForwardVariant | BackwardVariant, scratch: dict[str, Any]) -> None:
     """Raises ValueError if a kernel's scratch does not fit into shared memory."""
-    needed = shared_bytes(scratch)
+    needed = wg_lib.shared_bytes(scratch)
     if needed > SHARED_BYTES:
         raise ValueError(
             f"{name}: {variant.tiles} at head_dim={variant.shape.head_dim} needs {needed} bytes of shared memory: "
@@ -169,6 +174,11 @@ class ForwardVariant:
     programs: int
     query_buffers: int = 2
 
+    @property
+    def boxed(self) -> bool:
+        """Whether TMA copies boxes of any number of rows; the interpreter knows no two views of one memory."""
+        return self.shape.takes_boxes and not self.interpret
+
 
 @dataclasses.dataclass(frozen=True)
 class BackwardVariant:
@@ -183,6 +193,11 @@ class BackwardVariant:
     scale: float
     interpret: bool
     columns: range | None = None
+
+    @property
+    def boxed(self) -> bool:
+        """As in `ForwardVariant`."""
+        return self.shape.takes_boxes and not self.interpret
 
 
 def choose_tiles(

@@ -16,7 +16,15 @@ TOLERANCE = {"bfloat16": 4e-3, "float16": 5e-4}  # relative L2 error of dx, whos
 on_the_gpu = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")]
 
 # rows, shape of a row, dtype, rotated
-CASES = [(7, (512,), jnp.bfloat16, False), (9, (8, 64), jnp.float16, True), (4, (16, 32), jnp.bfloat16, True)]
+CASES = [
+    (7, (512,), jnp.bfloat16, False),
+    (9, (8, 64), jnp.float16, True),
+    (4, (16, 32), jnp.bfloat16, True),
+    (37, (192,), jnp.bfloat16, False),
+    (11, (384,), jnp.float16, False),
+    (3, (2048,), jnp.bfloat16, False),
+    (3, (16, 128), jnp.bfloat16, True),
+]
 LARGE = [
     (32768, (1024,), jnp.bfloat16, False),
     (32768, (16, 64), jnp.bfloat16, True),
@@ -24,6 +32,14 @@ LARGE = [
     (4097, (768,), jnp.float16, False),
     (4751, (4, 256), jnp.float16, True),
     (999, (4, 128), jnp.bfloat16, True),
+    (50001, (64,), jnp.bfloat16, False),
+    (50001, (384,), jnp.float16, False),
+    (8192, (2048,), jnp.bfloat16, False),
+    (4095, (5120,), jnp.float16, False),
+    (2048, (8192,), jnp.bfloat16, False),
+    (8192, (16, 128), jnp.bfloat16, True),
+    (4095, (64, 64), jnp.float16, True),
+    (1024, (32, 256), jnp.bfloat16, True),
 ]
 
 
@@ -85,10 +101,10 @@ def test_lowers_for_cuda(case):
     ("options", "message"),
     [
         ({"dtype": jnp.float32, "columns": 256}, "float32: expected bfloat16"),
-        ({"dtype": jnp.bfloat16, "columns": 2048}, "2048 columns: expected at most 1024"),
-        ({"dtype": jnp.bfloat16, "columns": 384}, "384 columns: expected a multiple of 256"),
-        ({"dtype": jnp.bfloat16, "columns": 256, "rotated_dim": 64}, "256 columns: expected a multiple of 512"),
-        ({"dtype": jnp.bfloat16, "columns": 960, "rotated_dim": 80}, "multiple of 512"),
+        ({"dtype": jnp.bfloat16, "columns": 9216}, "9216 columns: expected 1 to 4 times 64, 128 or 256"),
+        ({"dtype": jnp.bfloat16, "columns": 320}, "320 columns: .* or a multiple of 1024 up to 8192"),
+        ({"dtype": jnp.bfloat16, "columns": 256, "rotated_dim": 64}, "256 columns: expected 512 or 1024"),
+        ({"dtype": jnp.bfloat16, "columns": 960, "rotated_dim": 80}, "or a multiple of 2048"),
         ({"dtype": jnp.bfloat16, "columns": 1024, "rotated_dim": 16}, "head_dim=16: expected 32"),
     ],
 )

@@ -232,6 +232,21 @@ def test_every_tile_choice_lowers_for_cuda(head_dim, masks):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(("tokens", "head_dim", "pads"), [(197, 64, False), (197, 128, True), (200, 128, False)])
+def test_ragged_arrays_are_copied_where_rows_are_of_other_bytes_than_a_box_s(tokens, head_dim, pads):
+    """Rows of 128 bytes are not: TMA takes any number of them in one box."""
+    array = jax.ShapeDtypeStruct((2, tokens, 2, head_dim), jnp.bfloat16)
+    rowsum = jax.ShapeDtypeStruct((2, tokens, 2), jnp.float32)
+
+    def run(q, k, v, o, s):
+        out, lse, rest = sequence_forward(Call(q, k, v, scale=0.125), Part(o, s, o), with_rest=True, interpret=False)
+        return out, lse, rest, sequence_backward(Call(q, k, v, scale=0.125), Upstream(o, s, s), interpret=False)
+
+    text = jax.jit(run).trace(array, array, array, array, rowsum).lower(lowering_platforms=("cuda",)).as_text()
+    padded = [line for line in text.splitlines() if "stablehlo.pad" in line and "bf16" in line]
+    assert bool(padded) == pads
+
+
 def test_tiles_say_what_they_do_not_take():
     with pytest.raises(NotImplementedError, match="head_dim=192"):
         choose_tiles(192)
