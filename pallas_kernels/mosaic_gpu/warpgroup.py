@@ -17,7 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -126,6 +130,50 @@ def divmod(x: Any, divisor: int) -> tuple[Any, Any]:
     """(quotient, remainder) of an int32 that is not negative."""
     quotient = lax.div(x, jnp.int32(divisor))
     return quotient, x - quotient * divisor
+
+
+def hide_behind(x: jax.Array, last: jax.Array, *, interpret: bool) -> jax.Array:
+    """x [64, columns] of layout TILE with HIDDEN in each row's columns behind `last`, int32 [64] of layout ROW.
+
+    Two numbers a thread, one for each of its rows, are compared with constants. A comparison of column numbers would be
+    the same; but the compiler takes those, one for each element, out of the loop over blocks, has no registers for them
+    and reads them again and again from memory.
+    """
+    if interpret:
+        column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE)
+        return jnp.where(column <= rows(last, x.shape), x, HIDDEN)
+
+    @plgpu.inline_mgpu(arg_types=(TILE, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TILE))
+    def hide(ctx, x, last):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        hidden = arith.constant(x.mlir_dtype, ir.FloatAttr.get(x.mlir_dtype, HIDDEN))
+
+        def integer(number):
+            return arith.constant(i32, ir.IntegerAttr.get(i32, number))
+
+        # Columns of a thread: 8 j + 2 (thread % 4) + 0 or 1; its rows: thread / 4, and 8 further.
+        first = arith.muli(arith.andi(mgpu_utils.thread_idx(), integer(3)), integer(2))
+        ends = [arith.subi(_only(last.registers[0, 0, half, 0, 0]), first) for half in range(2)]
+        registers = np.empty_like(x.registers)
+        for index, register in np.ndenumerate(x.registers):
+            for i in range(2):
+                place = ir.DenseI64ArrayAttr.get([i])
+                value = vector.extract(register, dynamic_position=[], static_position=place)
+                seen = arith.cmpi(arith.CmpIPredicate.sge, ends[index[4]], integer(8 * index[1] + i))
+                value = arith.select(seen, value, hidden)
+                register = vector.insert(value, register, dynamic_position=[], static_position=place)
+            registers[index] = register
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return hide(x, last)
+
+
+def _only(register: Any) -> Any:
+    """The number of a register that holds one."""
+    if not isinstance(register.type, ir.VectorType):
+        return register
+    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
 
 
 class Turns:

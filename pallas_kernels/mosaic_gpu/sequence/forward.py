@@ -451,27 +451,29 @@ class _Walk:
 
     def _load_key_rows(self, stage: Any) -> list:
         """Of a block that is masked. TMA overwrites the stage soon: these reads are fenced from its writes."""
+        if not self.spec.explicit:
+            return []
         rows = self.memory.key_rows_smem
         loaded = [plgpu.load(rows.at[stage, c], layout=wg_lib.COLUMN) for c in range(self.spec.channels)]
-        if self.spec.explicit:
-            plgpu.commit_smem()
+        plgpu.commit_smem()
         return loaded
 
     def _hide(self, logits: jax.Array, step: Any, key_values: list) -> jax.Array:
         """Puts HIDDEN where a key is not visible."""
         shape, spec, start = self.shape, self.spec, step * self.key_block
-        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wg_lib.TILE)
-        visible = column < self.turn.limit - start
+        row = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=wg_lib.ROW)
+        last = row * 0 + (self.turn.limit - start - 1)
+        if spec.causal and not spec.positions:
+            last = jnp.minimum(last, row + (self.row_start - start))
+        logits = wg_lib.hide_behind(logits, last, interpret=self.interpret)
         channel = 0
         if spec.positions:
-            visible &= wg_lib.columns(key_values[0], shape) <= wg_lib.rows(self.row_values[0], shape)
-            channel = 1
-        elif spec.causal:
-            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=wg_lib.TILE)
-            visible &= column - row <= self.row_start - start
+            visible = wg_lib.columns(key_values[0], shape) <= wg_lib.rows(self.row_values[0], shape)
+            logits, channel = jnp.where(visible, logits, wg_lib.HIDDEN), 1
         if spec.segments:
-            visible &= wg_lib.columns(key_values[channel], shape) == wg_lib.rows(self.row_values[channel], shape)
-        return jnp.where(visible, logits, wg_lib.HIDDEN)
+            visible = wg_lib.columns(key_values[channel], shape) == wg_lib.rows(self.row_values[channel], shape)
+            logits = jnp.where(visible, logits, wg_lib.HIDDEN)
+        return logits
 
     def _softmax(self, logits, maximum, total, step, key_values, masked):
         """Online softmax in base 2 -> (P, rescaling of what is accumulated, new maximum, new sum)."""
