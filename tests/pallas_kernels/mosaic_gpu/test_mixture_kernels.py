@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from support.repeated_tokens import DIFFERENT, first_of_each, repeated
 
 from pallas_kernels.mosaic_gpu import mixture, token_slots
 from pallas_kernels.mosaic_gpu.mixture import mixture_backward, mixture_forward
@@ -32,19 +33,24 @@ LARGE = [
 
 
 def draw(tokens, slots, length, columns, dtype, gradient_dtype, seed=0):
-    """hidden, direction, length, dresult, dhidden; what is not filled is NaN."""
+    """hidden, direction, length, dresult, dhidden; what is not filled is NaN. See `repeated`."""
     rng = np.random.default_rng(seed)
+    tokens, all_tokens = min(tokens, DIFFERENT), tokens
     hidden, dhidden = (rng.standard_normal((tokens, slots, columns), np.float32) for _ in range(2))
     hidden[:, length:] = dhidden[:, length:] = np.nan
     dresult = rng.standard_normal((tokens, columns), np.float32), rng.standard_normal(tokens, np.float32)
-    return (
+    arguments = (
         jnp.asarray(hidden, dtype), jnp.float32(2 / columns**0.5 * rng.standard_normal(columns)), jnp.int32(length),
         (jnp.asarray(dresult[0], dtype), jnp.asarray(dresult[1] / 4)), jnp.asarray(dhidden, gradient_dtype),
     )  # fmt: skip
+    return tuple(x if i in (1, 2) else repeated(x, all_tokens) for i, x in enumerate(arguments))
 
 
 def oracle(hidden, direction, length, dresult, dhidden):
-    """out, lse, ddirection, dhidden in float64, the filled slots alone."""
+    """out, lse, ddirection, dhidden in float64, the filled slots alone; of the tokens that differ."""
+    tokens = len(hidden)
+    hidden, dhidden, *dresult = (x[:DIFFERENT] for x in (hidden, dhidden, *dresult))
+    count = np.bincount(np.arange(tokens) % len(hidden))  # how often each of them stands there
     v, w, dout, dlse, before = (
         np.asarray(a, np.float64)
         for a in (hidden[:, :length], direction, *dresult, dhidden[:, :length])
@@ -60,7 +66,7 @@ def oracle(hidden, direction, length, dresult, dhidden):
     dv = weights[..., None] * dout[:, None] + slope[..., None] * (
         w - normed * np.mean(normed * w, axis=-1, keepdims=True)
     )
-    return np.einsum("rs,rsd->rd", weights, v), lse, np.einsum("rs,rsd->d", slope, v), before + dv
+    return np.einsum("rs,rsd->rd", weights, v), lse, np.einsum("r,rs,rsd->d", count, slope, v), before + dv
 
 
 def run(case, **options):
@@ -78,7 +84,7 @@ def check(case):
     want = oracle(arguments[0], arguments[1], filled, *arguments[3:])
     rounded = TOLERANCE[jnp.dtype(case[4]).name]
     sums = TOLERANCE.get(jnp.dtype(case[5]).name, rounded)
-    got = out, lse, ddirection, dhidden[:, :filled]
+    got = *(first_of_each(x) for x in (out, lse)), ddirection, first_of_each(dhidden[:, :filled])
     # delta is of the rounded mixture: each term of ddirection is as exact as that, and they cancel in part.
     for name, a, b, tolerance in zip(
         ("out", "lse", "ddirection", "dhidden"), got, want, (rounded, 1e-5, 2 * rounded, sums), strict=True
@@ -89,8 +95,8 @@ def check(case):
             continue
         error = np.linalg.norm(a - b) / np.linalg.norm(b)
         assert error < tolerance, f"{name}: {error:.1e}"
-    kept = np.asarray(dhidden[:, filled:], np.float32)
-    np.testing.assert_array_equal(kept, np.asarray(arguments[4][:, filled:], np.float32), "not filled")
+    kept = np.asarray(first_of_each(dhidden[:, filled:]), np.float32)
+    np.testing.assert_array_equal(kept, np.asarray(arguments[4][:DIFFERENT, filled:], np.float32), "not filled")
     return (out, lse), (ddirection, dhidden)
 
 

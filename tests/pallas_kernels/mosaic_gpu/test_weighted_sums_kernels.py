@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from support.repeated_tokens import DIFFERENT, first_of_each, repeated
 
 from pallas_kernels.mosaic_gpu import weighted_sums
 from pallas_kernels.mosaic_gpu.weighted_sums import sums_backward, sums_forward
@@ -30,16 +31,18 @@ LARGE = [
 
 
 def draw(tokens, slots, length, sums, columns, dtype, gradient_dtype, seed=0):
-    """hidden, weights, length, dout, dhidden; what is not filled is NaN."""
+    """hidden, weights, length, dout, dhidden; what is not filled is NaN. See `repeated`."""
     rng = np.random.default_rng(seed)
+    tokens, all_tokens = min(tokens, DIFFERENT), tokens
     hidden, dhidden = (rng.standard_normal((tokens, slots, columns), np.float32) for _ in range(2))
     weights = rng.standard_normal((tokens, sums, slots), np.float32)
     hidden[:, length:] = dhidden[:, length:] = weights[:, :, length:] = np.nan
     dout = rng.standard_normal((tokens, sums, columns), np.float32)
-    return (
+    arguments = (
         jnp.asarray(hidden, dtype), jnp.asarray(weights), jnp.int32(length), jnp.asarray(dout, dtype),
         jnp.asarray(dhidden, gradient_dtype),
     )  # fmt: skip
+    return tuple(x if i == 2 else repeated(x, all_tokens) for i, x in enumerate(arguments))
 
 
 def run(case):
@@ -54,7 +57,7 @@ def check(case):
     out, (dweights, dhidden) = run(case)
     assert (out.dtype, dweights.dtype, dhidden.dtype) == (case[5], jnp.float32, case[6])
     v, a, dout, before = (
-        np.asarray(x, np.float64)
+        np.asarray(x[:DIFFERENT], np.float64)
         for x in (arguments[0][:, :filled], arguments[1][:, :, :filled], arguments[3], arguments[4][:, :filled])
     )  # fmt: skip
     want = (
@@ -63,12 +66,13 @@ def check(case):
     rounded = TOLERANCE[jnp.dtype(case[5]).name]
     sums = TOLERANCE.get(jnp.dtype(case[6]).name, 1e-5)
     got = out, dweights[:, :, :filled], dhidden[:, :filled]
-    for name, x, y, tolerance in zip(("out", "dweights", "dhidden"), got, want, (rounded, 1e-5, sums), strict=True):
+    each = map(first_of_each, got)
+    for name, x, y, tolerance in zip(("out", "dweights", "dhidden"), each, want, (rounded, 1e-5, sums), strict=True):
         x = np.asarray(x, np.float64)
         error = np.linalg.norm(x - y)
         assert error <= tolerance * np.linalg.norm(y), f"{name}: {error:.1e}"
-    kept = np.asarray(dhidden[:, filled:], np.float32)
-    np.testing.assert_array_equal(kept, np.asarray(arguments[4][:, filled:], np.float32), "not filled")
+    kept = np.asarray(first_of_each(dhidden[:, filled:]), np.float32)
+    np.testing.assert_array_equal(kept, np.asarray(arguments[4][:DIFFERENT, filled:], np.float32), "not filled")
     return got
 
 
