@@ -43,7 +43,9 @@ def draw(tokens, slots, length, columns, dtype, gradient_dtype, seed=0):
         jnp.asarray(hidden, dtype), jnp.float32(2 / columns**0.5 * rng.standard_normal(columns)), jnp.int32(length),
         (jnp.asarray(dresult[0], dtype), jnp.asarray(dresult[1] / 4)), jnp.asarray(dhidden, gradient_dtype),
     )  # fmt: skip
-    return tuple(x if i in (1, 2) else repeated(x, all_tokens) for i, x in enumerate(arguments))
+    hidden, direction, length, dresult, dhidden = arguments
+    hidden, dresult, dhidden = jax.tree.map(lambda x: repeated(x, all_tokens), (hidden, dresult, dhidden))
+    return hidden, direction, length, dresult, dhidden
 
 
 def oracle(hidden, direction, length, dresult, dhidden):
