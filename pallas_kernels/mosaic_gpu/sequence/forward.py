@@ -61,8 +61,9 @@ def _scratch(variant: ForwardVariant) -> dict[str, Any]:
     warpgroups, key_block, stages = tiles.warpgroups, tiles.key_block, tiles.stages
     merge, with_rest, tile = variant.merge, variant.with_rest, wg_lib.tiled_smem
     box = functools.partial(tile, boxed=variant.boxed)
+    own = warpgroups * min(tiles.images, 2)
     return dict(
-        query_smem=box((warpgroups, 64, head_dim), dtype),
+        query_smem=box((own, 64, head_dim), dtype),
         key_smem=box((stages, key_block, head_dim), dtype),
         value_smem=box((stages, key_block, head_dim), dtype),
         lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32),
@@ -71,7 +72,7 @@ def _scratch(variant: ForwardVariant) -> dict[str, Any]:
         query_rows_smem=plgpu.SMEM((warpgroups, mask.channels, 64), jnp.int32) if mask.explicit else None,
         key_rows_smem=plgpu.SMEM((stages, mask.channels, key_block), jnp.int32) if mask.explicit else None,
         p_stage=tile((warpgroups, 64, key_block), dtype) if variant.interpret else None,
-        query_ready=plgpu.Barrier(num_arrivals=2 if mask.explicit else 1, num_barriers=warpgroups),
+        query_ready=plgpu.Barrier(num_arrivals=2 if mask.explicit else 1, num_barriers=own),
         other_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups) if merge else None,
         other_rest_ready=plgpu.Barrier(num_barriers=warpgroups) if merge and with_rest else None,
         key_ready=plgpu.Barrier(num_arrivals=2 if mask.explicit else 1, num_barriers=stages),
@@ -104,7 +105,8 @@ def _make_body(variant: ForwardVariant):
         query_rows_ref, key_rows_ref, bounds_ref = refs if spec.explicit else (None, None, None)
         s = wg_lib.named(scratch)
 
-        batch = lax.axis_index("batch")
+        images = wg_lib.Images(tiles.images, sizes.batch)
+        batch = images.first
         head = lax.axis_index("head")
         query_tile = query_blocks - 1 - lax.axis_index("query_block")
         warpgroup = lax.axis_index("warpgroup")
@@ -123,6 +125,7 @@ def _make_body(variant: ForwardVariant):
             last = pl.cdiv(end, key_block)
         # One block is always walked: it is masked where nothing is visible.
         last = jnp.maximum(last, first + 1)
+        steps = last - first  # of an image
 
         @pl.when(warpgroup == warpgroups)
         def _producer():
@@ -131,33 +134,28 @@ def _make_body(variant: ForwardVariant):
             kv_head = lax.div(head, jnp.int32(sizes.group))
 
             def fetch(step, wait):
-                slot = lax.rem(step - first, jnp.int32(stages))
-                window = pl.ds(step * key_block, key_block)
+                slot, image = lax.rem(step, jnp.int32(stages)), batch + images.of(step, steps)
+                window = pl.ds((first + images.within(step, steps)) * key_block, key_block)
                 if wait:
                     plgpu.barrier_wait(s.key_consumed.at[slot])
                 plgpu.copy_gmem_to_smem(
-                    key_ref.at[batch, window, kv_head], s.key_smem_box.at[slot], s.key_ready.at[slot]
+                    key_ref.at[image, window, kv_head], s.key_smem_box.at[slot], s.key_ready.at[slot]
                 )
                 if spec.explicit:
                     plgpu.copy_gmem_to_smem(
-                        key_rows_ref.at[batch, :, window], s.key_rows_smem.at[slot], s.key_ready.at[slot]
+                        key_rows_ref.at[image, :, window], s.key_rows_smem.at[slot], s.key_ready.at[slot]
                     )
                 if wait:
                     plgpu.barrier_wait(s.value_consumed.at[slot])
                 plgpu.copy_gmem_to_smem(
-                    value_ref.at[batch, window, kv_head], s.value_smem_box.at[slot], s.value_ready.at[slot]
+                    value_ref.at[image, window, kv_head], s.value_smem_box.at[slot], s.value_ready.at[slot]
                 )
 
-            warm = jnp.minimum(first + stages, last)
-            pl.loop(first, warm)(lambda step: fetch(step, wait=False))
-            pl.loop(warm, last)(lambda step: fetch(step, wait=True))
-
-            @pl.loop(jnp.maximum(last - stages, first), last)
-            def _drain(step):
-                """Every phase of a barrier is observed before the barrier goes (the interpreter insists)."""
-                slot = lax.rem(step - first, jnp.int32(stages))
+            def consumed(slot):
                 plgpu.barrier_wait(s.key_consumed.at[slot])
                 plgpu.barrier_wait(s.value_consumed.at[slot])
+
+            wg_lib.produce(fetch, steps * images.count, stages, consumed)
 
         @pl.when(warpgroup < warpgroups)
         def _consumer():
@@ -165,15 +163,21 @@ def _make_body(variant: ForwardVariant):
                 plgpu.set_max_registers(REGISTERS[warpgroups][0], action="increase")
             row_start = query_start + warpgroup * 64
             row_window = pl.ds(row_start, 64)
-            query_smem, query_box = s.query_smem.at[warpgroup], s.query_smem_box.at[warpgroup]
             p_stage = s.p_stage.at[warpgroup] if interpret else None
-            plgpu.copy_gmem_to_smem(query_ref.at[batch, row_window, head], query_box, s.query_ready.at[warpgroup])
-            if spec.explicit:
+
+            def load(image):
+                """The warpgroup's queries of an image."""
+                own = images.buffer(warpgroup, image)
                 plgpu.copy_gmem_to_smem(
-                    query_rows_ref.at[batch, :, row_window],
-                    s.query_rows_smem.at[warpgroup],
-                    s.query_ready.at[warpgroup],
+                    query_ref.at[batch + image, row_window, head], s.query_smem_box.at[own], s.query_ready.at[own]
                 )
+                if spec.explicit:
+                    plgpu.copy_gmem_to_smem(
+                        query_rows_ref.at[batch, :, row_window],
+                        s.query_rows_smem.at[warpgroup],
+                        s.query_ready.at[own],
+                    )
+
             if merge:
                 plgpu.copy_gmem_to_smem(
                     other_ref.at[batch, row_window, head], s.other_smem_box.at[warpgroup], s.other_ready.at[warpgroup]
@@ -194,94 +198,104 @@ def _make_body(variant: ForwardVariant):
                 own_end = jnp.minimum(own_end, pl.cdiv(row_start + 64, key_block))
             own_end = jnp.minimum(jnp.maximum(own_end, first + 1), last)
 
-            plgpu.barrier_wait(s.query_ready.at[warpgroup])
-            row_values = []
-            if spec.explicit:
-                row_values = [
-                    plgpu.load(s.query_rows_smem.at[warpgroup, c], layout=wg_lib.ROW) for c in range(spec.channels)
-                ]
-
-            def slot_of(step):
-                return lax.rem(step - first, jnp.int32(stages))
-
-            def load_key_rows(slot):
-                """Of a block that is masked. TMA overwrites the slot soon: these reads are fenced from its writes."""
-                loaded = [plgpu.load(s.key_rows_smem.at[slot, c], layout=wg_lib.COLUMN) for c in range(spec.channels)]
+            def compute(image):
+                """An image's part of the softmax."""
+                own = images.buffer(warpgroup, image)
+                query_smem, query_box = s.query_smem.at[own], s.query_smem_box.at[own]
+                plgpu.barrier_wait(s.query_ready.at[own])
+                row_values = []
                 if spec.explicit:
-                    plgpu.commit_smem()
-                return loaded
+                    row_values = [
+                        plgpu.load(s.query_rows_smem.at[warpgroup, c], layout=wg_lib.ROW) for c in range(spec.channels)
+                    ]
 
-            def hide(logits, step, key_values):
-                """Puts HIDDEN where a key is not visible."""
-                column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wg_lib.TILE)
-                visible = column < limit - step * key_block
-                channel = 0
-                if spec.positions:
-                    visible &= wg_lib.columns(key_values[0], shape) <= wg_lib.rows(row_values[0], shape)
-                    channel = 1
-                elif spec.causal:
-                    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=wg_lib.TILE)
-                    visible &= column - row <= row_start - step * key_block
-                if spec.segments:
-                    visible &= wg_lib.columns(key_values[channel], shape) == wg_lib.rows(row_values[channel], shape)
-                return jnp.where(visible, logits, wg_lib.HIDDEN)
+                def slot_of(step):
+                    return lax.rem(image * steps + step - first, jnp.int32(stages))
 
-            def softmax(logits, maximum, total, step, key_values, masked):
-                """Online softmax in base 2 -> (P, rescaling of what is accumulated, new maximum, new sum)."""
-                if masked:
-                    logits = hide(logits, step, key_values)
-                new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale2)
-                shift = new_maximum
-                if masked:
-                    # A row that saw no key yet: exp2(HIDDEN - 0) = 0, where exp2(HIDDEN - HIDDEN) would be NaN.
-                    shift = jnp.where(new_maximum == wg_lib.HIDDEN, 0.0, new_maximum)
-                rescale = jnp.exp2(maximum - shift)
-                p = jnp.exp2(logits * scale2 - wg_lib.rows(shift, shape))
-                return p, rescale, new_maximum, total * rescale + p.sum(axis=1)
+                def load_key_rows(slot):
+                    """Of a masked block. TMA overwrites the slot soon: these reads are fenced from its writes."""
+                    loaded = [
+                        plgpu.load(s.key_rows_smem.at[slot, c], layout=wg_lib.COLUMN) for c in range(spec.channels)
+                    ]
+                    if spec.explicit:
+                        plgpu.commit_smem()
+                    return loaded
 
-            maximum = wg_lib.full((64,), wg_lib.HIDDEN, wg_lib.ROW)
-            total = wg_lib.full((64,), 0.0, wg_lib.ROW)
-            out = wg_lib.full((64, head_dim), 0.0, wg_lib.TILE)
+                def hide(logits, step, key_values):
+                    """Puts HIDDEN where a key is not visible."""
+                    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wg_lib.TILE)
+                    visible = column < limit - step * key_block
+                    channel = 0
+                    if spec.positions:
+                        visible &= wg_lib.columns(key_values[0], shape) <= wg_lib.rows(row_values[0], shape)
+                        channel = 1
+                    elif spec.causal:
+                        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=wg_lib.TILE)
+                        visible &= column - row <= row_start - step * key_block
+                    if spec.segments:
+                        visible &= wg_lib.columns(key_values[channel], shape) == wg_lib.rows(row_values[channel], shape)
+                    return jnp.where(visible, logits, wg_lib.HIDDEN)
 
-            consumer = _Consumer(variant, s, query_smem, p_stage, slot_of, load_key_rows, softmax)
-            blocks = wg_lib.BlockRange(first, full_start, full_end, own_end, spec.explicit, masked_end)
-            out, maximum, total = _walk(consumer, blocks, last, (out, maximum, total))
+                def softmax(logits, maximum, total, step, key_values, masked):
+                    """Online softmax in base 2 -> (P, rescaling of what is accumulated, new maximum, new sum)."""
+                    if masked:
+                        logits = hide(logits, step, key_values)
+                    new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale2)
+                    shift = new_maximum
+                    if masked:
+                        # A row that saw no key yet: exp2(HIDDEN - 0) = 0, where exp2(HIDDEN - HIDDEN) would be NaN.
+                        shift = jnp.where(new_maximum == wg_lib.HIDDEN, 0.0, new_maximum)
+                    rescale = jnp.exp2(maximum - shift)
+                    p = jnp.exp2(logits * scale2 - wg_lib.rows(shift, shape))
+                    return p, rescale, new_maximum, total * rescale + p.sum(axis=1)
 
-            if merge and with_rest:
-                plgpu.commit_smem()  # all warps are done with the queries, which make room
-                plgpu.copy_gmem_to_smem(
-                    other_rest_ref.at[batch, row_window, head], query_box, s.other_rest_ready.at[warpgroup]
-                )
-            # maximum is HIDDEN and total 0 in a row that saw nothing: lse = -inf.
-            lse = maximum * wg_lib.LN2 + jnp.log(total)
-            weight = jnp.where(maximum == wg_lib.HIDDEN, 0.0, 1.0 / total)
-            if merge:
-                plgpu.barrier_wait(s.other_ready.at[warpgroup])
-                other_lse = plgpu.load(s.other_lse_smem.at[warpgroup], layout=wg_lib.ROW)
-                top = jnp.maximum(jnp.maximum(lse, other_lse), wg_lib.LOWEST)
-                mine, others = jnp.exp(lse - top), jnp.exp(other_lse - top)
-                both = mine + others
-                inverse = jnp.where(both > 0.0, 1.0 / both, 0.0)
-                lse = top + jnp.log(both)
-                weight = weight * mine * inverse
-                other = plgpu.load(s.other_smem.at[warpgroup], layout=wg_lib.TILE).astype(jnp.float32)
+                maximum = wg_lib.full((64,), wg_lib.HIDDEN, wg_lib.ROW)
+                total = wg_lib.full((64,), 0.0, wg_lib.ROW)
+                out = wg_lib.full((64, head_dim), 0.0, wg_lib.TILE)
+
+                consumer = _Consumer(variant, s, query_smem, p_stage, slot_of, load_key_rows, softmax)
+                blocks = wg_lib.BlockRange(first, full_start, full_end, own_end, spec.explicit, masked_end)
+                out, maximum, total = _walk(consumer, blocks, last, (out, maximum, total))
+
+                if merge and with_rest:
+                    plgpu.commit_smem()  # all warps are done with the queries, which make room
+                    plgpu.copy_gmem_to_smem(
+                        other_rest_ref.at[batch, row_window, head], query_box, s.other_rest_ready.at[warpgroup]
+                    )
+                # maximum is HIDDEN and total 0 in a row that saw nothing: lse = -inf.
+                lse = maximum * wg_lib.LN2 + jnp.log(total)
+                weight = jnp.where(maximum == wg_lib.HIDDEN, 0.0, 1.0 / total)
+                if merge:
+                    plgpu.barrier_wait(s.other_ready.at[warpgroup])
+                    other_lse = plgpu.load(s.other_lse_smem.at[warpgroup], layout=wg_lib.ROW)
+                    top = jnp.maximum(jnp.maximum(lse, other_lse), wg_lib.LOWEST)
+                    mine, others = jnp.exp(lse - top), jnp.exp(other_lse - top)
+                    both = mine + others
+                    inverse = jnp.where(both > 0.0, 1.0 / both, 0.0)
+                    lse = top + jnp.log(both)
+                    weight = weight * mine * inverse
+                    other = plgpu.load(s.other_smem.at[warpgroup], layout=wg_lib.TILE).astype(jnp.float32)
+                    if with_rest:
+                        plgpu.barrier_wait(s.other_rest_ready.at[warpgroup])
+                        other += plgpu.load(query_smem, layout=wg_lib.TILE).astype(jnp.float32)
+                        plgpu.commit_smem()  # all warps have read it
+                    out = out * wg_lib.rows(weight, out.shape) + other * wg_lib.rows(others * inverse, out.shape)
+                else:
+                    out = out * wg_lib.rows(weight, out.shape)
+                rounded = out.astype(dtype)
+                query_smem[...] = rounded
                 if with_rest:
-                    plgpu.barrier_wait(s.other_rest_ready.at[warpgroup])
-                    other += plgpu.load(query_smem, layout=wg_lib.TILE).astype(jnp.float32)
-                    plgpu.commit_smem()  # all warps have read it
-                out = out * wg_lib.rows(weight, out.shape) + other * wg_lib.rows(others * inverse, out.shape)
-            else:
-                out = out * wg_lib.rows(weight, out.shape)
-            rounded = out.astype(dtype)
-            query_smem[...] = rounded
-            if with_rest:
-                s.other_smem[warpgroup] = (out - rounded.astype(jnp.float32)).astype(dtype)
-            s.lse_smem[warpgroup] = lse
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(query_box, out_ref.at[batch, row_window, head])
-            if with_rest:
-                plgpu.copy_smem_to_gmem(s.other_smem_box.at[warpgroup], out_rest_ref.at[batch, row_window, head])
-            plgpu.copy_smem_to_gmem(s.lse_smem.at[warpgroup], lse_ref.at[batch, head, row_window])
+                    s.other_smem[warpgroup] = (out - rounded.astype(jnp.float32)).astype(dtype)
+                s.lse_smem[warpgroup] = lse
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(query_box, out_ref.at[batch + image, row_window, head])
+                if with_rest:
+                    plgpu.copy_smem_to_gmem(
+                        s.other_smem_box.at[warpgroup], out_rest_ref.at[batch + image, row_window, head]
+                    )
+                plgpu.copy_smem_to_gmem(s.lse_smem.at[warpgroup], lse_ref.at[batch + image, head, row_window])
+
+            images.walk(load, compute)
             plgpu.wait_smem_to_gmem(0)
 
     return body
@@ -395,6 +409,9 @@ def sequence_forward(
         shape.head_dim, query_tokens=shape.query_tokens, explicit_masks=shape.mask.explicit, interpret=interpret,
         cache_only=shape.query_tokens <= 64 and not (shape.mask.causal or merge or with_rest),
     ).forward  # fmt: skip
+    shape.check_images("sequence forward", tiles.images)
+    if tiles.images > 1 and (merge or with_rest):
+        raise ValueError(f"sequence forward: images={tiles.images}: expected 1 with another part or with_rest")
     variant = ForwardVariant(shape, tiles, scale, merge, with_rest, interpret)
     check_shared("sequence forward", variant, _scratch(dataclasses.replace(variant, interpret=False)))
     if with_rest and merge and other.rest is None:
@@ -425,7 +442,7 @@ def sequence_forward(
             jax.ShapeDtypeStruct((shape.batch, shape.num_heads, padded_tokens), jnp.float32),
             *([like_query] if with_rest else []),
         ),
-        grid=(shape.batch, query_blocks, shape.num_heads),
+        grid=(pl.cdiv(shape.batch, tiles.images), query_blocks, shape.num_heads),
         grid_names=("batch", "query_block", "head"),
         num_threads=tiles.warpgroups + 1,
         thread_name="warpgroup",
