@@ -29,15 +29,16 @@ FORWARD = {
     "2x128x4": ForwardTiles(2, 128, 4), "1x64x4p": ForwardTiles(1, 64, 4, paired=True),
     "1x64x4": ForwardTiles(1, 64, 4),
     "2x128x3i8": ForwardTiles(2, 128, 3, images=8), "3x64x4i8": ForwardTiles(3, 64, 4, images=8),
-    "2x64x4i8": ForwardTiles(2, 64, 4, images=8), "2x64x6i16": ForwardTiles(2, 64, 6, images=16),
+    "2x64x4i8": ForwardTiles(2, 64, 4, images=8), "2x64x6i24": ForwardTiles(2, 64, 6, images=24),
+    "2x128x3i24": ForwardTiles(2, 128, 3, images=24),
 }  # fmt: skip
 DQ = {
     "3x64x4": (3, 64, 4), "2x64x4": (2, 64, 4), "1x64x4": (1, 64, 4), "2x64x4i8": (2, 64, 4, False, 8),
-    "3x64x4i8": (3, 64, 4, False, 8), "2x64x4i16": (2, 64, 4, False, 16),
+    "3x64x4i8": (3, 64, 4, False, 8), "2x64x4i24": (2, 64, 4, False, 24),
 }  # fmt: skip
 DKV = {
     "2x64x4k": (2, 64, 4, True), "2x64x4": (2, 64, 4), "1x64x4k": (1, 64, 4, True), "2x64x4ki8": (2, 64, 4, True, 8),
-    "2x64x4i8": (2, 64, 4, False, 8),
+    "2x64x4i8": (2, 64, 4, False, 8), "2x64x4ki24": (2, 64, 4, True, 24),
 }  # fmt: skip
 
 
