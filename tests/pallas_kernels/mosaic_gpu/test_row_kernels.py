@@ -92,9 +92,16 @@ def test_gelu(case):
 
 def test_more_rows_than_the_programs_take_at_once(monkeypatch):
     monkeypatch.setattr(layer_norms, "CTAS", 2)
+    monkeypatch.setattr(layer_norms, "BACKWARD_CTAS", {3: 2})
     monkeypatch.setattr(gelu, "CTAS", 3)
     check_norm((70, 128, jnp.bfloat16))
     check_gelu((50, 320, jnp.bfloat16))
+
+
+def test_two_sets_of_rows_at_a_time():
+    x, _, scale, bias = draw(100, 192, jnp.bfloat16)
+    one, two = (layer_norm(x, scale, bias, epsilon=EPSILON, sets=sets) for sets in (1, 2))
+    np.testing.assert_array_equal(one, two)
 
 
 def test_a_row_far_from_zero_keeps_its_variance():
