@@ -52,9 +52,11 @@ def contestants(operation: str) -> dict[str, Callable[..., Any]]:
         name: functools.partial(lambda how, *arrays: function(*arrays, how), {"implementation": name})
         for name in norm.IMPLEMENTATIONS
     }
+    kernels = importlib.import_module("pallas_kernels.mosaic_gpu.layer_norm")
     if operation == "layer_norm":
-        kernel = importlib.import_module("pallas_kernels.mosaic_gpu.layer_norm").layer_norm
-        found["2 sets"] = lambda x, dy, scale: kernel(x, scale, scale, epsilon=1e-6, sets=2)
+        found["2 sets"] = lambda x, dy, scale: kernels.layer_norm(x, scale, scale, epsilon=1e-6, sets=2)
+    if operation == "layer_norm_backward":
+        found["1188 programs"] = functools.partial(kernels.layer_norm_backward, epsilon=1e-6, programs=1188)
     return found
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.short_attention [--batch=512] [--tokens=197] [--heads=3] [--rounds=9]
 
 A tile is warpgroups x block x stages, as in `pallas_kernels.mosaic_gpu.sequence.tiles`; p: two CTAs on a
-multiprocessor; k: K in registers. The first of each list is what long sequences get. Compiles first, all at once.
+multiprocessor; k: K in registers; iN: a CTA takes N images one after the other. The first of each list is what long
+sequences get. Compiles first, all at once.
 """
 
 from __future__ import annotations
@@ -26,10 +27,17 @@ SCALE = HEAD_DIM**-0.5
 FORWARD = {
     "3x128x4": ForwardTiles(3, 128, 4), "2x128x2": ForwardTiles(2, 128, 2), "2x64x4": ForwardTiles(2, 64, 4),
     "2x128x4": ForwardTiles(2, 128, 4), "1x64x4p": ForwardTiles(1, 64, 4, paired=True),
-    "1x64x4": ForwardTiles(1, 64, 4),
+    "1x64x4": ForwardTiles(1, 64, 4), "1x128x4": ForwardTiles(1, 128, 4), "2x64x6": ForwardTiles(2, 64, 6),
+    "3x64x6": ForwardTiles(3, 64, 6), "1x128x2p": ForwardTiles(1, 128, 2, paired=True),
 }  # fmt: skip
-DQ = {"3x64x4": (3, 64, 4), "2x64x4": (2, 64, 4), "2x64x2": (2, 64, 2), "1x64x4": (1, 64, 4), "2x128x2": (2, 128, 2)}
-DKV = {"2x64x4k": (2, 64, 4, True), "2x64x4": (2, 64, 4), "1x64x4k": (1, 64, 4, True), "2x128x2": (2, 128, 2)}
+DQ = {
+    "3x64x4": (3, 64, 4), "2x64x4": (2, 64, 4), "1x64x4": (1, 64, 4), "2x64x4i8": (2, 64, 4, False, 8),
+    "3x64x4i8": (3, 64, 4, False, 8), "2x64x4i24": (2, 64, 4, False, 24),
+}  # fmt: skip
+DKV = {
+    "2x64x4k": (2, 64, 4, True), "2x64x4": (2, 64, 4), "1x64x4k": (1, 64, 4, True), "2x64x4ki8": (2, 64, 4, True, 8),
+    "2x64x4i8": (2, 64, 4, False, 8), "2x64x4ki24": (2, 64, 4, True, 24),
+}  # fmt: skip
 
 
 def draw(shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, ...]:

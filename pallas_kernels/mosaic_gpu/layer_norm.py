@@ -5,7 +5,8 @@ Equations, per row with c = x - mean(x), r = 1 / sqrt(mean(c^2) + epsilon), n = 
     dx = r (g - mean(g) - n mean(g n));  dscale = sum over rows of dy * n;  dbias = sum over rows of dy
 
 Grid, blocks, loop: `narrow_rows`. Resident in the backward: the program's parts of dscale and dbias, float32, in
-    registers; added over the rows of a group at the end, and over programs [programs, D] by XLA.
+    registers; added over the rows of a group at the end, and over programs [programs, 2, D] by XLA, in one sum: so
+    there are as many programs as run at a time, not more.
 Bytes: x in, y out, once each; x and dy in, dx out, once each (dscale, dbias: a row for each program). Mean and r are
     not kept: both sums are over what the backward reads anyway. Bound: memory.
 Benchmark: python -m benchmarks.rows.
@@ -23,8 +24,9 @@ from pallas_kernels.modes import in_default_modes
 from pallas_kernels.mosaic_gpu import narrow_rows
 from pallas_kernels.mosaic_gpu.narrow_rows import RowShape
 
-CTAS = 1188  # 9 for each multiprocessor of an H100
+CTAS = 1188  # of the forward: 9 for each multiprocessor of an H100
 SETS = 1  # of the forward; 2 was not timed yet
+BACKWARD_CTAS = {3: 396, 4: 264}  # by blocks of a row, fewer: as 3; what registers leave room for on a multiprocessor
 
 check_supported = functools.partial(narrow_rows.check_supported, "layer_norm")
 
@@ -69,10 +71,16 @@ def layer_norm(
 
 
 # Jitted, so that the layers of an unrolled model share what is traced and lowered.
-@functools.partial(jax.jit, static_argnames=("epsilon", "interpret"))
+@functools.partial(jax.jit, static_argnames=("epsilon", "programs", "interpret"))
 @in_default_modes
 def layer_norm_backward(
-    x: jax.Array, dy: jax.Array, scale: jax.Array, *, epsilon: float, interpret: bool | None = None
+    x: jax.Array,
+    dy: jax.Array,
+    scale: jax.Array,
+    *,
+    epsilon: float,
+    programs: int | None = None,
+    interpret: bool | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dx, dscale, dbias) of `layer_norm`.
 
@@ -80,6 +88,7 @@ def layer_norm_backward(
         x, dy: [R, D]; bfloat16 or float16.
         scale: [D] float32.
         epsilon, interpret: as in `layer_norm`.
+        programs: at most so many; None: `BACKWARD_CTAS`.
 
     Returns:
         dx in x's shape and dtype; dscale and dbias [D] float32, summed in the same order in every run.
@@ -88,9 +97,10 @@ def layer_norm_backward(
         NotImplementedError: see `check_supported`.
     """
     check_supported(dtype=x.dtype, columns=x.shape[1])
-    shape = RowShape(*x.shape, CTAS)
+    blocks = RowShape(*x.shape, 1).blocks
+    shape = RowShape(*x.shape, programs or BACKWARD_CTAS[max(blocks, 3)])
 
-    def body(x_ref, dy_ref, scale_ref, dx_ref, dscale_ref, dbias_ref, dscale_smem, dbias_smem):
+    def body(x_ref, dy_ref, scale_ref, dx_ref, sums_ref, dscale_smem, dbias_smem):
         program = lax.axis_index("program")
 
         def step(rows, sums):
@@ -107,16 +117,17 @@ def layer_norm_backward(
             )
 
         dscale, dbias = shape.walk(program, step, (shape.zeros(), shape.zeros()))
-        shape.store_sums(dscale_ref, program, sums=dscale, smem=dscale_smem)
-        shape.store_sums(dbias_ref, program, sums=dbias, smem=dbias_smem)
+        shape.store_sums(sums_ref, program, 0, sums=dscale, smem=dscale_smem)
+        shape.store_sums(sums_ref, program, 1, sums=dbias, smem=dbias_smem)
 
-    dx, dscale, dbias = plgpu.kernel(
+    dx, sums = plgpu.kernel(
         body,
-        out_type=(shape.of_rows(x.dtype), shape.of_sums(), shape.of_sums()),
+        out_type=(shape.of_rows(x.dtype), shape.of_sums(2)),
         scratch_types=dict(dscale_smem=shape.sums_scratch(), dbias_smem=shape.sums_scratch()),
         **shape.options("moda_layer_norm_backward", interpret),
     )(*map(shape.view, (x, dy, scale)))
-    return shape.flat(dx), shape.total(dscale), shape.total(dbias)
+    dscale, dbias = shape.totals(sums)
+    return shape.flat(dx), dscale, dbias
 
 
 def _normed(shape: RowShape, x: tuple[jax.Array, ...], epsilon: float) -> tuple[list[jax.Array], jax.Array]:

@@ -93,9 +93,9 @@ class RowShape:
         """A result like the rows."""
         return jax.ShapeDtypeStruct((self.padded, self.blocks, self.block), dtype)
 
-    def of_sums(self) -> jax.ShapeDtypeStruct:
-        """A result of `store_sums`."""
-        return jax.ShapeDtypeStruct((self.programs, self.blocks, self.block), jnp.float32)
+    def of_sums(self, number: int) -> jax.ShapeDtypeStruct:
+        """So many results of `store_sums`, of one program beside each other."""
+        return jax.ShapeDtypeStruct((self.programs, number, self.blocks, self.block), jnp.float32)
 
     def sums_scratch(self) -> plgpu.SMEM:
         """What `store_sums` needs."""
@@ -105,9 +105,9 @@ class RowShape:
         """A result like the rows as [R, D]."""
         return array.reshape(self.padded, self.columns)[: self.rows]
 
-    def total(self, sums: jax.Array) -> jax.Array:
-        """A result of `store_sums` over all programs: [D] float32."""
-        return jnp.sum(sums.reshape(self.programs, self.columns), axis=0)
+    def totals(self, sums: jax.Array) -> jax.Array:
+        """The results of `store_sums` over all programs, in one sum: [number, D] float32."""
+        return jnp.sum(sums.reshape(self.programs, -1), axis=0).reshape(-1, self.columns)
 
     def options(self, name: str, interpret: bool | None, *, approximate: bool = False) -> dict:
         """Of `plgpu.kernel`. approximate: exponentials are the hardware's."""

@@ -226,6 +226,62 @@ def walk_blocks(blocks: BlockRange, step: Callable[[Any, Any, bool], Any], carry
     return carry
 
 
+class Images:
+    """The rows of the batch that a CTA takes one after the other: [first, first + count).
+
+    With one there is no loop, and what is each warpgroup's own has one buffer; with more it has two.
+
+    Args:
+        most: of a CTA; the grid's axis "batch" has one step for so many.
+        batch: of all.
+    """
+
+    def __init__(self, most: int, batch: int) -> None:
+        self.most = most
+        self.first = lax.axis_index("batch") * most
+        self.count = 1 if most == 1 else jnp.minimum(jnp.int32(most), batch - self.first)
+
+    def of(self, step: Any, steps: Any) -> Any:
+        """The image (from 0) of a step of the CTA, with so many steps for each."""
+        return 0 if self.most == 1 else lax.div(step, steps)
+
+    def within(self, step: Any, steps: Any) -> Any:
+        """The step of its image."""
+        return step if self.most == 1 else lax.rem(step, steps)
+
+    def buffer(self, warpgroup: Any, image: Any) -> Any:
+        """Of what is a warpgroup's own."""
+        return warpgroup if self.most == 1 else 2 * warpgroup + lax.rem(image, jnp.int32(2))
+
+    def walk(self, load: Callable[[Any], None], compute: Callable[[Any], None]) -> None:
+        """A warpgroup's work: `load` of the next image is issued before `compute` of one, which stores through the
+        buffer that the one after the next will be loaded to."""
+        load(0)
+        if self.most == 1:
+            compute(0)
+            return
+
+        @pl.loop(0, self.count)
+        def _image(image):
+            plgpu.wait_smem_to_gmem(0)
+
+            @pl.when(image + 1 < self.count)
+            def _next():
+                load(image + 1)
+
+            compute(image)
+
+
+def produce(fetch: Callable[..., None], total: Any, stages: int, consumed: Callable[[Any], None]) -> None:
+    """A producer's work: fetch(step, wait) for all its steps, and to observe every phase of a barrier before it goes,
+    as the interpreter insists."""
+    warm = jnp.minimum(jnp.int32(stages), total)
+    pl.loop(0, warm)(lambda step: fetch(step, wait=False))
+    pl.loop(warm, total)(lambda step: fetch(step, wait=True))
+    drain = jnp.maximum(total - stages, 0)
+    pl.loop(drain, total)(lambda step: consumed(lax.rem(step, jnp.int32(stages))))
+
+
 def accumulate(
     body: Callable[..., Any],
     accumulators: Sequence[jax.Array | tuple[int, int]],

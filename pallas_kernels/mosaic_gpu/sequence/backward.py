@@ -83,6 +83,7 @@ def sequence_backward(
 
     def run(kernel, name, tiles, grid, like, query_block, key_block, per, columns=None):
         """One of the two kernels; it owns blocks of the `per` side."""
+        shape.check_images(f"sequence {name}", tiles.images)
         variant = BackwardVariant(shape, tiles, call.scale, interpret, columns)
         plain = dataclasses.replace(variant, interpret=False)
         check_shared(f"sequence {name}", variant, kernel.scratch_types(plain))
@@ -107,13 +108,13 @@ def sequence_backward(
         )(*operands)
 
     query_blocks = pl.cdiv(shape.query_tokens, dq_tiles.owned_block)
-    grid = [("batch", shape.batch), ("query_block", query_blocks), ("head", shape.num_heads)]
+    grid = [("batch", pl.cdiv(shape.batch, dq_tiles.images)), ("query_block", query_blocks), ("head", shape.num_heads)]
     dquery = run(dq, "dq", dq_tiles, grid, query, dq_tiles.owned_block, dq_tiles.block, "query")
     key_blocks, kv_heads = ("key_block", pl.cdiv(shape.key_tokens, dkv_tiles.owned_block)), shape.num_kv_heads
     # Streaming one KV head's queries at a time keeps them in L2 when all heads together would not fit.
     query_bytes = 4 * shape.dtype.itemsize // 2 * shape.query_tokens * kv_heads * shape.head_dim
     axes = [key_blocks, ("kv_head", kv_heads)]
-    grid = [("batch", shape.batch), *(axes if query_bytes <= L2_BYTES else axes[::-1])]
+    grid = [("batch", pl.cdiv(shape.batch, dkv_tiles.images)), *(axes if query_bytes <= L2_BYTES else axes[::-1])]
     run_dkv = functools.partial(run, dkv, "dkv", dkv_tiles, grid)
     blocks = dkv_tiles.block, dkv_tiles.owned_block, "key"
     if shape.head_dim <= GRADIENT_COLUMNS:

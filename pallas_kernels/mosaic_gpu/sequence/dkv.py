@@ -46,9 +46,10 @@ def scratch_types(variant: BackwardVariant) -> dict[str, Any]:
     warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
     tile, interpret = wg_lib.tiled_smem, variant.interpret
     box = functools.partial(tile, boxed=variant.boxed)
+    own = warpgroups * min(tiles.images, 2)
     return dict(
-        key_smem=box((warpgroups, 64, head_dim), dtype),
-        value_smem=box((warpgroups, 64, head_dim), dtype),
+        key_smem=box((own, 64, head_dim), dtype),
+        value_smem=box((own, 64, head_dim), dtype),
         query_smem=box((stages, block, head_dim), dtype),
         dout_smem=box((stages, block, head_dim), dtype),
         statistics_smem=plgpu.SMEM((stages, 2, block), jnp.float32),
@@ -56,7 +57,7 @@ def scratch_types(variant: BackwardVariant) -> dict[str, Any]:
         query_rows_smem=plgpu.SMEM((stages, spec.channels, block), jnp.int32) if spec.explicit else None,
         p_stage=tile((warpgroups, 64, block), dtype) if interpret else None,
         ds_stage=tile((warpgroups, 64, block), dtype) if interpret else None,
-        own_ready=plgpu.Barrier(num_arrivals=3 if spec.explicit else 2, num_barriers=warpgroups),
+        own_ready=plgpu.Barrier(num_arrivals=3 if spec.explicit else 2, num_barriers=own),
         ready=plgpu.Barrier(num_arrivals=4 if spec.explicit else 3, num_barriers=stages),
         consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     )
@@ -79,7 +80,8 @@ def make_body(variant: BackwardVariant):
         )
         query_ref, key_ref, value_ref, dout_ref, statistics_ref = fixed
         s = wg_lib.named(scratch)
-        batch, kv_head = lax.axis_index("batch"), lax.axis_index("kv_head")
+        images = wg_lib.Images(tiles.images, sizes.batch)
+        batch, kv_head = images.first, lax.axis_index("kv_head")
         key_tile = lax.axis_index("key_block")
         warpgroup = lax.axis_index("warpgroup")
         key_start = key_tile * tiles.owned_block
@@ -96,48 +98,45 @@ def make_body(variant: BackwardVariant):
                 last = jnp.where(key_start >= limit, first + 1, last)
         last = jnp.maximum(last, first + 1)
         steps = last - first
-        total = steps * group
-
-        def slot_of(step):
-            return lax.rem(step, jnp.int32(stages))
+        total = steps * group  # of an image
 
         @pl.when(warpgroup == warpgroups)
         def _producer():
             plgpu.set_max_registers(REGISTERS[warpgroups][1], action="decrease")
 
             def fetch(step, wait):
-                slot = slot_of(step)
+                slot, image = lax.rem(step, jnp.int32(stages)), batch + images.of(step, total)
+                step = images.within(step, total)
                 head = kv_head * group + lax.div(step, steps)
                 window = pl.ds((first + lax.rem(step, steps)) * block, block)
                 if wait:
                     plgpu.barrier_wait(s.consumed.at[slot])
                 ready = s.ready.at[slot]
-                plgpu.copy_gmem_to_smem(query_ref.at[batch, window, head], s.query_smem_box.at[slot], ready)
-                plgpu.copy_gmem_to_smem(dout_ref.at[batch, window, head], s.dout_smem_box.at[slot], ready)
-                plgpu.copy_gmem_to_smem(statistics_ref.at[batch, head, :, window], s.statistics_smem.at[slot], ready)
+                plgpu.copy_gmem_to_smem(query_ref.at[image, window, head], s.query_smem_box.at[slot], ready)
+                plgpu.copy_gmem_to_smem(dout_ref.at[image, window, head], s.dout_smem_box.at[slot], ready)
+                plgpu.copy_gmem_to_smem(statistics_ref.at[image, head, :, window], s.statistics_smem.at[slot], ready)
                 if spec.explicit:
-                    plgpu.copy_gmem_to_smem(query_rows_ref.at[batch, :, window], s.query_rows_smem.at[slot], ready)
+                    plgpu.copy_gmem_to_smem(query_rows_ref.at[image, :, window], s.query_rows_smem.at[slot], ready)
 
-            warm = jnp.minimum(jnp.int32(stages), total)
-            pl.loop(0, warm)(lambda step: fetch(step, wait=False))
-            pl.loop(warm, total)(lambda step: fetch(step, wait=True))
-            drain = jnp.maximum(total - stages, 0)
-            pl.loop(drain, total)(lambda step: plgpu.barrier_wait(s.consumed.at[slot_of(step)]))
+            waited = lambda slot: plgpu.barrier_wait(s.consumed.at[slot])  # noqa: E731
+            wg_lib.produce(fetch, total * images.count, stages, waited)
 
         @pl.when(warpgroup < warpgroups)
         def _consumer():
             plgpu.set_max_registers(REGISTERS[warpgroups][0], action="increase")
             row_start = key_start + warpgroup * 64
             window = pl.ds(row_start, 64)
-            own = s.own_ready.at[warpgroup]
-            key_smem, value_smem = s.key_smem.at[warpgroup], s.value_smem.at[warpgroup]
-            key_box, value_box = s.key_smem_box.at[warpgroup], s.value_smem_box.at[warpgroup]
             p_stage = s.p_stage.at[warpgroup] if interpret else None
             ds_stage = s.ds_stage.at[warpgroup] if interpret else None
-            plgpu.copy_gmem_to_smem(key_ref.at[batch, window, kv_head], key_box, own)
-            plgpu.copy_gmem_to_smem(value_ref.at[batch, window, kv_head], value_box, own)
-            if spec.explicit:
-                plgpu.copy_gmem_to_smem(key_rows_ref.at[batch, :, window], s.key_rows_smem.at[warpgroup], own)
+
+            def load(image):
+                """What is the warpgroup's own of an image."""
+                own = images.buffer(warpgroup, image)
+                ready = s.own_ready.at[own]
+                plgpu.copy_gmem_to_smem(key_ref.at[batch + image, window, kv_head], s.key_smem_box.at[own], ready)
+                plgpu.copy_gmem_to_smem(value_ref.at[batch + image, window, kv_head], s.value_smem_box.at[own], ready)
+                if spec.explicit:
+                    plgpu.copy_gmem_to_smem(key_rows_ref.at[batch, :, window], s.key_rows_smem.at[warpgroup], ready)
 
             # Query blocks in [full_start, full_end) see all keys of this warpgroup.
             full_start, full_end = first, last
@@ -146,85 +145,98 @@ def make_body(variant: BackwardVariant):
             if spec.causal and not spec.positions:
                 full_start = jnp.maximum(full_start, pl.cdiv(row_start + 63, block))
 
-            plgpu.barrier_wait(own)
-            row_values = []
-            if spec.explicit:
-                row_values = [
-                    plgpu.load(s.key_rows_smem.at[warpgroup, c], layout=wg_lib.ROW) for c in range(spec.channels)
-                ]
+            def compute(image):
+                """An image's gradients."""
+                own = images.buffer(warpgroup, image)
+                key_smem, value_smem = s.key_smem.at[own], s.value_smem.at[own]
 
-            def hide(logits, slot, query_block):
-                """Keys are rows here. Keys past the limit are dropped at the end, rows past T by lse = +inf."""
-                conditions = []
-                column_values = [
-                    plgpu.load(s.query_rows_smem.at[slot, c], layout=wg_lib.COLUMN) for c in range(spec.channels)
-                ]
-                channel = 0
-                if spec.positions:
-                    conditions.append(wg_lib.rows(row_values[0], shape) <= wg_lib.columns(column_values[0], shape))
-                    channel = 1
-                elif spec.causal:
-                    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wg_lib.TILE)
-                    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=wg_lib.TILE)
-                    conditions.append(row - column <= query_block * block - row_start)
-                if spec.segments:
-                    conditions.append(
-                        wg_lib.rows(row_values[channel], shape) == wg_lib.columns(column_values[channel], shape)
-                    )
-                visible = conditions[0]
-                for condition in conditions[1:]:
-                    visible &= condition
-                return jnp.where(visible, logits, wg_lib.HIDDEN)
+                def slot_of(step):
+                    return lax.rem(image * total + step, jnp.int32(stages))
 
-            # K in registers takes a sixth off the SMEM reads of a step, 12 % off its time; V as well spills.
-            in_registers = tiles.key_in_registers and not interpret
-            key_operand = plgpu.load(key_smem, layout=wg_lib.TILE) if in_registers else key_smem
+                plgpu.barrier_wait(s.own_ready.at[own])
+                row_values = []
+                if spec.explicit:
+                    row_values = [
+                        plgpu.load(s.key_rows_smem.at[warpgroup, c], layout=wg_lib.ROW) for c in range(spec.channels)
+                    ]
 
-            def first_products(logits_acc, dp_acc, slot):
-                plgpu.wgmma(logits_acc, key_operand, s.query_smem.at[slot].T)
-                plgpu.wgmma(dp_acc, value_smem, s.dout_smem.at[slot].T)
+                def hide(logits, slot, query_block):
+                    """Keys are rows here. Keys past the limit are dropped at the end, rows past T by lse = +inf."""
+                    conditions = []
+                    column_values = [
+                        plgpu.load(s.query_rows_smem.at[slot, c], layout=wg_lib.COLUMN) for c in range(spec.channels)
+                    ]
+                    channel = 0
+                    if spec.positions:
+                        conditions.append(wg_lib.rows(row_values[0], shape) <= wg_lib.columns(column_values[0], shape))
+                        channel = 1
+                    elif spec.causal:
+                        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wg_lib.TILE)
+                        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=wg_lib.TILE)
+                        conditions.append(row - column <= query_block * block - row_start)
+                    if spec.segments:
+                        conditions.append(
+                            wg_lib.rows(row_values[channel], shape) == wg_lib.columns(column_values[channel], shape)
+                        )
+                    visible = conditions[0]
+                    for condition in conditions[1:]:
+                        visible &= condition
+                    return jnp.where(visible, logits, wg_lib.HIDDEN)
 
-            def probability(logits_acc, slot, query_block, outstanding, masked):
-                """P^T in float32, once at most `outstanding` younger wgmma groups are in flight."""
-                lse = plgpu.load(s.statistics_smem.at[slot, 0], layout=wg_lib.COLUMN)
-                logits = wg_lib.load_after(logits_acc, outstanding)
-                if masked:
-                    logits = hide(logits, slot, query_block)
-                return jnp.exp2(logits * scale2 - wg_lib.columns(lse, shape))
+                # K in registers takes a sixth off the SMEM reads of a step, 12 % off its time; V as well spills.
+                in_registers = tiles.key_in_registers and not interpret
+                key_operand = plgpu.load(key_smem, layout=wg_lib.TILE) if in_registers else key_smem
 
-            def logits_gradient(dp_acc, p, slot, outstanding):
-                """dS^T in float32."""
-                delta = plgpu.load(s.statistics_smem.at[slot, 1], layout=wg_lib.COLUMN)
-                return p * (wg_lib.load_after(dp_acc, outstanding) - wg_lib.columns(delta, shape))
+                def first_products(logits_acc, dp_acc, slot):
+                    plgpu.wgmma(logits_acc, key_operand, s.query_smem.at[slot].T)
+                    plgpu.wgmma(dp_acc, value_smem, s.dout_smem.at[slot].T)
 
-            consumer = _Consumer(variant, s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of)
-            blocks = wg_lib.BlockRange(first, full_start, full_end, last, masked_start, spec.explicit)
-            dk, dv = _walk(consumer, blocks)
+                def probability(logits_acc, slot, query_block, outstanding, masked):
+                    """P^T in float32, once at most `outstanding` younger wgmma groups are in flight."""
+                    lse = plgpu.load(s.statistics_smem.at[slot, 0], layout=wg_lib.COLUMN)
+                    logits = wg_lib.load_after(logits_acc, outstanding)
+                    if masked:
+                        logits = hide(logits, slot, query_block)
+                    return jnp.exp2(logits * scale2 - wg_lib.columns(lse, shape))
 
-            dk = dk * scale
-            if spec.limit:
-                row = plgpu.broadcasted_iota(jnp.int32, dk.shape, 0, layout=wg_lib.TILE)
-                seen = row < limit - row_start
-                dk, dv = jnp.where(seen, dk, 0.0), jnp.where(seen, dv, 0.0)
-            if variant.columns is None:
-                key_smem[...] = dk.astype(dtype)
-                value_smem[...] = dv.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(key_box, dk_ref.at[batch, window, kv_head])
-                plgpu.copy_smem_to_gmem(value_box, dv_ref.at[batch, window, kv_head])
-            else:
-                columns = pl.ds(variant.columns.start, len(variant.columns))
-                key_smem[:, columns] = dk.astype(dtype)
-                value_smem[:, columns] = dv.astype(dtype)
-                plgpu.commit_smem()
-                for start in range(0, 64, 8):  # TMA stores what lies together: of some columns 8 rows
+                def logits_gradient(dp_acc, p, slot, outstanding):
+                    """dS^T in float32."""
+                    delta = plgpu.load(s.statistics_smem.at[slot, 1], layout=wg_lib.COLUMN)
+                    return p * (wg_lib.load_after(dp_acc, outstanding) - wg_lib.columns(delta, shape))
 
-                    @pl.when(row_start + start < key_tokens)
-                    def _store(start=start):
-                        to = pl.ds(row_start + start, 8)
-                        for source, ref in ((key_smem, dk_ref), (value_smem, dv_ref)):
-                            plgpu.copy_smem_to_gmem(source.at[pl.ds(start, 8), columns], ref.at[batch, to, kv_head])
+                consumer = _Consumer(
+                    variant, s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of
+                )
+                blocks = wg_lib.BlockRange(first, full_start, full_end, last, masked_start, spec.explicit)
+                dk, dv = _walk(consumer, blocks)
 
+                dk = dk * scale
+                if spec.limit:
+                    row = plgpu.broadcasted_iota(jnp.int32, dk.shape, 0, layout=wg_lib.TILE)
+                    seen = row < limit - row_start
+                    dk, dv = jnp.where(seen, dk, 0.0), jnp.where(seen, dv, 0.0)
+                if variant.columns is None:
+                    key_smem[...] = dk.astype(dtype)
+                    value_smem[...] = dv.astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(s.key_smem_box.at[own], dk_ref.at[batch + image, window, kv_head])
+                    plgpu.copy_smem_to_gmem(s.value_smem_box.at[own], dv_ref.at[batch + image, window, kv_head])
+                else:
+                    columns = pl.ds(variant.columns.start, len(variant.columns))
+                    key_smem[:, columns] = dk.astype(dtype)
+                    value_smem[:, columns] = dv.astype(dtype)
+                    plgpu.commit_smem()
+                    for start in range(0, 64, 8):  # TMA stores what lies together: of some columns 8 rows
+
+                        @pl.when(row_start + start < key_tokens)
+                        def _store(start=start):
+                            to = pl.ds(row_start + start, 8)
+                            for source, ref in ((key_smem, dk_ref), (value_smem, dv_ref)):
+                                plgpu.copy_smem_to_gmem(
+                                    source.at[pl.ds(start, 8), columns], ref.at[batch + image, to, kv_head]
+                                )
+
+            images.walk(load, compute)
             plgpu.wait_smem_to_gmem(0)
 
     return body
@@ -257,12 +269,13 @@ def _walk(consumer: _Consumer, blocks: wg_lib.BlockRange) -> tuple[Any, Any]:
     zeros = wg_lib.full((64, columns), 0.0, wg_lib.TILE)
     first, last, group = blocks.first, blocks.end, variant.shape.group
     steps = last - first
-    plgpu.barrier_wait(s.ready.at[0])
+    begin = slot_of(0)
+    plgpu.barrier_wait(s.ready.at[begin])
 
     def prologue(logits_acc, dp_acc):
-        first_products(logits_acc, dp_acc, 0)
-        p = probability(logits_acc, 0, first, 1, blocks.masked_head)
-        return p.astype(dtype), logits_gradient(dp_acc, p, 0, 0).astype(dtype)
+        first_products(logits_acc, dp_acc, begin)
+        p = probability(logits_acc, begin, first, 1, blocks.masked_head)
+        return p.astype(dtype), logits_gradient(dp_acc, p, begin, 0).astype(dtype)
 
     empty = plgpu.layout_cast(jnp.zeros(shape, dtype), wg_lib.TILE)
     _, (p, ds) = wg_lib.accumulate(prologue, [shape, shape], (empty, empty), interpret=interpret)

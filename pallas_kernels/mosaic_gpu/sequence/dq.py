@@ -37,16 +37,17 @@ def scratch_types(variant: BackwardVariant) -> dict[str, Any]:
     warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
     tile, interpret = wg_lib.tiled_smem, variant.interpret
     box = functools.partial(tile, boxed=variant.boxed)
+    own = warpgroups * min(tiles.images, 2)
     return dict(
-        query_smem=box((warpgroups, 64, head_dim), dtype),
-        dout_smem=box((warpgroups, 64, head_dim), dtype),
-        statistics_smem=plgpu.SMEM((warpgroups, 2, 64), jnp.float32),
+        query_smem=box((own, 64, head_dim), dtype),
+        dout_smem=box((own, 64, head_dim), dtype),
+        statistics_smem=plgpu.SMEM((own, 2, 64), jnp.float32),
         key_smem=box((stages, block, head_dim), dtype),
         value_smem=box((stages, block, head_dim), dtype),
         query_rows_smem=plgpu.SMEM((warpgroups, spec.channels, 64), jnp.int32) if spec.explicit else None,
         key_rows_smem=plgpu.SMEM((stages, spec.channels, block), jnp.int32) if spec.explicit else None,
         ds_stage=tile((warpgroups, 64, block), dtype) if interpret else None,
-        own_ready=plgpu.Barrier(num_arrivals=4 if spec.explicit else 3, num_barriers=warpgroups),
+        own_ready=plgpu.Barrier(num_arrivals=4 if spec.explicit else 3, num_barriers=own),
         ready=plgpu.Barrier(num_arrivals=3 if spec.explicit else 2, num_barriers=stages),
         consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     )
@@ -69,7 +70,8 @@ def make_body(variant: BackwardVariant):
         )
         query_ref, key_ref, value_ref, dout_ref, statistics_ref = fixed
         s = wg_lib.named(scratch)
-        batch, head = lax.axis_index("batch"), lax.axis_index("head")
+        images = wg_lib.Images(tiles.images, sizes.batch)
+        batch, head = images.first, lax.axis_index("head")
         query_tile = query_blocks - 1 - lax.axis_index("query_block")
         warpgroup = lax.axis_index("warpgroup")
         query_start = query_tile * tiles.owned_block
@@ -83,8 +85,8 @@ def make_body(variant: BackwardVariant):
             last = pl.cdiv(end, block)
         last = jnp.maximum(last, first + 1)
 
-        def slot_of(step):
-            return lax.rem(step - first, jnp.int32(stages))
+        steps = last - first  # of an image
+        total = steps * images.count
 
         @pl.when(warpgroup == warpgroups)
         def _producer():
@@ -92,36 +94,35 @@ def make_body(variant: BackwardVariant):
             kv_head = lax.div(head, jnp.int32(group))
 
             def fetch(step, wait):
-                slot, window = slot_of(step), pl.ds(step * block, block)
+                slot, image = lax.rem(step, jnp.int32(stages)), batch + images.of(step, steps)
+                window = pl.ds((first + images.within(step, steps)) * block, block)
                 if wait:
                     plgpu.barrier_wait(s.consumed.at[slot])
                 ready = s.ready.at[slot]
-                plgpu.copy_gmem_to_smem(key_ref.at[batch, window, kv_head], s.key_smem_box.at[slot], ready)
-                plgpu.copy_gmem_to_smem(value_ref.at[batch, window, kv_head], s.value_smem_box.at[slot], ready)
+                plgpu.copy_gmem_to_smem(key_ref.at[image, window, kv_head], s.key_smem_box.at[slot], ready)
+                plgpu.copy_gmem_to_smem(value_ref.at[image, window, kv_head], s.value_smem_box.at[slot], ready)
                 if spec.explicit:
-                    plgpu.copy_gmem_to_smem(key_rows_ref.at[batch, :, window], s.key_rows_smem.at[slot], ready)
+                    plgpu.copy_gmem_to_smem(key_rows_ref.at[image, :, window], s.key_rows_smem.at[slot], ready)
 
-            warm = jnp.minimum(first + stages, last)
-            pl.loop(first, warm)(lambda step: fetch(step, wait=False))
-            pl.loop(warm, last)(lambda step: fetch(step, wait=True))
-            drain = jnp.maximum(last - stages, first)
-            pl.loop(drain, last)(lambda step: plgpu.barrier_wait(s.consumed.at[slot_of(step)]))
+            wg_lib.produce(fetch, total, stages, lambda slot: plgpu.barrier_wait(s.consumed.at[slot]))
 
         @pl.when(warpgroup < warpgroups)
         def _consumer():
             plgpu.set_max_registers(REGISTERS[warpgroups][0], action="increase")
             row_start = query_start + warpgroup * 64
             window = pl.ds(row_start, 64)
-            own = s.own_ready.at[warpgroup]
-            query_smem, dout_smem = s.query_smem.at[warpgroup], s.dout_smem.at[warpgroup]
-            query_box, dout_box = s.query_smem_box.at[warpgroup], s.dout_smem_box.at[warpgroup]
-            statistics_smem = s.statistics_smem.at[warpgroup]
             ds_stage = s.ds_stage.at[warpgroup] if interpret else None
-            plgpu.copy_gmem_to_smem(query_ref.at[batch, window, head], query_box, own)
-            plgpu.copy_gmem_to_smem(dout_ref.at[batch, window, head], dout_box, own)
-            plgpu.copy_gmem_to_smem(statistics_ref.at[batch, head, :, window], statistics_smem, own)
-            if spec.explicit:
-                plgpu.copy_gmem_to_smem(query_rows_ref.at[batch, :, window], s.query_rows_smem.at[warpgroup], own)
+
+            def load(image):
+                """What is the warpgroup's own of an image."""
+                own = images.buffer(warpgroup, image)
+                ready = s.own_ready.at[own]
+                plgpu.copy_gmem_to_smem(query_ref.at[batch + image, window, head], s.query_smem_box.at[own], ready)
+                plgpu.copy_gmem_to_smem(dout_ref.at[batch + image, window, head], s.dout_smem_box.at[own], ready)
+                statistics = statistics_ref.at[batch + image, head, :, window]
+                plgpu.copy_gmem_to_smem(statistics, s.statistics_smem.at[own], ready)
+                if spec.explicit:
+                    plgpu.copy_gmem_to_smem(query_rows_ref.at[batch, :, window], s.query_rows_smem.at[warpgroup], ready)
 
             # Key blocks of this warpgroup: [first, own_end), of which [full_start, full_end) need no mask.
             if spec.explicit:
@@ -133,94 +134,108 @@ def make_body(variant: BackwardVariant):
                 own_end = jnp.minimum(own_end, pl.cdiv(row_start + 64, block))
             own_end = jnp.minimum(jnp.maximum(own_end, first + 1), last)
 
-            plgpu.barrier_wait(own)
-            lse = plgpu.load(statistics_smem.at[0], layout=wg_lib.ROW)
-            delta = plgpu.load(statistics_smem.at[1], layout=wg_lib.ROW)
-            row_values = []
-            if spec.explicit:
-                row_values = [
-                    plgpu.load(s.query_rows_smem.at[warpgroup, c], layout=wg_lib.ROW) for c in range(spec.channels)
-                ]
+            def compute(image):
+                """An image's gradient."""
+                own = images.buffer(warpgroup, image)
+                query_smem, dout_smem = s.query_smem.at[own], s.dout_smem.at[own]
+                statistics_smem = s.statistics_smem.at[own]
 
-            def hide(logits, step):
-                column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wg_lib.TILE)
-                visible = column < limit - step * block
-                channel = 0
-                column_values = [
-                    plgpu.load(s.key_rows_smem.at[slot_of(step), c], layout=wg_lib.COLUMN) for c in range(spec.channels)
-                ]
-                if spec.positions:
-                    visible &= wg_lib.columns(column_values[0], shape) <= wg_lib.rows(row_values[0], shape)
-                    channel = 1
-                elif spec.causal:
-                    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=wg_lib.TILE)
-                    visible &= column - row <= row_start - step * block
-                if spec.segments:
-                    visible &= wg_lib.columns(column_values[channel], shape) == wg_lib.rows(row_values[channel], shape)
-                return jnp.where(visible, logits, wg_lib.HIDDEN)
+                def slot_of(step):
+                    return lax.rem(image * steps + step - first, jnp.int32(stages))
 
-            def first_products(logits_acc, dp_acc, slot):
-                plgpu.wgmma(logits_acc, query_smem, s.key_smem.at[slot].T)
-                plgpu.wgmma(dp_acc, dout_smem, s.value_smem.at[slot].T)
+                plgpu.barrier_wait(s.own_ready.at[own])
+                lse = plgpu.load(statistics_smem.at[0], layout=wg_lib.ROW)
+                delta = plgpu.load(statistics_smem.at[1], layout=wg_lib.ROW)
+                row_values = []
+                if spec.explicit:
+                    row_values = [
+                        plgpu.load(s.query_rows_smem.at[warpgroup, c], layout=wg_lib.ROW) for c in range(spec.channels)
+                    ]
 
-            def gradient(logits_acc, dp_acc, step, later, masked):
-                """dS in float32; `later` wgmma groups were issued after the two first products."""
-                logits = wg_lib.load_after(logits_acc, later + 1)
-                if masked:
-                    logits = hide(logits, step)
-                p = jnp.exp2(logits * scale2 - wg_lib.rows(lse, shape))
-                return p * (wg_lib.load_after(dp_acc, later) - wg_lib.rows(delta, shape))
+                def hide(logits, step):
+                    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wg_lib.TILE)
+                    visible = column < limit - step * block
+                    channel = 0
+                    column_values = [
+                        plgpu.load(s.key_rows_smem.at[slot_of(step), c], layout=wg_lib.COLUMN)
+                        for c in range(spec.channels)
+                    ]
+                    if spec.positions:
+                        visible &= wg_lib.columns(column_values[0], shape) <= wg_lib.rows(row_values[0], shape)
+                        channel = 1
+                    elif spec.causal:
+                        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=wg_lib.TILE)
+                        visible &= column - row <= row_start - step * block
+                    if spec.segments:
+                        visible &= wg_lib.columns(column_values[channel], shape) == wg_lib.rows(
+                            row_values[channel], shape
+                        )
+                    return jnp.where(visible, logits, wg_lib.HIDDEN)
 
-            plgpu.barrier_wait(s.ready.at[slot_of(first)])
+                def first_products(logits_acc, dp_acc, slot):
+                    plgpu.wgmma(logits_acc, query_smem, s.key_smem.at[slot].T)
+                    plgpu.wgmma(dp_acc, dout_smem, s.value_smem.at[slot].T)
 
-            def prologue(logits_acc, dp_acc):
-                first_products(logits_acc, dp_acc, slot_of(first))
-                return gradient(logits_acc, dp_acc, first, 0, masked_end).astype(dtype)
+                def gradient(logits_acc, dp_acc, step, later, masked):
+                    """dS in float32; `later` wgmma groups were issued after the two first products."""
+                    logits = wg_lib.load_after(logits_acc, later + 1)
+                    if masked:
+                        logits = hide(logits, step)
+                    p = jnp.exp2(logits * scale2 - wg_lib.rows(lse, shape))
+                    return p * (wg_lib.load_after(dp_acc, later) - wg_lib.rows(delta, shape))
 
-            ds = plgpu.layout_cast(jnp.zeros(shape, dtype), wg_lib.TILE)
-            _, ds = wg_lib.accumulate(prologue, [shape, shape], ds, interpret=interpret)
-            dq = wg_lib.full((64, head_dim), 0.0, wg_lib.TILE)
+                plgpu.barrier_wait(s.ready.at[slot_of(first)])
 
-            def step_body(step, carry, masked):
-                dq, ds = carry
-                slot, previous = slot_of(step), slot_of(step - 1)
-                plgpu.barrier_wait(s.ready.at[slot])
+                def prologue(logits_acc, dp_acc):
+                    first_products(logits_acc, dp_acc, slot_of(first))
+                    return gradient(logits_acc, dp_acc, first, 0, masked_end).astype(dtype)
 
-                def issue(dq_acc, logits_acc, dp_acc):
-                    first_products(logits_acc, dp_acc, slot)
-                    wg_lib.wgmma_registers(dq_acc, ds, s.key_smem.at[previous], ds_stage)
-                    new_ds = gradient(logits_acc, dp_acc, step, 1, masked)
-                    plgpu.wgmma_wait(0)
-                    # The old dS is an operand in registers until here; round the new one only now.
-                    new_ds, _ = lax.optimization_barrier((new_ds, ds))
-                    plgpu.barrier_arrive(s.consumed.at[previous])
-                    return new_ds.astype(dtype)
+                ds = plgpu.layout_cast(jnp.zeros(shape, dtype), wg_lib.TILE)
+                _, ds = wg_lib.accumulate(prologue, [shape, shape], ds, interpret=interpret)
+                dq = wg_lib.full((64, head_dim), 0.0, wg_lib.TILE)
 
-                (dq, _, _), ds = wg_lib.accumulate(issue, [dq, shape, shape], ds, interpret=interpret)
-                return dq, ds
+                def step_body(step, carry, masked):
+                    dq, ds = carry
+                    slot, previous = slot_of(step), slot_of(step - 1)
+                    plgpu.barrier_wait(s.ready.at[slot])
 
-            blocks = wg_lib.BlockRange(first + 1, full_start, full_end, own_end, spec.explicit, masked_end)
-            dq, ds = wg_lib.walk_blocks(blocks, step_body, (dq, ds))
+                    def issue(dq_acc, logits_acc, dp_acc):
+                        first_products(logits_acc, dp_acc, slot)
+                        wg_lib.wgmma_registers(dq_acc, ds, s.key_smem.at[previous], ds_stage)
+                        new_ds = gradient(logits_acc, dp_acc, step, 1, masked)
+                        plgpu.wgmma_wait(0)
+                        # The old dS is an operand in registers until here; round the new one only now.
+                        new_ds, _ = lax.optimization_barrier((new_ds, ds))
+                        plgpu.barrier_arrive(s.consumed.at[previous])
+                        return new_ds.astype(dtype)
 
-            slot = slot_of(own_end - 1)
+                    (dq, _, _), ds = wg_lib.accumulate(issue, [dq, shape, shape], ds, interpret=interpret)
+                    return dq, ds
 
-            def finish(dq_acc):
-                wg_lib.wgmma_registers(dq_acc, ds, s.key_smem.at[slot], ds_stage)
-                return ()
+                blocks = wg_lib.BlockRange(first + 1, full_start, full_end, own_end, spec.explicit, masked_end)
+                dq, ds = wg_lib.walk_blocks(blocks, step_body, (dq, ds))
 
-            (dq,), _ = wg_lib.accumulate(finish, [dq], interpret=interpret)
-            plgpu.barrier_arrive(s.consumed.at[slot])
+                slot = slot_of(own_end - 1)
 
-            @pl.loop(own_end, last)
-            def _release(step):
-                """Blocks that only the other warpgroups need."""
-                if interpret:
-                    plgpu.barrier_wait(s.ready.at[slot_of(step)])
-                plgpu.barrier_arrive(s.consumed.at[slot_of(step)])
+                def finish(dq_acc):
+                    wg_lib.wgmma_registers(dq_acc, ds, s.key_smem.at[slot], ds_stage)
+                    return ()
 
-            query_smem[...] = (dq * scale).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(query_box, dq_ref.at[batch, window, head])
+                (dq,), _ = wg_lib.accumulate(finish, [dq], interpret=interpret)
+                plgpu.barrier_arrive(s.consumed.at[slot])
+
+                @pl.loop(own_end, last)
+                def _release(step):
+                    """Blocks that only the other warpgroups need."""
+                    if interpret:
+                        plgpu.barrier_wait(s.ready.at[slot_of(step)])
+                    plgpu.barrier_arrive(s.consumed.at[slot_of(step)])
+
+                query_smem[...] = (dq * scale).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(s.query_smem_box.at[own], dq_ref.at[batch + image, window, head])
+
+            images.walk(load, compute)
             plgpu.wait_smem_to_gmem(0)
 
     return body

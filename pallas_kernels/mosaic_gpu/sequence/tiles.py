@@ -75,6 +75,11 @@ class SequenceShape:
         """G, query heads of a KV head."""
         return self.num_heads // self.num_kv_heads
 
+    def check_images(self, name: str, images: int) -> None:
+        """Raises ValueError if a CTA cannot take several rows of the batch of such a call."""
+        if images > 1 and (self.mask.explicit or self.mask.limit):
+            raise ValueError(f"{name}: images={images}: expected 1 with segments, positions or key lengths")
+
     def kernel_name(self, name: str, tiles: ForwardTiles | BackwardTiles) -> str:
         """The name with shapes and tiles (warpgroups x block x stages): what errors and profiles of a GPU show."""
         numbers = "x".join(str(int(x)) for x in dataclasses.astuple(tiles))
@@ -127,12 +132,15 @@ class BackwardTiles:
         block: rows of the other side per ring stage.
         stages: depth of the ring.
         key_in_registers: dkv only: K is a register operand of `wgmma` (32 registers a thread at H=64).
+        images: rows of the batch that a CTA takes one after the other, the next one's loads under way while it computes
+            the last one's: for sequences of a few blocks, without segments, positions or key lengths.
     """
 
     warpgroups: int
     block: int
     stages: int
     key_in_registers: bool = False
+    images: int = 1
 
     def __post_init__(self) -> None:
         _check_blocks("BackwardTiles", self.warpgroups, self.block, self.stages)

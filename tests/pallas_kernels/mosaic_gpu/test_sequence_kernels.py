@@ -1,5 +1,6 @@
 """The sequence kernels under the CPU interpreter (values and races), and their lowering for CUDA without a GPU."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -131,11 +132,40 @@ def fresh_interpreter():
     gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
+IMAGES = {  # as CASES; the rows of the batch that a CTA takes
+    "all_but_one_of_a_cta": ((5, 70, 70, 1, 1, 64, False, (), False, jnp.bfloat16), 3),
+    "causal_gqa": ((4, 66, 66, 2, 1, 64, True, (), False, jnp.float16), 4),
+}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", quick_of(IMAGES, ("all_but_one_of_a_cta",)))
+def test_a_cta_takes_several_rows_of_the_batch(name):
+    case, images = IMAGES[name]
+    check_interpreted(case, len(name), FORWARD, *(dataclasses.replace(tiles, images=images) for tiles in (DQ, DKV)))
+
+
+@pytest.mark.parametrize("images", [2])
+def test_several_rows_of_the_batch_have_no_documents(images):
+    query = jnp.zeros((2, 8, 1, 64), jnp.bfloat16)
+    call = Call(query, query, query, Mask(key_length=jnp.ones(2, jnp.int32)))
+    upstream = Upstream(query, jnp.zeros((2, 8, 1)), jnp.zeros((2, 8, 1)))
+    for name in ("dq", "dkv"):
+        with pytest.raises(ValueError, match=f"{name}: images=2: expected 1 with segments, positions or key lengths"):
+            sequence_backward(call, upstream, **{f"{name}_tiles": BackwardTiles(2, 64, 2, images=images)})
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", quick_of(CASES, QUICK_CASES))
 def test_interpreted_kernels_match_the_oracle_without_races(name):
-    batch, query_tokens, key_tokens, heads, kv_heads, head_dim, causal, masks, merged, dtype = CASES[name]
-    rng = np.random.default_rng(len(name))
+    # At H=256 two consumers do not fit into shared memory: the kernel's own choice.
+    tiles = (None,) * 3 if CASES[name][5] == 256 else (FORWARD, DQ, DKV)
+    check_interpreted(CASES[name], len(name), *tiles)
+
+
+def check_interpreted(case, seed, forward, dq, dkv):
+    batch, query_tokens, key_tokens, heads, kv_heads, head_dim, causal, masks, merged, dtype = case
+    rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     query, dout = draw(batch, query_tokens, heads, head_dim), draw(batch, query_tokens, heads, head_dim)
     key, value = draw(batch, key_tokens, kv_heads, head_dim), draw(batch, key_tokens, kv_heads, head_dim)
@@ -147,8 +177,6 @@ def test_interpreted_kernels_match_the_oracle_without_races(name):
     scale = 0.11
     call = Call(query, key, value, Mask(causal, **rows), scale=scale)
     other = Part(other_out, other_lse) if merged else None
-    # At H=256 two consumers do not fit into shared memory: the kernel's own choice.
-    forward, dq, dkv = (None,) * 3 if head_dim == 256 else (FORWARD, DQ, DKV)
     out, lse, _ = sequence_forward(call, other, tiles=forward, interpret=True)
     assert_no_races()
     visible = visible_pairs(batch, query_tokens, key_tokens, causal, rows)
