@@ -19,7 +19,7 @@ An implementation is a module, named in `MODULES`, that offers three functions, 
         no call that defers.
 
 What a call may look like: T and U differ; any of the mask's arrays, in any combination; slots whose window [start,
-length) is known only when it runs, and may be empty; no sequence part, or no depth part. What is hidden (a key at or
+length) is known only when it runs, and may be empty, and a chunk of them; no sequence part, or no depth part. What is hidden (a key at or
 beyond key_length, unless the mask says `finite_beyond`; a slot outside of the window) may hold NaN: it must not be
 multiplied by 0. A query that sees nothing: out 0, lse -inf, gradients 0, whatever delta is.
 
