@@ -36,10 +36,10 @@ def moda_attention(
     The contents of slots outside of the window m..n-1, NaN included, do not matter and their gradient is exactly 0.
     Without a slot in it this is plain attention, bit for bit.
 
-    With a chunk. `depth_chunk` = C > 1 shows a query also the slots of the earlier tokens of its chunk of C tokens, under
-    the same softmax: in the equations depth_key[t, m..n-1] becomes depth_key[t - p % C..t, m..n-1], and depth_value
-    alike, where p is the place of t in its document. Chunks are counted from every document's first token; a document is
-    a run of one segment id, or the row. `causal` has no part in that. "reference" and "xla" serve it.
+    With a chunk. `depth_chunk` = C > 1 shows a query also the slots of the earlier tokens of its chunk of C tokens,
+    under the same softmax: in the equations depth_key[t, m..n-1] becomes depth_key[t - p % C..t, m..n-1], depth_value
+    alike, where p is the place of t in its document. Chunks are counted from every document's first token; a document
+    is a run of one segment id, or the row. `causal` has no part in that. "reference" and "xla" serve it.
 
     With a cache. `query_positions` lets a query [B, Tq, N, H] be shorter than the keys [B, T, K, H], at any indices of
     them, and `key_length` says how many keys of each row are filled; both may be traced, so one compilation serves a
@@ -68,8 +68,8 @@ def moda_attention(
         depth_key, depth_value: [B, T, S, K, H], the entries that preceding layers wrote at each token; both or neither.
         depth_length: filled slots: an int in 0..S, or an int32 scalar array, which is clipped to 0..S; None: all S.
         depth_start: the first of them that is seen, in the same forms; None: 0. Not below depth_length: none is.
-        depth_chunk: C, an int of at least 1; 1: a query sees its own token's slots. Not more with `query_positions`: the
-            depth arrays then lack the slots of tokens before the queries.
+        depth_chunk: C, an int of at least 1; 1: a query sees its own token's slots. Not more with `query_positions`:
+            the depth arrays then lack the slots of tokens before the queries.
         causal: a query sees the keys at indices up to its own position; else all.
         segment_ids: [B, T] int32, of the keys; a query has the id of the key at its position, the first's or last's if
             that lies outside of 0..T-1, and sees keys of an equal id only. The depth part is not affected, but for

@@ -131,7 +131,7 @@ def _beside_logits(seen: Array) -> Array:
 
 
 def _of_chunk(array: Array, chunk: int) -> Array:
-    """[B, T, S, K, H] to [B, T, C S, K, H]: beside a token's slots those of the tokens before it, 0 before the first."""
+    """[B, T, S, K, H] to [B, T, C S, K, H]: a token's slots, then those of the tokens before it; 0 before the first."""
     if chunk == 1:
         return array
     tokens = array.shape[1]

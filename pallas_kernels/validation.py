@@ -43,7 +43,7 @@ def checked_attention(call: Call) -> Call:
     depth = None if depth is None or depth.empty else _traceable(depth)  # None: what is not read has gradient 0
     if depth is not None and depth.chunk > 1 and mask.query_positions is not None:
         raise ValueError(
-            f"depth_chunk={depth.chunk}: expected 1 beside query_positions, as depth_key has the queries' own tokens alone"
+            f"depth_chunk={depth.chunk}: expected 1 with query_positions, as depth_key has the queries' tokens alone"
         )
     return Call(query, key, value, _checked_mask(mask, keys), depth, checked_scale(call.scale, head_dim))
 

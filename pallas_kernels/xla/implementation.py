@@ -9,8 +9,9 @@ key blocks above the diagonal are not visited: the inner trip count depends on t
 a block of logits plus O(T), whatever T and S are.
 
 The depth part (`depth.py`) is per token: it walks over blocks of tokens and, inside, over chunks of slots, as many as
-hold slots that are seen; where queries see the slots of earlier tokens too, several times (`chunk.py`). The two parts are merged by log-sum-exp; the backward needs only the merged lse and delta, so
-each part recomputes its own probabilities exactly.
+hold slots that are seen; where queries see the slots of earlier tokens too, several times (`chunk.py`). The two parts
+are merged by log-sum-exp; the backward needs only the merged lse and delta, so each part recomputes its own
+probabilities exactly.
 
 Dtypes: logits, softmax state and all accumulators are float32. Sequence dots take the inputs' dtype and accumulate in
 float32 (`highest` precision for float32 inputs); depth products are taken in float32.
@@ -45,9 +46,8 @@ def forward(call: Call, *, with_rest: bool = False) -> Part:
     if call.key is not None:
         parts.append(sequence.forward(call))
     if call.sees_slots:
-        parts.append(
-            depth.forward(call.query, call.depth, call.scale) if call.depth.chunk == 1 else chunk.forward(call)
-        )
+        alone = call.depth.chunk == 1
+        parts.append(depth.forward(call.query, call.depth, call.scale) if alone else chunk.forward(call))
     part = parts[0] if len(parts) == 1 else merge(*parts)
     return part.rounded(call.query.dtype, with_rest=with_rest)
 
