@@ -2,8 +2,9 @@
 
 As in the paper, and by default, depth keys are what the writing layer's attention uses, a token reads all slots of its
 own, and one op computes the softmax. The options of `MoDASection` change what is stored, which slots of which tokens
-are read, and how the two parts are put together. Where the op knows no such thing it computes the sequence's part alone, the slots are read
-before it (`slot_reads`), and the parts are merged by their log-sum-exps, which is the same softmax:
+are read, and how the two parts are put together. Where the op knows no such thing it computes the sequence's part
+alone, the slots are read before it (`slot_reads`), and the parts are merged by their log-sum-exps, which is the same
+softmax:
 
     out = (e^s out_s + sum_k e^(d_k + bias_k) out_k) / (e^s + sum_k e^(d_k + bias_k) + e^null)
 
