@@ -6,9 +6,9 @@ cached. MoDA's cache is byte for byte as large as plain attention's. Where token
 (`DepthMechanism.softmax_chunk`) the streams of the last R tokens are kept too, R one less than the chunk.
 
 Axes: L layers, B rows, C places of the cache, T tokens, S depth slots, R tokens whose slots are kept, N query heads, K
-key/value heads, G = N / K, H head_dim, D width, V vocabulary. Rows are aligned at their ends: a short prompt begins at place `start`, what stands
-before it is padding that nobody sees, and every row's next token goes to the same place. So a step writes its keys and
-values with one update per array.
+key/value heads, G = N / K, H head_dim, D width, V vocabulary. Rows are aligned at their ends: a short prompt begins at
+place `start`, what stands before it is padding that nobody sees, and every row's next token goes to the same place. So
+a step writes its keys and values with one update per array.
 
 A step does not change the cache while the layers run: a layer's own key and value join the softmax as one more depth
 slot, behind the filled ones, and all layers' are written to the cache together at the end, in place. XLA copies a
@@ -348,10 +348,8 @@ class _Token(Step):
         seen = dataclasses.replace(operation.slots(beside, own=1), chunk=1)
         if slots is not None:  # of the slots of the chunk's earlier tokens this layer sees as many as of its own
             earlier = dataclasses.replace(operation.slots(stream), key=slots[0], value=slots[1], chunk=1)
-            over_chunk = _over_chunk(
-                query, earlier, self._in_chunk(slots[0].shape[1], operation.chunk), self.implementation
-            )
-            over_cache = merge(over_cache, over_chunk)
+            seen_tokens = self._in_chunk(slots[0].shape[1], operation.chunk)
+            over_cache = merge(over_cache, _over_chunk(query, earlier, seen_tokens, self.implementation))
         attended, _ = _merged(over_cache, _over_slots(query, seen, self.implementation))
         # The stream is read before it is written again: XLA would copy it otherwise, as in the layer loop.
         attended, beside = jax.lax.optimization_barrier((attended, beside))
