@@ -29,7 +29,7 @@ class MoDAAttention(Attention):
 
         y_t = W_o softmax([q_t . K[0..t], q_t . K_depth[t, :length]] / sqrt(H)) [V[0..t]; V_depth[t, :length]]
 
-    With `chunk=C` the slots of the earlier tokens of t's chunk of C tokens, counted from each document's first, join in.
+    With `chunk=C` the slots of the earlier tokens of t's chunk of C tokens, counted from each document's first, join.
     With `causal=False` a token sees the whole sequence, and depth as before.
 
     Differentiating a stack of these layers with plain autodiff is right, but keeps one copy of the depth stream per

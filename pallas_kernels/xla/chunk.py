@@ -116,12 +116,12 @@ class _Shifts:
         J, ...]. Beyond the row's ends 0."""
         most = self.count * self.size
         edges = (0, most) if forwards else (most, 0)
-        padded = jnp.pad(array, ((0, 0), edges, *((0, 0),) * (array.ndim - 2)))
         shifted = []
         for j in range(self.size):
-            number = jnp.asarray(i * self.size + j, jnp.int32)
-            source, start = (padded, number) if forwards else (padded[:, :, j], most - number)
-            shifted.append(lax.dynamic_slice_in_dim(source, start, self._tokens, axis=1))
+            source, number = array if forwards else array[:, :, j], jnp.asarray(i * self.size + j, jnp.int32)
+            padded = jnp.pad(source, ((0, 0), edges, *((0, 0),) * (source.ndim - 2)))
+            start = number if forwards else most - number
+            shifted.append(lax.dynamic_slice_in_dim(padded, start, self._tokens, axis=1))
         return jnp.stack(shifted, axis=2)
 
 
