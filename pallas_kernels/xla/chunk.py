@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -74,9 +75,18 @@ class _Shifts:
 
     Args:
         call: with a depth part.
+
+    Raises:
+        NotImplementedError: the queries' tokens are split over mesh axes that are explicit.
     """
 
     def __init__(self, call: Call) -> None:
+        sharding = jax.typeof(call.query).sharding
+        if len(sharding.spec) > 1 and sharding.spec[1] is not None:  # in the type: explicit axes
+            raise NotImplementedError(
+                f"xla: depth_chunk={call.depth.chunk} with tokens over explicit mesh axes {sharding.spec[1]!r}: a chunk's"
+                " tokens lie on different devices; automatic axes are supported"
+            )
         self._tokens, heads = call.query.shape[1:3]
         self._kv_heads = call.num_kv_heads
         chunk = min(call.depth.chunk, self._tokens)

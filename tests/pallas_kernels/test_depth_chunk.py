@@ -294,3 +294,14 @@ def test_none_is_xla_on_a_gpu_and_says_why(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         assert dispatch.resolve(None, Call(query, key, value, Mask(True), DepthKV(*depth, chunk=2))) == "xla"
     assert "xla (mosaic_gpu does not support the call: mosaic_gpu: depth_chunk=2" in caplog.text
+
+
+def test_tokens_over_explicit_axes_are_refused():
+    mesh = jax.make_mesh((1,), ("tokens",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec(None, "tokens")
+    with jax.set_mesh(mesh):
+        query, slots = (
+            jax.device_put(arrays()[name], jax.sharding.NamedSharding(mesh, spec)) for name in ("query", "depth_key")
+        )
+        with pytest.raises(NotImplementedError, match="depth_chunk=2 with tokens over explicit mesh axes 'tokens'"):
+            depth_attention(query, slots, slots, depth_chunk=2, implementation="xla")
