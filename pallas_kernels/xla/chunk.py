@@ -84,8 +84,8 @@ class _Shifts:
         sharding = jax.typeof(call.query).sharding
         if len(sharding.spec) > 1 and sharding.spec[1] is not None:  # in the type: explicit axes
             raise NotImplementedError(
-                f"xla: depth_chunk={call.depth.chunk} with tokens over explicit mesh axes {sharding.spec[1]!r}: a chunk's"
-                " tokens lie on different devices; automatic axes are supported"
+                f"xla: depth_chunk={call.depth.chunk} with tokens over explicit mesh axes {sharding.spec[1]!r}: "
+                "those of a chunk lie on different devices; automatic axes are supported"
             )
         self._tokens, heads = call.query.shape[1:3]
         self._kv_heads = call.num_kv_heads

@@ -126,19 +126,27 @@ def test_gradients_are_not_deferred():
     assert waiting is None
 
 
-@pytest.mark.slow
-def test_groups_of_layers_give_the_same_gradients():
+@functools.cache
+def gradient(**fields):
+    """Of the case's parameters, with the loop in some form."""
     _, _, params, _ = compiled()
+    model = model_function(case_config(NAME, num_layers=3, **fields))
 
-    def gradient(group):
-        model = model_function(case_config(NAME, num_layers=3, depth_gradient_group=group))
+    def loss(params):
+        return jnp.sum(jnp.sin(model(params, *packed())))
 
-        def loss(params):
-            return jnp.sum(jnp.sin(model(params, *packed())))
+    return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
 
-        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
 
-    assert_close(gradient(2), gradient(1), 1e-5)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [{"remat": "full"}, {"remat": "ffn"}, {"remat": "full", "layer_loop": "unroll"}, {"depth_gradient_group": 2}],
+    ids=str,
+)
+def test_the_loops_forms_give_the_same_gradients(fields):
+    """Those that the mechanism contract does not run."""
+    assert_close(gradient(**fields), gradient(), 1e-5)
 
 
 @pytest.mark.parametrize(
