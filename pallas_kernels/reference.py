@@ -121,8 +121,9 @@ def _seen_slots(call: Call) -> Array:
     depth, tokens = call.depth, call.query.shape[1]
     if depth.chunk == 1:
         return depth.is_seen()
-    seen = jnp.arange(depth.chunk) < reach(depth.chunk, tokens, call.mask.query_segment_ids)[..., None]  # [B, T, C]
-    return (seen[..., None] & depth.is_seen()).reshape(*seen.shape[:2], -1)
+    before = jnp.arange(depth.chunk, dtype=jnp.int32)[None, None]
+    seen = before < reach(depth.chunk, tokens, call.mask.query_segment_ids)[..., None]  # [B, T, C]
+    return (seen[..., None] & depth.is_seen()[None, None, None]).reshape(*seen.shape[:2], -1)
 
 
 def _beside_logits(seen: Array) -> Array:

@@ -161,7 +161,7 @@ def pooled_maps(
         parts = [jnp.where(seen, dot("tkgh,ukh->kgtu", q, key) * head_dim**-0.5, MASKED)]
         for before in range(chunk):  # so many tokens
             d = jax.lax.dynamic_slice_in_dim(depth_key, begin + chunk - 1 - before, count)
-            visible = seen_slots & (place % chunk >= before)[:, None]
+            visible = seen_slots[None] & (place % chunk >= before)[:, None]
             parts.append(jnp.where(visible, dot("tkgh,tskh->kgts", q, d) * head_dim**-0.5, MASKED))
         logits = jnp.concatenate(parts, axis=-1).reshape(heads, count, T + chunk * slots)
         real = place < T  # the last block may go beyond the text

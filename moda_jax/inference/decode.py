@@ -366,7 +366,7 @@ class _Token(Step):
         """[B or 1, R] bool: whether the kept tokens are of this token's chunk."""
         before = (self.length - 1 - jnp.arange(kept, dtype=jnp.int32)) % kept + 1  # so many tokens
         position = self.length - (jnp.zeros(1, jnp.int32) if self.start is None else self.start)
-        return before <= (position % chunk)[:, None]
+        return before[None] <= (position % chunk)[:, None]
 
 
 @functools.partial(jax.jit, static_argnames="implementation")  # unrolled layers share one kernel, compiled once

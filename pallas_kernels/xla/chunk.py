@@ -118,8 +118,8 @@ class _Shifts:
         return jnp.where(_beside(seen, back), back, jnp.asarray(hidden, array.dtype))
 
     def _numbers(self, i: Array | int) -> Array:
-        """[J] int32: the shifts of a step."""
-        return i * self.size + jnp.arange(self.size, dtype=jnp.int32)
+        """[1, 1, J] int32: the shifts of a step."""
+        return (i * self.size + jnp.arange(self.size, dtype=jnp.int32))[None, None]
 
     def _shifted(self, array: Array, i: Array | int, *, forwards: bool) -> Array:
         """[B, T, J, ...], at t what `array` has j tokens later: [B, T, ...]; or j tokens before, of its own j: [B, T,

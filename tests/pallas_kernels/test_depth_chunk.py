@@ -305,3 +305,16 @@ def test_tokens_over_explicit_axes_are_refused():
         )
         with pytest.raises(NotImplementedError, match="depth_chunk=2 with tokens over explicit mesh axes 'tokens'"):
             depth_attention(query, slots, slots, depth_chunk=2, implementation="xla")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_in_strict_modes_of_jax_it_is_traced_and_stays_float32(implementation):
+    def op(*primals):
+        return moda_attention(
+            *primals, depth_length=FILLED, depth_chunk=30, segment_ids=SEGMENTS, implementation=implementation
+        )
+
+    primals = [jnp.asarray(array) for array in arrays().values()]
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        gradients = jax.eval_shape(lambda *primals: jax.vjp(op, *primals)[1](primals[0]), *primals)
+    assert {gradient.dtype for gradient in gradients} == {jnp.dtype("float32")}

@@ -234,3 +234,15 @@ def test_what_the_layer_lacks_is_named():
     layer = MoDAAttention(**SIZES, chunk=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="decode: the layer was built with chunk=2, expected chunk=1"):
         layer.decode(*inputs(), None)
+
+
+def test_decoding_is_traced_in_strict_modes_of_jax():
+    config = case_config(NAME, num_layers=3)
+    model = model_function(config)
+    params = jax.eval_shape(lambda: split_model(config, jax.random.key(0))[1])
+    cache = jax.eval_shape(lambda: decode.KVCache.empty(config, 2, 12, jnp.zeros(2, jnp.int32)))
+    tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        logits, after = jax.eval_shape(lambda *arguments: decode.step(model, *arguments), params, cache, tokens)
+    assert logits.dtype == jnp.float32
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
