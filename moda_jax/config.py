@@ -237,8 +237,10 @@ class TransformerConfig(DepthSections):
 
     @property
     def has_depth_probes(self) -> bool:
-        """Whether a layer's softmax is over the slots of all layers before it, so that its mass on them is known."""
-        return self.depth_slots > 0 and self.moda.one_softmax and self.moda.read == "all"
+        """Whether a layer's softmax is over its token's slots of all layers before it, so that its mass on them is
+        known."""
+        own = self.moda.read == "all" and self.moda.chunk == 1
+        return self.depth_slots > 0 and self.moda.one_softmax and own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -595,6 +597,11 @@ class Config:
         _require(
             self.optimizer.warmup_steps <= self.train.num_steps, "optimizer.warmup_steps", self.optimizer.warmup_steps,
             f"at most train.num_steps={self.train.num_steps}",
+        )  # fmt: skip
+        chunk = self.model.moda.chunk if self.model.depth == "moda" else 1
+        _require(
+            chunk == 1 or self.mesh.context == 1, "mesh.context", self.mesh.context,
+            f"1 with model.moda.chunk={chunk}, as the tokens of a chunk would lie on different devices",
         )  # fmt: skip
         optimizer, num_steps = self.optimizer, self.train.num_steps
         stable = num_steps - optimizer.warmup_steps

@@ -77,6 +77,9 @@ class MoDASection(Section):
         entry_bias: a learned number for each kind of entry, head and layer is added to depth logits.
         softmax: "joint": one softmax over sequence and depth; "separate": one each, (1 - g) sequence + g depth with a
             learned g for each head and layer.
+        chunk: C, tokens: a token also reads the slots of the earlier tokens of its chunk of C tokens, which are counted
+            from its document's first token. 1: its own alone. More with those options only for which one op computes
+            the whole softmax (`one_softmax`).
     """
 
     ffn_kv: bool = True
@@ -90,12 +93,13 @@ class MoDASection(Section):
     null_slot: bool = False
     entry_bias: bool = False
     softmax: str = "joint"
+    chunk: int = 1
 
     def check(self, name: str) -> None:
         super().check(name)
         for field, choices in (("key", MODA_KEYS), ("read", MODA_READS), ("softmax", MODA_SOFTMAXES)):
             require(getattr(self, field) in choices, f"{name}.{field}", getattr(self, field), f"one of {choices}")
-        require_positive(name, self, "read_slots", "read_first", "read_stride")
+        require_positive(name, self, "read_slots", "read_first", "read_stride", "chunk")
         require(
             self.query_rotated or self.key != "own", f"{name}.query_rotated", self.query_rotated,
             f"True with {name}.key='own', whose keys are rotated",
@@ -113,14 +117,25 @@ class MoDASection(Section):
                 self.softmax == "joint" or not getattr(self, field), f"{name}.{field}", getattr(self, field),
                 f"False with {name}.softmax={self.softmax!r}",
             )  # fmt: skip
+        for field, fits in self._one_softmax.items():
+            require(
+                self.chunk == 1 or fits, f"{name}.chunk", self.chunk,
+                f"1 with {name}.{field}={getattr(self, field)!r}, which reads the slots of the token itself alone",
+            )  # fmt: skip
 
     @property
     def one_softmax(self) -> bool:
         """Whether the depth slots join the sequence's softmax as they are, in one op."""
-        return (
-            self.key != "reader_norm" and self.query_rotated and self.read in ("all", "stride", "window")
-            and not (self.null_slot or self.entry_bias) and self.softmax == "joint"
-        )  # fmt: skip
+        return all(self._one_softmax.values())
+
+    @property
+    def _one_softmax(self) -> dict[str, bool]:
+        """The fields that decide about that, and whether what they say allows it."""
+        return {
+            "key": self.key != "reader_norm", "query_rotated": self.query_rotated,
+            "read": self.read in ("all", "stride", "window"), "null_slot": not self.null_slot,
+            "entry_bias": not self.entry_bias, "softmax": self.softmax == "joint",
+        }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

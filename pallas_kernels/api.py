@@ -17,6 +17,7 @@ def moda_attention(
     *,
     depth_length: int | Array | None = None,
     depth_start: int | Array | None = None,
+    depth_chunk: int = 1,
     causal: bool = True,
     segment_ids: Array | None = None,
     scale: float | None = None,
@@ -34,6 +35,11 @@ def moda_attention(
     value, depth_key and depth_value, through out and lse: once and in reverse mode ("reference": as often as wanted).
     The contents of slots outside of the window m..n-1, NaN included, do not matter and their gradient is exactly 0.
     Without a slot in it this is plain attention, bit for bit.
+
+    With a chunk. `depth_chunk` = C > 1 shows a query also the slots of the earlier tokens of its chunk of C tokens,
+    under the same softmax: in the equations depth_key[t, m..n-1] becomes depth_key[t - p % C..t, m..n-1], depth_value
+    alike, where p is the place of t in its document. Chunks are counted from every document's first token; a document
+    is a run of one segment id, or the row. `causal` has no part in that. "reference" and "xla" serve it.
 
     With a cache. `query_positions` lets a query [B, Tq, N, H] be shorter than the keys [B, T, K, H], at any indices of
     them, and `key_length` says how many keys of each row are filled; both may be traced, so one compilation serves a
@@ -62,9 +68,12 @@ def moda_attention(
         depth_key, depth_value: [B, T, S, K, H], the entries that preceding layers wrote at each token; both or neither.
         depth_length: filled slots: an int in 0..S, or an int32 scalar array, which is clipped to 0..S; None: all S.
         depth_start: the first of them that is seen, in the same forms; None: 0. Not below depth_length: none is.
+        depth_chunk: C, an int of at least 1; 1: a query sees its own token's slots. Not more with `query_positions`:
+            the depth arrays then lack the slots of tokens before the queries.
         causal: a query sees the keys at indices up to its own position; else all.
         segment_ids: [B, T] int32, of the keys; a query has the id of the key at its position, the first's or last's if
-            that lies outside of 0..T-1, and sees keys of an equal id only. The depth part is not affected.
+            that lies outside of 0..T-1, and sees keys of an equal id only. The depth part is not affected, but for
+            where chunks begin.
         scale: a number, finite in float32, that multiplies the logits; None: H ** -0.5.
         implementation: "reference", "xla", "mosaic_gpu" or "triton"; None: the best for this device, logged once.
         query_positions: [B, Tq] int32, the queries' places among the keys; needed if there are fewer queries than keys;
@@ -85,7 +94,7 @@ def moda_attention(
     call = Call(
         query, key, value,
         Mask(causal, query_positions, key_segment_ids=segment_ids, key_length=key_length),
-        _depth(depth_key, depth_value, depth_start, depth_length), scale,
+        _depth(depth_key, depth_value, depth_start, depth_length, depth_chunk), scale,
     )  # fmt: skip
     return _result(validation.checked_attention(call), implementation, return_lse)
 
@@ -97,6 +106,7 @@ def depth_attention(
     *,
     depth_length: int | Array | None = None,
     depth_start: int | Array | None = None,
+    depth_chunk: int = 1,
     scale: float | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
@@ -109,7 +119,8 @@ def depth_attention(
     Args:
         query: [B, T, N, H], float32, bfloat16 or float16.
         depth_key, depth_value: [B, T, S, K, H], the query's dtype; K divides N.
-        depth_length, depth_start, scale, implementation, return_lse: as in `moda_attention`.
+        depth_length, depth_start, depth_chunk, scale, implementation, return_lse: as in `moda_attention`; a row is one
+            document.
 
     Returns:
         As `moda_attention`. Without a slot in the window out is 0, lse is -inf and the gradients are 0.
@@ -117,14 +128,15 @@ def depth_attention(
     Raises:
         ValueError, NotImplementedError: as `moda_attention`.
     """
-    call = Call(query, depth=DepthKV(depth_key, depth_value, depth_start, depth_length), scale=scale)
+    depth = DepthKV(depth_key, depth_value, depth_start, depth_length, chunk=validation.checked_chunk(depth_chunk))
+    call = Call(query, depth=depth, scale=scale)
     return _result(validation.checked_depth(call), implementation, return_lse)
 
 
-def _depth(key: Array | None, value: Array | None, start: object, length: object) -> DepthKV | None:
-    """The depth part as it was given; None without any of it."""
-    given = (key, value, start, length)
-    return None if all(x is None for x in given) else DepthKV(*given)
+def _depth(key: Array | None, value: Array | None, start: object, length: object, chunk: object) -> DepthKV | None:
+    """The depth part as it was given; None without any array or bound."""
+    given, chunk = (key, value, start, length), validation.checked_chunk(chunk)
+    return None if all(x is None for x in given) else DepthKV(*given, chunk=chunk)
 
 
 def _result(call: Call, implementation: str | None, return_lse: bool) -> Array | tuple[Array, Array]:

@@ -19,9 +19,9 @@ An implementation is a module, named in `MODULES`, that offers three functions, 
         no call that defers.
 
 What a call may look like: T and U differ; any of the mask's arrays, in any combination; slots whose window [start,
-length) is known only when it runs, and may be empty; no sequence part, or no depth part. What is hidden (a key at or
-beyond key_length, unless the mask says `finite_beyond`; a slot outside of the window) may hold NaN: it must not be
-multiplied by 0. A query that sees nothing: out 0, lse -inf, gradients 0, whatever delta is.
+length) is known only when it runs, and may be empty; slots of a chunk of tokens; no sequence part, or no depth part.
+What is hidden (a key at or beyond key_length, unless the mask says `finite_beyond`; a slot outside of the window) may
+hold NaN: it must not be multiplied by 0. A query that sees nothing: out 0, lse -inf, gradients 0, whatever delta is.
 
 To add one: its module, a line in `MODULES`, and a line in `PREFERENCES`, if `None` is to pick it. The block ranges and
 row-wise form of masks, for kernels, are in `pallas_kernels.block_masks`; the contract's tests (tests/pallas_kernels)

@@ -53,13 +53,15 @@ class Mask:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DepthKV:
-    """What earlier layers wrote at each query's own token, and the window of slots that the query sees.
+    """What earlier layers wrote at each query's own token, and the window of slots that queries see.
 
     Attributes:
         key, value: [B, T, S, K, H]. Slots outside of the window may hold anything, NaN included.
         start, length: the window [start, length), ints or int32 scalars within 0..S; None: 0, and S.
         deferred: of the backward, int or int32 scalar: seen slots before this one get no gradient from the call, which
             gives the query's all the same. Whoever asks for this adds them later, those of many calls at once. None: 0.
+        chunk: C, at least 1: a query also sees the slots of the earlier tokens of its chunk of C tokens, see
+            `pallas_kernels.depth_chunks`. A document is a run of one id of the mask's `query_segment_ids`.
     """
 
     key: Array
@@ -67,6 +69,7 @@ class DepthKV:
     start: int | Array | None = None
     length: int | Array | None = None
     deferred: int | Array | None = None
+    chunk: int = dataclasses.field(default=1, metadata=_STATIC)
 
     @property
     def slots(self) -> int:

@@ -12,6 +12,7 @@ import functools
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.depth_chunks import reach
 from pallas_kernels.operands import Call, DepthKV, Gradients, Upstream
 from pallas_kernels.parts import Part
 
@@ -31,9 +32,9 @@ def forward(call: Call, *, with_rest: bool = False) -> Part:
         logits.append((_sequence_logits(q, k, call.scale), _visible(call)))
         values.append(("btkgu,bukh->btkgh", v))
     if call.depth is not None:
-        seen = call.depth.is_seen()
-        dk, dv = (_without_unseen(array, seen) for array in (call.depth.key, call.depth.value))
-        logits.append((_depth_logits(q, dk, call.scale), seen))
+        seen = _seen_slots(call)
+        dk, dv = (_without_unseen(_of_chunk(array, call.depth.chunk), seen) for array in _slots(call.depth))
+        logits.append((_depth_logits(q, dk, call.scale), _beside_logits(seen)))
         values.append(("btkgs,btskh->btkgh", dv))
     weights, lse = _softmax(*logits)
     products = [
@@ -79,14 +80,14 @@ def _depth_backward(
 ) -> tuple[Array, Array, Array]:
     """(dquery float32, ddepth_key, ddepth_value)."""
     q, do, lse, delta = (_grouped(array, call.num_kv_heads) for array in (call.query, *upstream))
-    seen = depth.is_seen()
-    dk, dv = (_without_unseen(array, seen) for array in (depth.key, depth.value))
-    weights = _weights(_depth_logits(q, dk, call.scale), seen, lse)  # [B, T, K, G, S]
+    seen = _seen_slots(call)
+    dk, dv = (_without_unseen(_of_chunk(array, depth.chunk), seen) for array in _slots(depth))
+    weights = _weights(_depth_logits(q, dk, call.scale), _beside_logits(seen), lse)  # [B, T, K, G, C S]
     dlogits = _dlogits(weights, jnp.einsum("btkgh,btskh->btkgs", do, dv, precision=HIGHEST), delta) * call.scale
     dquery = jnp.einsum("btkgs,btskh->btkgh", dlogits, dk, precision=HIGHEST).reshape(call.query.shape)
-    ddepth_key = jnp.einsum("btkgs,btkgh->btskh", dlogits, q, precision=HIGHEST)
-    ddepth_value = jnp.einsum("btkgs,btkgh->btskh", weights, do, precision=HIGHEST)
-    added = jnp.broadcast_to(depth.gets_gradient(jnp.arange(depth.slots, dtype=jnp.int32)), seen.shape)
+    ddepth_key = _from_chunk(jnp.einsum("btkgs,btkgh->btskh", dlogits, q, precision=HIGHEST), depth.chunk)
+    ddepth_value = _from_chunk(jnp.einsum("btkgs,btkgh->btskh", weights, do, precision=HIGHEST), depth.chunk)
+    added = jnp.broadcast_to(depth.gets_gradient(jnp.arange(depth.slots, dtype=jnp.int32)), (depth.slots,))
     return (
         dquery,
         _added(buffers[0], ddepth_key, added, depth.key.dtype),
@@ -111,9 +112,49 @@ def _visible(call: Call) -> Array:
     return visible[:, :, None, None, :]
 
 
+def _slots(depth: DepthKV) -> tuple[Array, Array]:
+    return depth.key, depth.value
+
+
+def _seen_slots(call: Call) -> Array:
+    """Which slots a query sees: [S] bool, or of a chunk of C tokens [B or 1, T, C S], its own token's first."""
+    depth, tokens = call.depth, call.query.shape[1]
+    if depth.chunk == 1:
+        return depth.is_seen()
+    before = jnp.arange(depth.chunk, dtype=jnp.int32)[None, None]
+    seen = before < reach(depth.chunk, tokens, call.mask.query_segment_ids)[..., None]  # [B, T, C]
+    return (seen[..., None] & depth.is_seen()[None, None, None]).reshape(*seen.shape[:2], -1)
+
+
+def _beside_logits(seen: Array) -> Array:
+    """What a query sees, as it is broadcast to logits [B, T, K, G, C S]."""
+    return seen if seen.ndim == 1 else seen[:, :, None, None]
+
+
+def _of_chunk(array: Array, chunk: int) -> Array:
+    """[B, T, S, K, H] to [B, T, C S, K, H]: a token's slots, then those of the tokens before it; 0 before the first."""
+    if chunk == 1:
+        return array
+    tokens = array.shape[1]
+    padded = jnp.pad(array, ((0, 0), (chunk - 1, 0), (0, 0), (0, 0), (0, 0)))
+    return jnp.concatenate([padded[:, chunk - 1 - j :][:, :tokens] for j in range(chunk)], axis=2)
+
+
+def _from_chunk(gradient: Array, chunk: int) -> Array:
+    """The transpose of `_of_chunk`: what all tokens of a chunk give to the slots of each."""
+    if chunk == 1:
+        return gradient
+    tokens = gradient.shape[1]
+    parts = [
+        jnp.pad(part[:, j:], ((0, 0), (0, min(j, tokens)), (0, 0), (0, 0), (0, 0)))
+        for j, part in enumerate(jnp.split(gradient, chunk, axis=2))
+    ]
+    return functools.reduce(jnp.add, parts)
+
+
 def _without_unseen(array: Array, seen: Array) -> Array:
-    """[B, T, S, K, H] float32 with zeros in slots that are not seen, which may hold NaN."""
-    return jnp.where(seen[:, None, None], array.astype(jnp.float32), 0.0)
+    """[B, T, C S, K, H] float32 with zeros in slots that are not seen, which may hold NaN."""
+    return jnp.where(seen[..., None, None], array.astype(jnp.float32), 0.0)
 
 
 def _without_unfilled_keys(array: Array, call: Call) -> Array:

@@ -41,6 +41,10 @@ def checked_attention(call: Call) -> Call:
     check_bool("causal", mask.causal)
     depth = None if call.depth is None else _checked_window(call.depth)
     depth = None if depth is None or depth.empty else _traceable(depth)  # None: what is not read has gradient 0
+    if depth is not None and depth.chunk > 1 and mask.query_positions is not None:
+        raise ValueError(
+            f"depth_chunk={depth.chunk}: expected 1 with query_positions, as depth_key has the queries' tokens alone"
+        )
     return Call(query, key, value, _checked_mask(mask, keys), depth, checked_scale(call.scale, head_dim))
 
 
@@ -61,13 +65,13 @@ def _checked_window(depth: DepthKV) -> DepthKV | None:
     slots = 0 if depth.key is None else depth.slots
     length = checked_slots("depth_length", depth.length, slots)
     start = checked_slots("depth_start", depth.start, slots)
-    return None if depth.key is None else DepthKV(depth.key, depth.value, start, length)
+    return None if depth.key is None else DepthKV(depth.key, depth.value, start, length, chunk=depth.chunk)
 
 
 def _traceable(depth: DepthKV) -> DepthKV:
     """The depth part with the ends of its window as int32 arrays, so that calls differ in their values alone."""
     ends = (None if end is None else jnp.asarray(end, jnp.int32) for end in (depth.start, depth.length))
-    return DepthKV(depth.key, depth.value, *ends)
+    return DepthKV(depth.key, depth.value, *ends, chunk=depth.chunk)
 
 
 def _checked_mask(mask: Mask, keys: int) -> Mask:
@@ -96,6 +100,14 @@ def checked_slots(name: str, count: Any, slots: int) -> int | Array | None:
     if count.shape != () or count.dtype != jnp.int32:
         raise ValueError(f"{name} is {_describe(count)}: expected {expected}")
     return jnp.clip(jnp.asarray(count), 0, slots)
+
+
+def checked_chunk(chunk: Any) -> int:
+    """The chunk as an int of at least 1."""
+    is_int = isinstance(chunk, int | np.integer) and not isinstance(chunk, bool | np.bool_)
+    if not is_int or chunk < 1:
+        raise ValueError(f"depth_chunk={chunk!r}: expected an int of at least 1 that is known while tracing")
+    return operator.index(chunk)
 
 
 def checked_scale(scale: Any, head_dim: int) -> float:

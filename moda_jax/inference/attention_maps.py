@@ -53,7 +53,8 @@ class AttentionMaps:
 
     Attributes:
         sequence: float32 [L, N, R, R], row: queries, column: keys.
-        depth: float32 [L, N, R, S]; slots that a layer does not see are 0.
+        depth: float32 [L, N, R, S]; slots that a layer does not see are 0. Where a token sees those of others too, a
+            slot's probability is the sum over them.
         slot_mass: float32 [L, N, S], mean over the tokens of the probability on each slot.
         entries_per_layer: slots that a layer writes: the first is the attention's, the second the FFN's.
         tokens: T.
@@ -108,11 +109,12 @@ class _Maps(Step):
 
     def attend(self, operation, request, stream, shared, number, held):
         query, key, _ = request
+        chunk = operation.chunk if operation.reads_slots else 1
         if operation.reads_slots:
             depth_key, seen = stream.key[0], operation.slots(stream).is_seen()
         else:
             depth_key, seen = jnp.zeros((key.shape[1], 0, *key.shape[2:]), key.dtype), jnp.zeros(0, bool)
-        return operation(request, stream, shared), pooled_maps(query[0], key[0], depth_key, seen), stream, 0
+        return operation(request, stream, shared), pooled_maps(query[0], key[0], depth_key, seen, chunk), stream, 0
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -123,7 +125,9 @@ def _all_layers(model: ModelFunction, params: Any, tokens: Array) -> tuple[Array
     return module.walk(x, default_positions(x), None, _Maps())[1]
 
 
-def pooled_maps(query: Array, key: Array, depth_key: Array, seen_slots: Array) -> tuple[Array, Array, Array]:
+def pooled_maps(
+    query: Array, key: Array, depth_key: Array, seen_slots: Array, chunk: int = 1
+) -> tuple[Array, Array, Array]:
     """One layer's probabilities, pooled.
 
     Args:
@@ -131,6 +135,7 @@ def pooled_maps(query: Array, key: Array, depth_key: Array, seen_slots: Array) -
         key: [T, K, H].
         depth_key: [T, S, K, H].
         seen_slots: [S] bool, those that are part of the softmax.
+        chunk: C: the slots of the earlier tokens of a query's chunk of C are too; a slot's mass is the sum over them.
 
     Returns:
         [N, R, R], [N, R, S] and [N, S], float32; see `AttentionMaps`.
@@ -143,26 +148,26 @@ def pooled_maps(query: Array, key: Array, depth_key: Array, seen_slots: Array) -
     blocks = -(-pixels // rows)
     padding = blocks * rows * pool - T
     query = jnp.pad(query.reshape(T, kv_heads, -1, head_dim), ((0, padding), (0, 0), (0, 0), (0, 0)))
-    depth_key = jnp.pad(depth_key, ((0, padding), (0, 0), (0, 0), (0, 0)))
+    depth_key = jnp.pad(depth_key, ((chunk - 1, padding), (0, 0), (0, 0), (0, 0)))
 
     def dot(spec: str, a: Array, b: Array) -> Array:
         return jnp.einsum(spec, a, b, precision=dot_precision(a.dtype), preferred_element_type=jnp.float32)
 
     def block(i: Array) -> tuple[Array, Array, Array]:
         begin, count = i * rows * pool, rows * pool
-        q, d = (jax.lax.dynamic_slice_in_dim(a, begin, count) for a in (query, depth_key))
+        q = jax.lax.dynamic_slice_in_dim(query, begin, count)
         place = begin + jnp.arange(count)
         seen = jnp.arange(T) <= place[:, None]
-        logits = jnp.concatenate(
-            [
-                jnp.where(seen, dot("tkgh,ukh->kgtu", q, key) * head_dim**-0.5, MASKED),
-                jnp.where(seen_slots, dot("tkgh,tskh->kgts", q, d) * head_dim**-0.5, MASKED),
-            ],
-            axis=-1,
-        ).reshape(heads, count, T + slots)
+        parts = [jnp.where(seen, dot("tkgh,ukh->kgtu", q, key) * head_dim**-0.5, MASKED)]
+        for before in range(chunk):  # so many tokens
+            d = jax.lax.dynamic_slice_in_dim(depth_key, begin + chunk - 1 - before, count)
+            visible = seen_slots[None] & (place % chunk >= before)[:, None]
+            parts.append(jnp.where(visible, dot("tkgh,tskh->kgts", q, d) * head_dim**-0.5, MASKED))
+        logits = jnp.concatenate(parts, axis=-1).reshape(heads, count, T + chunk * slots)
         real = place < T  # the last block may go beyond the text
         probabilities = jax.nn.softmax(logits, axis=-1) * real[:, None]
-        over_keys, over_slots = probabilities[..., :T], probabilities[..., T:]
+        over_keys = probabilities[..., :T]
+        over_slots = probabilities[..., T:].reshape(heads, count, chunk, slots).sum(axis=2)
         over_keys = jnp.pad(over_keys, ((0, 0), (0, 0), (0, pixels * pool - T)))
         per_row = jnp.maximum(real.reshape(rows, pool).sum(axis=1), 1)[:, None]
         over_keys = over_keys.reshape(heads, rows, pool, pixels, pool).sum(axis=(2, 4)) / per_row

@@ -2,12 +2,13 @@
 
 What is kept over time is each layer's sequence keys and values, as in plain attention. The depth stream of a token is
 read by that token alone, so in decoding it is the current token's, [B, 1, S, K, H]: filled anew by every step and never
-cached. MoDA's cache is byte for byte as large as plain attention's.
+cached. MoDA's cache is byte for byte as large as plain attention's. Where tokens read the slots of a whole chunk
+(`DepthMechanism.softmax_chunk`) the streams of the last R tokens are kept too, R one less than the chunk.
 
-Axes: L layers, B rows, C places of the cache, T tokens, S depth slots, N query heads, K key/value heads, G = N / K, H
-head_dim, D width, V vocabulary. Rows are aligned at their ends: a short prompt begins at place `start`, what stands
-before it is padding that nobody sees, and every row's next token goes to the same place. So a step writes its keys and
-values with one update per array.
+Axes: L layers, B rows, C places of the cache, T tokens, S depth slots, R tokens whose slots are kept, N query heads, K
+key/value heads, G = N / K, H head_dim, D width, V vocabulary. Rows are aligned at their ends: a short prompt begins at
+place `start`, what stands before it is padding that nobody sees, and every row's next token goes to the same place. So
+a step writes its keys and values with one update per array.
 
 A step does not change the cache while the layers run: a layer's own key and value join the softmax as one more depth
 slot, behind the filled ones, and all layers' are written to the cache together at the end, in place. XLA copies a
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 from moda_jax.config import TransformerConfig
 from moda_jax.inference.sampling import SamplingConfig, sample
 from moda_jax.model.depth.operations import SoftmaxAttention
+from moda_jax.model.depth.registry import find_mechanism
 from moda_jax.model.depth.stream import Stream
 from moda_jax.model.function import ModelFunction, parameter_kinds
 from moda_jax.model.stack import Step
@@ -37,7 +39,7 @@ from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parameter import cast_matrices
 from pallas_kernels import block
 from pallas_kernels.operands import Call, DepthKV, Mask
-from pallas_kernels.parts import Part, merge
+from pallas_kernels.parts import Part, merge, merge_axis
 
 Array = jax.Array
 PyTree = Any
@@ -57,19 +59,27 @@ class KVCache:
         key, value: [L, B, K, C, H]; or a tuple of L arrays [B, K, C, H], where the layers are unrolled.
         length: int32 scalar, places that are filled, in every row.
         start: [B] int32, a row's first place that is no padding; None: no row has any.
+        slots: depth key and value [B, R, S, K, H] of the R tokens before the next, that of place p at p % R; None:
+            nobody reads them.
     """
 
     key: Array | tuple[Array, ...]
     value: Array | tuple[Array, ...]
     length: Array
     start: Array | None
+    slots: tuple[Array, Array] | None = None
 
     @classmethod
     def empty(cls, config: TransformerConfig, batch: int, capacity: int, start: Array | None) -> KVCache:
         """A cache of `capacity` places for each of `batch` rows, in the compute dtype."""
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
         zeros = jnp.zeros(shape, compute_dtype(config.dtype))
-        return cls(zeros, zeros, jnp.int32(0), None if start is None else start.astype(jnp.int32))
+        start, slots = None if start is None else start.astype(jnp.int32), None
+        mechanism = find_mechanism(config.depth)
+        kept, count = mechanism.softmax_chunk(config) - 1, mechanism.slots(config)
+        if kept and count:
+            slots = (jnp.zeros((batch, kept, count, config.num_kv_heads, config.head_dim), zeros.dtype),) * 2
+        return cls(zeros, zeros, jnp.int32(0), start, slots)
 
     @property
     def capacity(self) -> int:
@@ -78,8 +88,8 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.key, self.value)))
+        """Bytes of keys and values, those of the slots too."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.key, self.value, self.slots)))
 
 
 @jax.tree_util.register_dataclass
@@ -156,19 +166,23 @@ def prefill(
     rows = _group_rows(batch, T)
     cache = KVCache.empty(module.config, batch, capacity, start if padded else None)
 
-    def group(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        hidden, key, value = carry
+    kept = 0 if cache.slots is None else cache.slots[0].shape[1]
+
+    def group(i: Array, carry: tuple[Array, Array, Array, PyTree]) -> tuple[Array, Array, Array, PyTree]:
+        hidden, key, value, slots = carry
         tokens_i, start_i = (jax.lax.dynamic_slice_in_dim(x, i * rows, rows) for x in (tokens, start))
-        x, key_i, value_i = _prompt_pass(module, params, tokens_i, start_i, padded)
+        x, key_i, value_i, slots_i = _prompt_pass(module, params, tokens_i, start_i, padded, kept)
         place = (0, i * rows, 0, 0, 0)
         key, value = (jax.lax.dynamic_update_slice(a, b, place) for a, b in ((key, key_i), (value, value_i)))
-        return jax.lax.dynamic_update_slice_in_dim(hidden, x, i * rows, 0), key, value
+        slots = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, i * rows, 0), slots, slots_i)
+        return jax.lax.dynamic_update_slice_in_dim(hidden, x, i * rows, 0), key, value, slots
 
     hidden = jnp.zeros((batch, 1, module.config.width), cache.key.dtype)
-    hidden, key, value = jax.lax.fori_loop(0, batch // rows, group, (hidden, cache.key, cache.value))
+    carry = hidden, cache.key, cache.value, cache.slots
+    hidden, key, value, slots = jax.lax.fori_loop(0, batch // rows, group, carry)
     if isinstance(params.get("layers"), tuple):
         key, value = tuple(key), tuple(value)
-    return module.logits(hidden)[:, 0], KVCache(key, value, jnp.int32(T), cache.start)
+    return module.logits(hidden)[:, 0], KVCache(key, value, jnp.int32(T), cache.start, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "implementation"), donate_argnames="cache")
@@ -242,29 +256,49 @@ def _choose(logits, cache, keys, count, sampling, vocab_size) -> DecodeState:
 # The prompt.
 
 
+@dataclasses.dataclass(frozen=True)
 class _Prompt(Step):
-    """Leaves each layer's keys and values behind, as the softmax had them."""
+    """Leaves each layer's keys and values behind, as the softmax had them.
+
+    Attributes:
+        kept: R.
+    """
+
+    kept: int
 
     def attend(self, operation, request, stream, shared, number, held):
         _, key, value = request
         left = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, T, H]
         return operation(request, stream, shared), left, stream, 0
 
+    def keep(self, stream: Stream, held: PyTree) -> PyTree:
+        """The slots of the last R tokens where the cache has them, or None."""
+        return tuple(_last_kept(buffer, self.kept) for buffer in stream.buffers) if self.kept else held
+
+
+def _last_kept(buffer: Array, kept: int) -> Array:
+    """Of a buffer [B, T, S, K, H] the last R tokens, that of place p at p % R; 0 where there are fewer."""
+    tokens = buffer.shape[1]
+    last = buffer[:, -kept:]
+    last = jnp.pad(last, ((0, 0), (kept - last.shape[1], 0), (0, 0), (0, 0), (0, 0)))
+    return jnp.roll(last, tokens % kept, axis=1)
+
 
 def _prompt_pass(
-    module: Transformer, params: PyTree, tokens: Array, start: Array, padded: bool
-) -> tuple[Array, Array, Array]:
-    """tokens [B, T] to the last place's normed hidden state [B, 1, D], and all layers' KV [L, B, K, T, H]."""
+    module: Transformer, params: PyTree, tokens: Array, start: Array, padded: bool, kept: int
+) -> tuple[Array, Array, Array, tuple[Array, Array] | None]:
+    """tokens [B, T] to the last place's normed hidden state [B, 1, D], all layers' KV [L, B, K, T, H], and the slots of
+    the last `kept` tokens."""
     place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.maximum(place - start[:, None], 0)  # [B, T]
     segment_ids = (place >= start[:, None]).astype(jnp.int32) if padded else None
     stacked = params.get("layers")
     if isinstance(stacked, tuple):  # one layer is compiled here all the same
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
-    hidden, (key, value), _ = module.walk(
-        module.embedding(tokens), positions, segment_ids, _Prompt(), layer_params=stacked, last_token_only=True
+    hidden, (key, value), slots = module.walk(
+        module.embedding(tokens), positions, segment_ids, _Prompt(kept), layer_params=stacked, last_token_only=True
     )
-    return hidden, key, value
+    return hidden, key, value, slots
 
 
 def _group_rows(batch: int, tokens: int) -> int:
@@ -300,21 +334,39 @@ class _Token(Step):
         stream: Stream,
         shared: tuple,
         number: Array | int,
-        held: tuple[PyTree, PyTree],
+        held: tuple[tuple[PyTree, PyTree], tuple[Array, Array] | None],
     ) -> tuple[Array, tuple[Array, Array], Stream, int]:
         query, key, value = request
         own = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, 1, H]
+        held, slots = held
         cached = tuple(a[number] if isinstance(a, tuple) else _layer_of(a, number) for a in held)
         over_cache = _over_cache(query, cached, self.start, self.length, self.implementation)
         if not operation.reads_slots:
             attended = _merged(over_cache, _of_itself(query, key, value))
             return attended if operation.with_lse else attended[0], own, stream, 0
         beside = stream.append(key, value)
-        seen = operation.slots(beside, own=1)
+        seen = dataclasses.replace(operation.slots(beside, own=1), chunk=1)
+        if slots is not None:  # of the slots of the chunk's earlier tokens this layer sees as many as of its own
+            earlier = dataclasses.replace(operation.slots(stream), key=slots[0], value=slots[1], chunk=1)
+            seen_tokens = self._in_chunk(slots[0].shape[1], operation.chunk)
+            over_cache = merge(over_cache, _over_chunk(query, earlier, seen_tokens, self.implementation))
         attended, _ = _merged(over_cache, _over_slots(query, seen, self.implementation))
         # The stream is read before it is written again: XLA would copy it otherwise, as in the layer loop.
         attended, beside = jax.lax.optimization_barrier((attended, beside))
         return attended, own, beside.with_length(stream.length), 1
+
+    def keep(self, stream: Stream, held: PyTree) -> PyTree:
+        """And this token's slots [B, 1, S, K, H], where the cache has such."""
+        cached, slots = held
+        if slots is None:
+            return cached, None, None
+        return cached, slots, tuple(buffer[:, :, : slots[0].shape[2]] for buffer in stream.buffers)
+
+    def _in_chunk(self, kept: int, chunk: int) -> Array:
+        """[B or 1, R] bool: whether the kept tokens are of this token's chunk."""
+        before = (self.length - 1 - jnp.arange(kept, dtype=jnp.int32)) % kept + 1  # so many tokens
+        position = self.length - (jnp.zeros(1, jnp.int32) if self.start is None else self.start)
+        return before[None] <= (position % chunk)[:, None]
 
 
 @functools.partial(jax.jit, static_argnames="implementation")  # unrolled layers share one kernel, compiled once
@@ -356,6 +408,24 @@ def _over_slots(query: Array, depth: DepthKV, implementation: str | None) -> Par
     return block.forward(Call(query, depth=depth, scale=query.shape[-1] ** -0.5), implementation=implementation)
 
 
+@functools.partial(jax.jit, static_argnames="implementation")
+def _over_chunk(query: Array, depth: DepthKV, seen: Array, implementation: str | None) -> Part:
+    """The current token's attention over the slots of R earlier ones: each token's for itself, and merged.
+
+    Args:
+        query: [B, 1, N, H].
+        depth: of the R tokens.
+        seen: [B or 1, R] bool, of which of them.
+        implementation: of the op.
+    """
+    queries = jnp.broadcast_to(query, (query.shape[0], seen.shape[1], *query.shape[2:]))
+    part = block.forward(Call(queries, depth=depth, scale=query.shape[-1] ** -0.5), implementation=implementation)
+    out = jnp.where(seen[..., None, None], part.out, 0)
+    lse = jnp.where(seen[..., None], part.lse, -jnp.inf)
+    merged = merge_axis(Part(out, lse), axis=1)
+    return jax.tree.map(lambda x: x[:, None], merged)
+
+
 def _of_itself(query: Array, key: Array, value: Array) -> Part:
     """The current token's attention to itself alone: its value, whatever its logit is.
 
@@ -385,26 +455,33 @@ def _step(
 ) -> tuple[Array, KVCache]:
     begin = jnp.zeros(len(tokens), jnp.int32) if cache.start is None else cache.start
     positions = (cache.length - begin)[:, None]  # [B, 1]
-    hidden, own, (all_keys, all_values) = module.walk(
+    hidden, own, ((all_keys, all_values), kept, slots) = module.walk(
         module.embedding(tokens[:, None]), positions, None, _Token(cache.start, cache.length, implementation),
-        held=(cache.key, cache.value), layer_params=params.get("layers"),
+        held=((cache.key, cache.value), cache.slots), layer_params=params.get("layers"),
     )  # fmt: skip
-    cache = dataclasses.replace(cache, key=all_keys, value=all_values)
+    cache = dataclasses.replace(cache, key=all_keys, value=all_values, slots=kept)
     logits = module.logits(hidden)[:, 0]
     key, value = zip(*own, strict=True) if isinstance(cache.key, tuple) else own
-    logits, key, value = jax.lax.optimization_barrier((logits, key, value))  # written after all was read
-    return logits, _write(cache, key, value)
+    # Written after all was read.
+    logits, key, value, slots = jax.lax.optimization_barrier((logits, key, value, slots))
+    return logits, _write(cache, key, value, slots)
 
 
-def _write(cache: KVCache, key: PyTree, value: PyTree) -> KVCache:
-    """The cache with one more place filled, from [..., B, K, 1, H]."""
+def _write(cache: KVCache, key: PyTree, value: PyTree, slots: tuple[Array, Array] | None) -> KVCache:
+    """The cache with one more place filled, from [..., B, K, 1, H], and one more token's slots [B, 1, S, K, H]."""
 
     def update(buffer: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(buffer, new, cache.length, axis=buffer.ndim - 2)
 
+    if slots is not None:
+        place = cache.length % cache.slots[0].shape[1]
+        slots = jax.tree.map(
+            lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, place, axis=1), cache.slots, slots
+        )
     return KVCache(
-        jax.tree.map(update, cache.key, key), jax.tree.map(update, cache.value, value), cache.length + 1, cache.start
-    )
+        jax.tree.map(update, cache.key, key), jax.tree.map(update, cache.value, value), cache.length + 1, cache.start,
+        slots,
+    )  # fmt: skip
 
 
 def _platform() -> str:

@@ -245,7 +245,7 @@ def _layer(
     softmax = SoftmaxAttention(
         mechanism.softmax_slots(config), segment_ids=second_of_shared,
         implementation=config.attention_implementation, with_lse=merges, causal=config.causal,
-        window=mechanism.softmax_window(config),
+        window=mechanism.softmax_window(config), chunk=mechanism.softmax_chunk(config),
     )  # fmt: skip
 
     def part(name: str, takes: tuple[str, ...], gives: tuple[str, ...]) -> Part:

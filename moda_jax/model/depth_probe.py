@@ -92,7 +92,7 @@ def probed_hidden(
     check_has_depth(module.config)
     if not module.config.has_depth_probes:
         raise NotImplementedError(
-            "depth probes: the model reads its slots outside of attention's softmax, or not all of them "
+            "depth probes: the model reads its slots outside of attention's softmax, or not all of its token's alone "
             f"({module.config.moda})"
         )
     x = module.embedding(tokens)  # [B, T, D]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moda_jax.config_checks import require
 from moda_jax.depth_config import MoDASection
 from moda_jax.model.attention import Attention, default_positions
 from moda_jax.model.attention_cache import AttentionCache
@@ -28,6 +29,7 @@ class MoDAAttention(Attention):
 
         y_t = W_o softmax([q_t . K[0..t], q_t . K_depth[t, :length]] / sqrt(H)) [V[0..t]; V_depth[t, :length]]
 
+    With `chunk=C` the slots of the earlier tokens of t's chunk of C tokens, counted from each document's first, join.
     With `causal=False` a token sees the whole sequence, and depth as before.
 
     Differentiating a stack of these layers with plain autodiff is right, but keeps one copy of the depth stream per
@@ -38,6 +40,7 @@ class MoDAAttention(Attention):
         ffn_kv: holds the projection that `write_ffn` needs (the paper's default variant).
         attention_kv: writes a projection of the input instead of the layer's own KV.
         causal: a token sees the sequence up to itself; False: all of it, and `decode` is refused.
+        chunk: C, see above; 1: a token reads its own slots. More needs `causal`, and `decode` is refused.
         qk_norm, qk_norm_per_head, rope_theta, norm_epsilon, bias, initializer_range: as in `Attention`.
         implementation: of the op, see `pallas_kernels.moda_attention`; None: the best for the device.
         dtype: compute dtype; None: bfloat16 on a GPU, float32 elsewhere.
@@ -56,6 +59,7 @@ class MoDAAttention(Attention):
         ffn_kv: bool = False,
         attention_kv: bool = False,
         causal: bool = True,
+        chunk: int = 1,
         qk_norm: bool = True,
         qk_norm_per_head: bool = False,
         rope_theta: float | None = 500000.0,
@@ -66,15 +70,18 @@ class MoDAAttention(Attention):
         dtype: jnp.dtype | str | None = None,
         rngs: nnx.Rngs | InitialKeys,
     ) -> None:
+        require(isinstance(chunk, int) and chunk > 0, "chunk", chunk, "a number of tokens, at least 1")
+        require(causal or chunk == 1, "chunk", chunk, "1 with causal=False: what a chunk shows are earlier tokens")
         dtype, keys = compute_dtype(dtype), InitialKeys.of(rngs)
         super().__init__(
             width, num_heads, num_kv_heads, head_dim, qk_norm=qk_norm, qk_norm_per_head=qk_norm_per_head,
             rope_theta=rope_theta, norm_epsilon=norm_epsilon, bias=bias, initializer_range=initializer_range,
             implementation=implementation, dtype=dtype, rngs=keys,
         )  # fmt: skip
-        self.implementation, self.causal = implementation, causal
+        self.implementation, self.causal, self.chunk = implementation, causal, chunk
         self.depth = MixtureOfDepths(
-            width, num_heads, num_kv_heads, head_dim, section=MoDASection(ffn_kv=ffn_kv, attn_kv=attention_kv),
+            width, num_heads, num_kv_heads, head_dim,
+            section=MoDASection(ffn_kv=ffn_kv, attn_kv=attention_kv, chunk=chunk),
             initializer_range=initializer_range, dtype=dtype, rngs=keys.at("depth"),
         )  # fmt: skip
 
@@ -104,7 +111,9 @@ class MoDAAttention(Attention):
         self._check_stream(x, stream)
         positions = default_positions(x) if positions is None else positions
         query, key, value = self.project(x, positions)
-        operation = SoftmaxAttention(True, segment_ids=_only, implementation=self.implementation, causal=self.causal)
+        operation = SoftmaxAttention(
+            True, segment_ids=_only, implementation=self.implementation, causal=self.causal, chunk=self.chunk
+        )
         y = self.output(operation((query, key, value), stream, (segment_ids,)))
         return y, self._written(ATTENTION, x, stream, positions, key, value)
 
@@ -127,10 +136,13 @@ class MoDAAttention(Attention):
 
         Raises:
             ValueError: a full stream or cache (when its length is concrete), or shapes that do not fit; or a layer with
-                `causal=False`, whose tokens change with every one that comes.
+                `causal=False`, whose tokens change with every one that comes; or with a `chunk`, of whose earlier
+                tokens the stream has no slots.
         """
         if not self.causal:
             raise ValueError("MoDAAttention.decode: the layer was built with causal=False, expected causal=True")
+        if self.chunk > 1:
+            raise ValueError(f"MoDAAttention.decode: the layer was built with chunk={self.chunk}, expected chunk=1")
         places = cache.places(x.shape[1])
         positions = places if positions is None else positions
         query, key, value = self.project(x, positions)

@@ -73,6 +73,11 @@ class Step:
         del number, held
         return operation(request, stream, shared), None, stream, 0
 
+    def keep(self, stream: Stream, held: PyTree) -> PyTree:
+        """What the walk returns in the place of `held`; stream: the last layer's. By default `held` itself."""
+        del stream
+        return held
+
     def leave(self, left: PyTree, carry: PyTree) -> PyTree:
         """What the layer leaves behind, from what `attend` left and the layer's result."""
         del carry
@@ -140,7 +145,8 @@ class Stack(Module):
             kept: as in `__call__`.
 
         Returns:
-            The final norm's output; what the layers left behind, stacked [L, ...] (of a tuple, a tuple of L); `held`.
+            The final norm's output; what the layers left behind, stacked [L, ...] (of a tuple, a tuple of L); `held`,
+            or what the step keeps in its place.
         """
         config = self.config
         shared = (positions, segment_ids) if kept is None else (positions, segment_ids, kept)
@@ -167,6 +173,7 @@ class Stack(Module):
         else:
             carry, stream, left_l = _walked(layer, params, carry, stream, config.num_layers - 1, shared, step, held)
             left.append(left_l)
+            held = step.keep(stream, held)
         if last_token_only:
             carry, buffers = jax.tree.map(lambda a: a[:, -1:], (carry, stream.buffers))
             stream = stream.with_buffers(buffers, stream.length)

@@ -164,6 +164,10 @@ def _local_backward(
 
 def _gathered(call: Call, context: int) -> Call:
     """This device's queries, and what they attend to in the order of the sequence."""
+    if context > 1 and call.depth is not None and call.depth.chunk > 1:
+        raise NotImplementedError(
+            f"depth_chunk={call.depth.chunk} with mesh.context={context}: a chunk's tokens lie on different devices"
+        )
     if context == 1 or call.key is None:
         return call
     ids = call.mask.query_segment_ids

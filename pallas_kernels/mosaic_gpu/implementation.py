@@ -46,6 +46,8 @@ def check_supported(call: Call) -> None:
         raise NotImplementedError(f"mosaic_gpu: head_dim={head_dim}: expected an even number up to {LARGEST_HEAD_DIM}")
     if call.slots > MAX_SLOTS:
         raise NotImplementedError(f"mosaic_gpu: {call.slots} depth slots: expected at most {MAX_SLOTS}")
+    if call.depth is not None and call.depth.chunk > 1:
+        raise NotImplementedError(f"mosaic_gpu: depth_chunk={call.depth.chunk}: the kernels read a token's own slots")
     if jax.default_backend() == "gpu":
         capability = str(jax.devices()[0].compute_capability)
         if capability != COMPUTE_CAPABILITY:

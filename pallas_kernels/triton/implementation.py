@@ -47,6 +47,8 @@ def check_supported(call: Call) -> None:
         )
     if call.slots > MAX_SLOTS:
         raise NotImplementedError(f"triton: {call.slots} depth slots: expected at most {MAX_SLOTS}")
+    if call.depth is not None and call.depth.chunk > 1:
+        raise NotImplementedError(f"triton: depth_chunk={call.depth.chunk}: the kernels read a token's own slots")
     if call.depth is not None and call.depth.deferred is not None:
         raise NotImplementedError("triton: depth.deferred: the kernels add the gradients of all seen slots")
     if not calls.can_run():

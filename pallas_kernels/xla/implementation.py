@@ -9,8 +9,9 @@ key blocks above the diagonal are not visited: the inner trip count depends on t
 a block of logits plus O(T), whatever T and S are.
 
 The depth part (`depth.py`) is per token: it walks over blocks of tokens and, inside, over chunks of slots, as many as
-hold slots that are seen. The two parts are merged by log-sum-exp; the backward needs only the merged lse and delta, so
-each part recomputes its own probabilities exactly.
+hold slots that are seen; where queries see the slots of earlier tokens too, several times (`chunk.py`). The two parts
+are merged by log-sum-exp; the backward needs only the merged lse and delta, so each part recomputes its own
+probabilities exactly.
 
 Dtypes: logits, softmax state and all accumulators are float32. Sequence dots take the inputs' dtype and accumulate in
 float32 (`highest` precision for float32 inputs); depth products are taken in float32.
@@ -29,7 +30,7 @@ from jax import Array
 
 from pallas_kernels.operands import Call, DepthKV, Gradients, Upstream
 from pallas_kernels.parts import Part, merge
-from pallas_kernels.xla import depth, sequence
+from pallas_kernels.xla import chunk, depth, sequence
 from pallas_kernels.xla.blocks import MASKED
 
 
@@ -45,7 +46,8 @@ def forward(call: Call, *, with_rest: bool = False) -> Part:
     if call.key is not None:
         parts.append(sequence.forward(call))
     if call.sees_slots:
-        parts.append(depth.forward(call.query, call.depth, call.scale))
+        alone = call.depth.chunk == 1
+        parts.append(depth.forward(call.query, call.depth, call.scale) if alone else chunk.forward(call))
     part = parts[0] if len(parts) == 1 else merge(*parts)
     return part.rounded(call.query.dtype, with_rest=with_rest)
 
@@ -64,7 +66,12 @@ def backward(call: Call, upstream: Upstream, buffers: tuple[Array, Array] | None
         dquery, dkey, dvalue = sequence.backward(call, upstream)
     ddepth = (None, None) if call.depth is None else _gradient_buffers(call.depth, buffers)
     if call.sees_slots:
-        depth_dquery, *ddepth = depth.backward(call.query, call.depth, upstream, call.scale, tuple(ddepth))
+        if call.depth.chunk == 1:
+            depth_dquery, *ddepth = depth.backward(call.query, call.depth, upstream, call.scale, tuple(ddepth))
+        else:
+            depth_dquery, *ddepth = chunk.backward(call, upstream, tuple(ddepth))
+            if buffers is None:
+                ddepth = (x.astype(call.query.dtype) for x in ddepth)
         if dquery is None:
             dquery = depth_dquery
         else:  # bit for bit where no slot is seen, the sign of a zero included
@@ -74,8 +81,10 @@ def backward(call: Call, upstream: Upstream, buffers: tuple[Array, Array] | None
 
 
 def _gradient_buffers(depth: DepthKV, buffers: tuple[Array, Array] | None) -> tuple[Array, Array]:
-    """What the depth gradients are added to: the caller's buffers, or zeros in the inputs' dtype."""
-    return (jnp.zeros_like(depth.key), jnp.zeros_like(depth.value)) if buffers is None else buffers
+    """What the depth gradients are added to: the caller's buffers, or zeros in the inputs' dtype; where several tokens
+    add to a slot, in float32."""
+    dtype = None if depth.chunk == 1 or depth.empty else jnp.float32
+    return tuple(jnp.zeros_like(x, dtype) for x in (depth.key, depth.value)) if buffers is None else buffers
 
 
 def _without_empty_rows(upstream: Upstream) -> Upstream:

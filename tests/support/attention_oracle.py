@@ -1,6 +1,7 @@
 """What the attention op has to return, in float64 NumPy, one query row at a time. Shares no code with the package.
 
-For one query q and the rows k_j, v_j (j over the visible keys of the sequence and the filled depth slots of its token):
+For one query q and the rows k_j, v_j (j over the visible keys of the sequence and the filled depth slots of its token,
+and with a chunk of C tokens of the earlier tokens at the same place // C of the same document):
 
     z_j = scale * q . k_j        lse = log(sum_j exp(z_j))       p_j = exp(z_j - lse)       out = sum_j p_j v_j
 
@@ -33,6 +34,7 @@ def attention(
     query_segment_ids=None,
     key_segment_ids=None,
     key_length=None,
+    depth_chunk=1,
     dout=None,
     dlse=None,
 ) -> dict[str, np.ndarray]:
@@ -63,13 +65,19 @@ def attention(
             if key_length is not None:
                 visible &= np.arange(keys) < np.asarray(key_length)[b]
             seen = np.flatnonzero(visible)
+            begin = t
+            while begin > 0 and (
+                query_segment_ids is None or query_segment_ids[b][begin - 1] == query_segment_ids[b][t]
+            ):
+                begin -= 1
+            near = [s for s in range(begin, t + 1) if (s - begin) // depth_chunk == (t - begin) // depth_chunk]
             if seen.size + filled == 0:
                 continue
             for n in range(heads):
                 kv = n // (heads // kv_heads)
                 q = query[b, t, n]
-                row_keys = np.concatenate([key[b, seen, kv], depth_key[b, t, :filled, kv]])
-                row_values = np.concatenate([value[b, seen, kv], depth_value[b, t, :filled, kv]])
+                row_keys = np.concatenate([key[b, seen, kv], *(depth_key[b, s, :filled, kv] for s in near)])
+                row_values = np.concatenate([value[b, seen, kv], *(depth_value[b, s, :filled, kv] for s in near)])
                 z = scale * (row_keys @ q)
                 lse = z.max() + np.log(np.exp(z - z.max()).sum())
                 p = np.exp(z - lse)
@@ -83,6 +91,8 @@ def attention(
                 result["dquery"][b, t, n] = scale * (dz @ row_keys)
                 result["dkey"][b, seen, kv] += dk[: seen.size]
                 result["dvalue"][b, seen, kv] += dv[: seen.size]
-                result["ddepth_key"][b, t, :filled, kv] += dk[seen.size :]
-                result["ddepth_value"][b, t, :filled, kv] += dv[seen.size :]
+                for i, s in enumerate(near):
+                    part = slice(seen.size + i * filled, seen.size + (i + 1) * filled)
+                    result["ddepth_key"][b, s, :filled, kv] += dk[part]
+                    result["ddepth_value"][b, s, :filled, kv] += dv[part]
     return result

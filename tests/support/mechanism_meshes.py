@@ -13,8 +13,9 @@ from support.mesh_training import CONFIG, on_mesh, train
 from moda_jax.config import TransformerConfig
 
 MESH = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
+MESHES = {"moda, chunk": {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}}  # the tokens of a chunk stay together
 # What else reads or writes in a way of its own, a few that cover it. They take most of a minute each.
-COVERING = ("depth_attention", "mudd", "moda, per-head norm of the writer")
+COVERING = ("depth_attention", "mudd", "moda, per-head norm of the writer", "moda, chunk")
 MODELS = FULL | {name: CASES[name] for name in COVERING}
 MODELS |= {"value_mixing": {"depth": "value_mixing", "value_mixing": {"stride": 1}}}
 # There the heads' results together are a sub-layer's input.
@@ -31,8 +32,13 @@ CONFIGS = {
 }  # fmt: skip
 
 
+def mesh_of(name: str) -> dict[str, int]:
+    """The sizes of the mesh that a model is trained on."""
+    return MESHES.get(name, MESH)
+
+
 def main(directory: Path, name: str) -> None:
-    train(on_mesh(CONFIGS[name], MESH), name, directory, steps=2)
+    train(on_mesh(CONFIGS[name], mesh_of(name)), name, directory, steps=2)
     train(CONFIGS[name], f"one_{name}", directory, steps=2)
 
 

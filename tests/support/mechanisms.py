@@ -52,6 +52,12 @@ FAMILY = {
     "value_residual, norm of the sum": {"depth": "value_residual", "norm": "post_sum"},
     "moda, window": {"depth": "moda", "moda": {"read": "window", "read_slots": 3, "null_slot": True}},
     "moda, window alone": {"depth": "moda", "norm": "pre", "moda": {"read": "window", "read_slots": 3}},
+    "moda, chunk": {"depth": "moda", "moda": {"chunk": 3}},
+    "moda, chunk and window": {"depth": "moda", "norm": "pre", "moda": {"chunk": 4, "read": "window", "read_slots": 3}},
+    "moda, chunk and stride": {
+        "depth": "moda",
+        "moda": {"chunk": 8, "read": "stride", "read_stride": 2, "attn_kv": True, "key": "writer_norm"},
+    },
     "moda, hybrid": {
         "depth": "moda",
         "norm": "pre",

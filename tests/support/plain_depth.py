@@ -268,6 +268,11 @@ def moda(config, layers, x):
                 "own": own_key, "writer_norm": normed(raw_key, writer_scale), "reader_norm": normed(raw_key, scale),
             }[section.key]  # fmt: skip
             logit = jnp.sum(asked * wide(key), axis=-1) * H**-0.5
+            if section.chunk > 1:  # over the row's tokens [B, T, N, T], dense
+                chunks = positions // section.chunk
+                near = layer.visible & (chunks[:, :, None] == chunks[:, None])
+                logit = einsum("btnh,bunh->btnu", asked, wide(key)) * H**-0.5
+                logit = jnp.where(near[:, :, None], logit, -jnp.inf)
             if section.entry_bias:
                 logit = logit + depth["entry_bias"]["offset"][kind]
             age, read = len(entries) - place, True
@@ -294,10 +299,15 @@ def moda(config, layers, x):
                 gate = jax.nn.sigmoid(depth["softmax_gate"]["offset"])[:, None]
                 y = (1 - gate) * y + gate * read
         else:
-            weights = jnp.concatenate([over, *(logit[..., None] for logit in (*logits, *null))], axis=-1)
+            logits = logits if section.chunk > 1 else [logit[..., None] for logit in (*logits, *null)]
+            weights = jnp.concatenate([over, *logits], axis=-1)
             weights = jax.nn.softmax(weights, axis=-1)
             y = jnp.einsum("btnu,bunh->btnh", weights[..., :T], wide(v), precision="highest")
-            y = y + sum(weights[..., T + i, None] * value for i, value in enumerate(values))
+            if section.chunk > 1:
+                parts = jnp.split(weights[..., T:], len(values), axis=-1) if values else []
+                y = y + sum(einsum("btnu,bunh->btnh", part, value) for part, value in zip(parts, values, strict=True))
+            else:
+                y = y + sum(weights[..., T + i, None] * value for i, value in enumerate(values))
         y = einsum("btnh,nhd->btd", y, a["output"]["kernel"])
         y = layer.norm(y, "attention_norm") if config.norm == "post" else y
 

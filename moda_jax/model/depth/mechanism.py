@@ -193,6 +193,12 @@ class DepthMechanism(nnx.Module):
         return None
 
     @classmethod
+    def softmax_chunk(cls, config: TransformerConfig) -> int:
+        """Where `softmax_slots`: C, a token's softmax has the slots of the earlier tokens of its chunk of C too."""
+        del config
+        return 1
+
+    @classmethod
     def merges(cls, config: TransformerConfig) -> bool:
         """Whether `attended` merges attention's result with the "value" operation's."""
         del config

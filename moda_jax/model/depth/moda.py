@@ -1,9 +1,10 @@
 """MoDA: sequence KV and depth KV under one softmax; each layer appends its keys and values (arXiv 2603.15619).
 
-As in the paper, and by default, depth keys are what the writing layer's attention uses, a layer reads all slots, and
-one op computes the softmax. The options of `MoDASection` change what is stored, which slots are read, and how the two
-parts are put together. Where the op knows no such thing it computes the sequence's part alone, the slots are read
-before it (`slot_reads`), and the parts are merged by their log-sum-exps, which is the same softmax:
+As in the paper, and by default, depth keys are what the writing layer's attention uses, a token reads all slots of its
+own, and one op computes the softmax. The options of `MoDASection` change what is stored, which slots of which tokens
+are read, and how the two parts are put together. Where the op knows no such thing it computes the sequence's part
+alone, the slots are read before it (`slot_reads`), and the parts are merged by their log-sum-exps, which is the same
+softmax:
 
     out = (e^s out_s + sum_k e^(d_k + bias_k) out_k) / (e^s + sum_k e^(d_k + bias_k) + e^null)
 
@@ -113,6 +114,14 @@ class MixtureOfDepths(DepthMechanism):
                 section.read_stride < config.num_layers, "model.moda.read_stride", section.read_stride,
                 f"less than model.num_layers={config.num_layers}",
             )  # fmt: skip
+        require(
+            section.chunk <= config.max_sequence_length, "model.moda.chunk", section.chunk,
+            f"at most model.max_sequence_length={config.max_sequence_length} tokens",
+        )  # fmt: skip
+        require(
+            section.chunk == 1 or config.causal, "model.moda.chunk", section.chunk,
+            "1 with model.causal=False: what a chunk shows are earlier tokens",
+        )  # fmt: skip
 
     @classmethod
     def build(cls, config: TransformerConfig, *, last: bool, rngs: InitialKeys) -> MixtureOfDepths:
@@ -138,6 +147,10 @@ class MixtureOfDepths(DepthMechanism):
     @classmethod
     def softmax_window(cls, config: TransformerConfig) -> int | None:
         return config.moda.read_slots if config.moda.read == "window" else None
+
+    @classmethod
+    def softmax_chunk(cls, config: TransformerConfig) -> int:
+        return config.moda.chunk
 
     @classmethod
     def merges(cls, config: TransformerConfig) -> bool:
@@ -191,11 +204,12 @@ class MixtureOfDepths(DepthMechanism):
 
     @classmethod
     def read_flops(cls, config: TransformerConfig) -> int:
-        """Two products of 2 N H FLOPs a slot that is read."""
-        return 4 * config.num_heads * config.head_dim * cls.slots_read(config)
+        """Two products of 2 N H FLOPs a slot that is read, of (C + 1) / 2 tokens on average."""
+        return 2 * config.num_heads * config.head_dim * cls.slots_read(config) * (config.moda.chunk + 1)
 
     @classmethod
     def slots_read(cls, config: TransformerConfig) -> int:
+        """Of its own token, whose slots move once for a whole chunk at the least."""
         section = config.moda
         most = section.read_slots if section.read in ("window", "hybrid", "top") else cls.slots(config)
         return sum(min(_filled(config, layer), most) for layer in range(config.num_layers))

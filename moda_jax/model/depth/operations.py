@@ -137,6 +137,7 @@ class SoftmaxAttention(Operation):
     Attributes:
         reads_slots: whether the slots are part of the softmax; False: plain attention, whatever the stream is.
         window: how many of the filled slots are, the last ones; None: all.
+        chunk: C: also the slots of the earlier tokens of a token's chunk of C; 1: its own alone.
         segment_ids: (*shared) -> [B, T] int32 or None, the mask.
         scale: of the logits; None: H ** -0.5.
         implementation: see `pallas_kernels.moda_attention`.
@@ -151,6 +152,7 @@ class SoftmaxAttention(Operation):
     with_lse: bool = False
     causal: bool = True
     window: int | None = None
+    chunk: int = 1
 
     def __call__(self, request: tuple, stream: Stream, shared: tuple) -> PyTree:
         if self.with_lse:
@@ -198,8 +200,8 @@ class SoftmaxAttention(Operation):
         call = self.call(request, stream, shared)
         if call.depth is None or (first is not None and dispatch.gradient_group(self.implementation, call) is None):
             first = None  # nothing to defer, or kernels that do not
-        elif call.depth.start is not None:
-            first = None  # the layers of a group see other slots
+        elif not self._in_groups(call):
+            first = None
         elif first is not None:
             call = dataclasses.replace(call, depth=dataclasses.replace(call.depth, deferred=first))
         dquery, dkey, dvalue, *sums = attention_backward(
@@ -227,9 +229,14 @@ class SoftmaxAttention(Operation):
     def gradient_group(self, request: tuple, stream: Stream, shared: tuple) -> int:
         """As `Operation.gradient_group`: what the kernels of the call gain by."""
         call = self.call(request, stream, shared)
-        if call.depth is None or call.depth.start is not None:
+        if call.depth is None or not self._in_groups(call):
             return 1
         return dispatch.gradient_group(self.implementation, call) or 1
+
+    @staticmethod
+    def _in_groups(call: Call) -> bool:
+        """Whether `add_deferred` serves it: the layers of a group see the same slots, each query those of its token."""
+        return call.depth.start is None and call.depth.chunk == 1
 
     def call(self, request: tuple, stream: Stream, shared: tuple) -> Call:
         """The op's operands: no depth part without slots, which is plain attention."""
@@ -244,9 +251,9 @@ class SoftmaxAttention(Operation):
         """What is seen of a `DepthStream`, whose last `own` entries count beside the window."""
         filled = filled_slots(stream)
         if self.window is None or self.window + own >= stream.slots:
-            return DepthKV(stream.key, stream.value, length=filled)
+            return DepthKV(stream.key, stream.value, length=filled, chunk=self.chunk)
         start = jnp.maximum(jnp.asarray(filled, jnp.int32) - (self.window + own), 0)
-        return DepthKV(stream.key, stream.value, start=start, length=filled)
+        return DepthKV(stream.key, stream.value, start=start, length=filled, chunk=self.chunk)
 
     def _scale(self, head_dim: int) -> float:
         return head_dim**-0.5 if self.scale is None else self.scale

@@ -111,3 +111,33 @@ def test_a_text_that_does_not_fit_is_an_error():
     run = loaded_run(tiny_run_config())
     with pytest.raises(ValueError, match=r"tokens: got 65, expected 1\.\.64 \(model\.max_sequence_length\)"):
         maps_lib.attention_maps(run.model, run.params, np.zeros(65, np.int32))
+
+
+def test_where_a_token_sees_the_slots_of_its_chunk_their_mass_is_summed(monkeypatch):
+    monkeypatch.setattr(maps_lib, "PIXELS", 8)
+    monkeypatch.setattr(maps_lib, "BLOCK_QUERIES", 6)
+    draw = np.random.default_rng(0)
+    T, N, K, H, S, chunk, pool = 21, 2, 1, 4, 3, 4, 3
+    query, key, depth_key = (draw.standard_normal(shape) for shape in ((T, N, H), (T, K, H), (T, S, K, H)))
+    visible = np.array([True, True, False])
+    came = jax.jit(maps_lib.pooled_maps, static_argnums=4)(
+        *(jnp.asarray(array, jnp.float32) for array in (query, key, depth_key)), visible, chunk
+    )
+    over_keys, over_slots = np.zeros((N, T, T)), np.zeros((N, T, S))
+    for n in range(N):
+        for t in range(T):
+            near = range(t - t % chunk, t + 1)
+            weights = {(u, None): np.exp(query[t, n] @ key[u, 0] / 2) for u in range(t + 1)}
+            weights |= {(u, s): np.exp(query[t, n] @ depth_key[u, s, 0] / 2) for u in near for s in range(2)}
+            total = sum(weights.values())
+            for (u, s), weight in weights.items():
+                if s is None:
+                    over_keys[n, t, u] = weight / total
+                else:
+                    over_slots[n, t, s] += weight / total
+    expected = (
+        over_keys.reshape(N, T // pool, pool, T // pool, pool).sum(axis=4).mean(axis=2),
+        over_slots.reshape(N, T // pool, pool, S).mean(axis=2), over_slots.mean(axis=1),
+    )  # fmt: skip
+    for ours, theirs in zip(came, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)

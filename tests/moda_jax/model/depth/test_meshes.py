@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.mechanism_meshes import CONFIGS, MESH
+from support.mechanism_meshes import CONFIGS, mesh_of
 from support.virtual_devices import run_module
 
 from benchmarks.collectives import find_collectives
@@ -44,7 +44,7 @@ def test_losses_and_gradients_are_those_of_one_device(runs, name):
         assert error < 1e-4, f"{leaf}: relative L2 error {error:.2e}"
 
 
-def stream_sizes(config):
+def stream_sizes(config, sizes):
     """Elements of each buffer of the stream, whole and on one device."""
     model = config.model
     x = jnp.zeros((config.train.batch_size, config.data.sequence_length, model.width))
@@ -53,7 +53,6 @@ def stream_sizes(config):
     def begin():
         return Transformer(model, rngs=nnx.Rngs(0)).last_layer.depth.begin(model, x)[1].buffers
 
-    sizes = mesh_sizes(MeshConfig(**MESH), math.prod(MESH.values()))
     for buffer, axes in zip(jax.eval_shape(begin), mechanism.stream_type.axes, strict=True):
         parts = [sizes[part] for axis in ("batch", "tokens", *axes) for part in RULES[axis]]
         yield buffer.size, buffer.size // math.prod(parts)
@@ -61,10 +60,11 @@ def stream_sizes(config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_collective_touches_the_stream(runs, name):
-    sizes = mesh_sizes(MeshConfig(**MESH), math.prod(MESH.values()))
+    mesh = mesh_of(name)
+    sizes = mesh_sizes(MeshConfig(**mesh), math.prod(mesh.values()))
     found = find_collectives((runs(name) / f"{name}.hlo").read_text(), sizes)
     assert found
-    forbidden = {size for pair in stream_sizes(CONFIGS[name]) for size in pair}
+    forbidden = {size for pair in stream_sizes(CONFIGS[name], sizes) for size in pair}
     for collective in found:
         for _, dimensions in collective.arrays:
             assert math.prod(dimensions) not in forbidden, collective
