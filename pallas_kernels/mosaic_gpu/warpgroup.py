@@ -21,7 +21,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, memref, vector
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -132,6 +132,32 @@ def divmod(x: Any, divisor: int) -> tuple[Any, Any]:
     return quotient, x - quotient * divisor
 
 
+def hide_unseen(
+    logits: jax.Array, spec: Any, keys: Any, diagonal: Any, row_values: list, column_values: list, *, interpret: bool
+) -> jax.Array:
+    """logits [64 queries, keys of a block], float32 of layout TILE, with HIDDEN where a key is not visible.
+
+    Args:
+        spec: what of the mask is compiled in.
+        keys: of the block, and behind it, that exist, int32. diagonal: causal: the last of them that the first query
+            sees, int32.
+        row_values, column_values: of explicit masks: the queries' and the keys' channels, int32 [64] and [keys].
+    """
+    row = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=ROW)
+    last = row * 0 + (keys - 1)
+    if spec.causal and not spec.positions:
+        last = jnp.minimum(last, row + diagonal)
+    logits = hide_behind(logits, last, interpret=interpret)
+    channel = 0
+    if spec.positions:
+        visible = columns(column_values[0], logits.shape) <= rows(row_values[0], logits.shape)
+        logits, channel = jnp.where(visible, logits, HIDDEN), 1
+    if spec.segments:
+        visible = columns(column_values[channel], logits.shape) == rows(row_values[channel], logits.shape)
+        logits = jnp.where(visible, logits, HIDDEN)
+    return logits
+
+
 def hide_behind(x: jax.Array, last: jax.Array, *, interpret: bool) -> jax.Array:
     """x [64, columns] of layout TILE with HIDDEN in each row's columns behind `last`, int32 [64] of layout ROW.
 
@@ -167,6 +193,32 @@ def hide_behind(x: jax.Array, last: jax.Array, *, interpret: bool) -> jax.Array:
         return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
     return hide(x, last)
+
+
+def keep_before(x: jax.Array, place: Any, *, interpret: bool) -> None:
+    """Keeps the computation of x, float32 of layout TILE, before the next wait for `wgmma`.
+
+    A number that depends on all of x is stored to `place`, int32 [128] in shared memory, where nobody reads it. Without
+    that ptxas moves the wait up, before everything that does not need it, and nothing runs beside the products that are
+    waited for. (Seen in the machine code: MUFU.EX2 behind the last WARPGROUP.DEPBAR. A branch instead of a store makes
+    it wait for every single product.)
+    """
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType()))
+    def store(ctx, x, place):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        pairs = [vector.bitcast(ir.VectorType.get((2,), i32), register) for register in x.registers.flat]
+        pair = functools.reduce(arith.xori, pairs)
+        words = [
+            vector.extract(pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])) for i in range(2)
+        ]
+        thread = arith.andi(mgpu_utils.thread_idx(), arith.constant(i32, ir.IntegerAttr.get(i32, 127)))
+        memref.store(arith.xori(*words), place, [arith.index_cast(ir.IndexType.get(), thread)])
+
+    store(x, place)
 
 
 def _only(register: Any) -> Any:

@@ -55,6 +55,7 @@ def scratch_types(variant: BackwardVariant) -> dict[str, Any]:
         statistics_smem=plgpu.SMEM((stages, 2, block), jnp.float32),
         key_rows_smem=plgpu.SMEM((warpgroups, spec.channels, 64), jnp.int32) if spec.explicit else None,
         query_rows_smem=plgpu.SMEM((stages, spec.channels, block), jnp.int32) if spec.explicit else None,
+        kept_smem=plgpu.SMEM((warpgroups, 128), jnp.int32),
         p_stage=tile((warpgroups, 64, block), dtype) if interpret else None,
         ds_stage=tile((warpgroups, 64, block), dtype) if interpret else None,
         own_ready=plgpu.Barrier(num_arrivals=3 if spec.explicit else 2, num_barriers=own),
@@ -205,7 +206,7 @@ def make_body(variant: BackwardVariant):
                     return p * (wg_lib.load_after(dp_acc, outstanding) - wg_lib.columns(delta, shape))
 
                 consumer = _Consumer(
-                    variant, s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of
+                    variant, warpgroup, s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of
                 )
                 blocks = wg_lib.BlockRange(first, full_start, full_end, last, masked_start, spec.explicit)
                 dk, dv = _walk(consumer, blocks)
@@ -252,6 +253,7 @@ class _Consumer(NamedTuple):
     """What a consumer warpgroup works with: its scratch, and what it does with a block of queries."""
 
     variant: BackwardVariant
+    warpgroup: Any
     scratch: Any
     first_products: Callable[..., None]
     probability: Callable[..., Any]
@@ -263,7 +265,7 @@ class _Consumer(NamedTuple):
 
 def _walk(consumer: _Consumer, blocks: wg_lib.BlockRange) -> tuple[Any, Any]:
     """(dK, dV): the second products of a step run together with the first products of the next one."""
-    variant, s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of = consumer
+    variant, warpgroup, s, first_products, probability, logits_gradient, p_stage, ds_stage, slot_of = consumer
     shape, dtype, interpret = (64, variant.tiles.block), variant.shape.dtype, variant.interpret
     columns = variant.shape.head_dim if variant.columns is None else len(variant.columns)
     zeros = wg_lib.full((64, columns), 0.0, wg_lib.TILE)
@@ -292,6 +294,7 @@ def _walk(consumer: _Consumer, blocks: wg_lib.BlockRange) -> tuple[Any, Any]:
             wg_lib.wgmma_registers(dk_acc, ds, _own_columns(variant, s.query_smem.at[previous]), ds_stage)
             new_p = probability(logits_acc, slot, query_block, 3, masked)
             new_ds = logits_gradient(dp_acc, new_p, slot, 2)
+            wg_lib.keep_before(new_ds, s.kept_smem.at[warpgroup], interpret=interpret)
             plgpu.wgmma_wait(0)
             # The old P and dS are operands in registers until here; round the new ones only now.
             new_p, new_ds, _, _ = lax.optimization_barrier((new_p, new_ds, p, ds))

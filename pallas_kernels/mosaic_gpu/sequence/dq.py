@@ -46,6 +46,7 @@ def scratch_types(variant: BackwardVariant) -> dict[str, Any]:
         value_smem=box((stages, block, head_dim), dtype),
         query_rows_smem=plgpu.SMEM((warpgroups, spec.channels, 64), jnp.int32) if spec.explicit else None,
         key_rows_smem=plgpu.SMEM((stages, spec.channels, block), jnp.int32) if spec.explicit else None,
+        kept_smem=plgpu.SMEM((warpgroups, 128), jnp.int32),
         ds_stage=tile((warpgroups, 64, block), dtype) if interpret else None,
         own_ready=plgpu.Barrier(num_arrivals=4 if spec.explicit else 3, num_barriers=own),
         ready=plgpu.Barrier(num_arrivals=3 if spec.explicit else 2, num_barriers=stages),
@@ -153,24 +154,14 @@ def make_body(variant: BackwardVariant):
                     ]
 
                 def hide(logits, step):
-                    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wg_lib.TILE)
-                    visible = column < limit - step * block
-                    channel = 0
                     column_values = [
                         plgpu.load(s.key_rows_smem.at[slot_of(step), c], layout=wg_lib.COLUMN)
                         for c in range(spec.channels)
                     ]
-                    if spec.positions:
-                        visible &= wg_lib.columns(column_values[0], shape) <= wg_lib.rows(row_values[0], shape)
-                        channel = 1
-                    elif spec.causal:
-                        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=wg_lib.TILE)
-                        visible &= column - row <= row_start - step * block
-                    if spec.segments:
-                        visible &= wg_lib.columns(column_values[channel], shape) == wg_lib.rows(
-                            row_values[channel], shape
-                        )
-                    return jnp.where(visible, logits, wg_lib.HIDDEN)
+                    begin = step * block
+                    return wg_lib.hide_unseen(
+                        logits, spec, limit - begin, row_start - begin, row_values, column_values, interpret=interpret
+                    )
 
                 def first_products(logits_acc, dp_acc, slot):
                     plgpu.wgmma(logits_acc, query_smem, s.key_smem.at[slot].T)
@@ -203,6 +194,7 @@ def make_body(variant: BackwardVariant):
                         first_products(logits_acc, dp_acc, slot)
                         wg_lib.wgmma_registers(dq_acc, ds, s.key_smem.at[previous], ds_stage)
                         new_ds = gradient(logits_acc, dp_acc, step, 1, masked)
+                        wg_lib.keep_before(new_ds, s.kept_smem.at[warpgroup], interpret=interpret)
                         plgpu.wgmma_wait(0)
                         # The old dS is an operand in registers until here; round the new one only now.
                         new_ds, _ = lax.optimization_barrier((new_ds, ds))
@@ -227,7 +219,7 @@ def make_body(variant: BackwardVariant):
                 @pl.loop(own_end, last)
                 def _release(step):
                     """Blocks that only the other warpgroups need."""
-                    if interpret:
+                    if interpret or tiles.images > 1:  # the phases that the next image counts on
                         plgpu.barrier_wait(s.ready.at[slot_of(step)])
                     plgpu.barrier_arrive(s.consumed.at[slot_of(step)])
 

@@ -464,20 +464,11 @@ class _Walk:
 
     def _hide(self, logits: jax.Array, step: Any, key_values: list) -> jax.Array:
         """Puts HIDDEN where a key is not visible."""
-        shape, spec, start = self.shape, self.spec, step * self.key_block
-        row = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=wg_lib.ROW)
-        last = row * 0 + (self.turn.limit - start - 1)
-        if spec.causal and not spec.positions:
-            last = jnp.minimum(last, row + (self.row_start - start))
-        logits = wg_lib.hide_behind(logits, last, interpret=self.interpret)
-        channel = 0
-        if spec.positions:
-            visible = wg_lib.columns(key_values[0], shape) <= wg_lib.rows(self.row_values[0], shape)
-            logits, channel = jnp.where(visible, logits, wg_lib.HIDDEN), 1
-        if spec.segments:
-            visible = wg_lib.columns(key_values[channel], shape) == wg_lib.rows(self.row_values[channel], shape)
-            logits = jnp.where(visible, logits, wg_lib.HIDDEN)
-        return logits
+        start = step * self.key_block
+        return wg_lib.hide_unseen(
+            logits, self.spec, self.turn.limit - start, self.row_start - start, self.row_values, key_values,
+            interpret=self.interpret,
+        )  # fmt: skip
 
     def _softmax(self, logits, maximum, total, step, key_values, masked):
         """Online softmax in base 2 -> (P, rescaling of what is accumulated, new maximum, new sum)."""
