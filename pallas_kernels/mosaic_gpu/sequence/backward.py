@@ -72,7 +72,7 @@ def sequence_backward(
     interpret = wg_lib.default_interpret() if interpret is None else interpret
     shape = SequenceShape.of(call)
     rows = MaskRows.of(call.mask, shape.batch, shape.query_tokens, shape.key_tokens)
-    chosen = choose_tiles(shape.head_dim, interpret=interpret)
+    chosen = choose_tiles(shape.head_dim, query_tokens=shape.query_tokens, interpret=interpret)
     dq_tiles, dkv_tiles = dq_tiles or chosen.dq, dkv_tiles or chosen.dkv
     operands = call.query, call.key, call.value, upstream.dout
     if interpret or not shape.takes_boxes:

@@ -208,6 +208,11 @@ class BackwardVariant:
         return self.shape.takes_boxes and not self.interpret
 
 
+def _third_is_idle(query_tokens: int) -> bool:
+    """Whether blocks of 192 queries have a fifth more rows than blocks of 128: for T = 197 384, not 256."""
+    return -(-query_tokens // 192) * 192 > 1.2 * -(-query_tokens // 128) * 128
+
+
 def choose_tiles(
     head_dim: int,
     *,
@@ -220,7 +225,7 @@ def choose_tiles(
 
     Args:
         head_dim: of the call.
-        query_tokens: of a forward, for the interpreter alone; None: many.
+        query_tokens: of the call; None: many.
         cache_only: of a forward: few queries over a long cache and nothing else, as in decoding. It then waits for
             memory, not for the tensor cores, and has one consumer warpgroup.
         explicit_masks: of a forward: segments or positions. Without them `cache_only` takes 127 registers a thread at
@@ -238,8 +243,9 @@ def choose_tiles(
         return SequenceTiles(forward, backward, backward)
     if head_dim == 64:
         few = ForwardTiles(1, 128, 6) if explicit_masks else ForwardTiles(1, 64, 6, paired=True)
-        forward = few if cache_only else ForwardTiles(3, 128, 4)
-        return SequenceTiles(forward, BackwardTiles(3, 64, 4), BackwardTiles(2, 64, 4, True))
+        warpgroups = 2 if query_tokens is not None and _third_is_idle(query_tokens) else 3
+        forward = few if cache_only else ForwardTiles(warpgroups, 128, 4)
+        return SequenceTiles(forward, BackwardTiles(warpgroups, 64, 4), BackwardTiles(2, 64, 4, True))
     if head_dim == 128:
         forward = ForwardTiles(1, 64, 5) if cache_only else ForwardTiles(2, 128, 2)
         return SequenceTiles(forward, BackwardTiles(2, 64, 3), BackwardTiles(2, 64, 3))
