@@ -17,6 +17,10 @@ from jax import Array
 from pallas_kernels import dispatch, norm, partition
 from pallas_kernels.norm import IMPLEMENTATIONS
 
+# The kernels are interpreted and compiled for Hopper in the tests, but no card has run those tests yet: until then they
+# are for who asks for them.
+KERNEL_BY_DEFAULT = False
+
 
 def biased_gelu(x: Array, bias: Array) -> Array:
     """a Phi(a) of a = x + bias, with the normal distribution itself, in float32.
@@ -76,7 +80,7 @@ def biased_gelu_backward(x: Array, bias: Array, dy: Array, *, implementation: st
 
 @functools.cache
 def _best(dtype: jnp.dtype, columns: int) -> str:
-    if "mosaic_gpu" not in dispatch.preferred():
+    if not KERNEL_BY_DEFAULT or "mosaic_gpu" not in dispatch.preferred():
         return "xla"
     try:
         _kernel().check_supported(dtype=dtype, columns=columns)

@@ -16,6 +16,10 @@ from jax import Array
 from pallas_kernels import dispatch, norm, partition
 from pallas_kernels.norm import IMPLEMENTATIONS
 
+# The kernels are interpreted and compiled for Hopper in the tests, but no card has run those tests yet: until then they
+# are for who asks for them.
+KERNEL_BY_DEFAULT = False
+
 
 def layer_norm(x: Array, scale: Array, bias: Array, *, epsilon: float, implementation: str | None = None) -> Array:
     """scale * (x - mean(x)) / sqrt(variance(x) + epsilon) + bias over the last axis, computed in float32.
@@ -98,7 +102,7 @@ def _resolve(x: Array, implementation: str | None) -> str:
 
 @functools.cache
 def _best(dtype: jnp.dtype, columns: int) -> str:
-    if "mosaic_gpu" not in dispatch.preferred():
+    if not KERNEL_BY_DEFAULT or "mosaic_gpu" not in dispatch.preferred():
         return "xla"
     try:
         _kernel().check_supported(dtype=dtype, columns=columns)

@@ -173,8 +173,10 @@ def test_the_norms_kernel_runs_on_whole_rows(for_the_chip, spec, kernels, sums):
 
 
 @pytest.mark.parametrize(("spec", "kernels", "sums"), [(P("rows", "tokens"), 2, 2), (P(None, None, "heads"), 0, 4)])
-def test_layer_norm_s_kernels_run_on_whole_rows(for_the_chip, spec, kernels, sums):
+def test_layer_norm_s_kernels_run_on_whole_rows(for_the_chip, spec, kernels, sums, monkeypatch):
     """As RMSNorm's; of rows that are cut forward and backward take two means each."""
+    monkeypatch.setattr(layer_norm, "KERNEL_BY_DEFAULT", True)
+    layer_norm._best.cache_clear()
     shapes = [(4, 16, 256), (4, 16, 256), (256,), (256,)]
 
     def run(x, dy, scale, bias):
@@ -188,7 +190,10 @@ def test_layer_norm_s_kernels_run_on_whole_rows(for_the_chip, spec, kernels, sum
 
 
 @pytest.mark.parametrize(("spec", "shape"), [(P("rows", "tokens"), "R16_D256"), (P("rows", None, "heads"), "R32_D64")])
-def test_gelu_s_kernel_runs_on_rows_and_columns(for_the_chip, spec, shape):
+def test_gelu_s_kernel_runs_on_rows_and_columns(for_the_chip, spec, shape, monkeypatch):
+    monkeypatch.setattr(biased_gelu, "KERNEL_BY_DEFAULT", True)
+    biased_gelu._best.cache_clear()
+
     def run(x, bias, dy):
         return biased_gelu.biased_gelu_backward(x, bias, dy)
 

@@ -46,7 +46,6 @@ def scratch_types(variant: BackwardVariant) -> dict[str, Any]:
         value_smem=box((stages, block, head_dim), dtype),
         query_rows_smem=plgpu.SMEM((warpgroups, spec.channels, 64), jnp.int32) if spec.explicit else None,
         key_rows_smem=plgpu.SMEM((stages, spec.channels, block), jnp.int32) if spec.explicit else None,
-        kept_smem=plgpu.SMEM((warpgroups, 128), jnp.int32),
         ds_stage=tile((warpgroups, 64, block), dtype) if interpret else None,
         own_ready=plgpu.Barrier(num_arrivals=4 if spec.explicit else 3, num_barriers=own),
         ready=plgpu.Barrier(num_arrivals=3 if spec.explicit else 2, num_barriers=stages),
@@ -194,7 +193,6 @@ def make_body(variant: BackwardVariant):
                         first_products(logits_acc, dp_acc, slot)
                         wg_lib.wgmma_registers(dq_acc, ds, s.key_smem.at[previous], ds_stage)
                         new_ds = gradient(logits_acc, dp_acc, step, 1, masked)
-                        wg_lib.keep_before(new_ds, s.kept_smem.at[warpgroup], interpret=interpret)
                         plgpu.wgmma_wait(0)
                         # The old dS is an operand in registers until here; round the new one only now.
                         new_ds, _ = lax.optimization_barrier((new_ds, ds))

@@ -243,7 +243,7 @@ def run_backward(case):
         )  # fmt: skip
 
     arguments = (query, key, value, ends(filled), dout, lse, delta, buffers, added)
-    got = run(*arguments)
+    returned = got = run(*arguments)
     want = list(backward_oracle(query, dout, key, value, lse, delta, filled))
     if adds:
         want[0] += wide(added)
@@ -262,7 +262,7 @@ def run_backward(case):
     for name, x, y in zip(("dquery", "ddepth_key", "ddepth_value"), got, want, strict=True):
         check(name, x, y, dtype)
     assert {x.dtype for x in got[1:]} == {jnp.dtype(dtype if buffers is None else buffer_dtype)}
-    return run, arguments, got
+    return run, arguments, returned
 
 
 @pytest.mark.parametrize("case", quick_first(BACKWARD, 2), ids=str)
