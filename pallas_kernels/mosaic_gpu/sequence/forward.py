@@ -21,8 +21,10 @@ Resident: query tile in SMEM; out accumulator, running maximum and sum in regist
 Accumulators: float32 (logits, out, maximum, sum); P is rounded to the input dtype for the second product.
 FLOPs: 4 T U N H B (half if causal). Bytes: query + key + value + out + 4 T N B; each CTA re-reads K and V from L2.
 Bound on an H200 at H=64: exp2 (16 a clock per SM) takes exactly as long as the two products (4096 FLOP a clock per SM),
-    so the tensor cores cannot be full. B=1, T=16384, K=8, G=8, causal: 4.5 to 4.6 ms, 480 TFLOP/s, cuDNN 4.9 to 5.2 ms.
-    Two warpgroups taking turns on the tensor cores (the usual schedule) measured 5.2 ms. H=128: tensor cores.
+    so the tensor cores cannot be full. B=1, T=16384, K=8, G=8, causal: 4.4 to 4.5 ms, 490 TFLOP/s, cuDNN 5.0 ms.
+    B=8, T=4096, K=8, G=2: 0.64 ms (0.85 with a CTA for every query block, spilled registers and the softmax behind the
+    products; 0.71 with a CTA for every query block), cuDNN 0.74. Two warpgroups taking turns on the tensor cores (the
+    usual schedule) measured 5.2 ms. H=128: tensor cores.
 Benchmark: python -m benchmarks.attention, rows with S=0, column "forward".
 
 Interpreted on a CPU, P goes through SMEM (`p_stage`): `wgmma` with A in registers is not simulated (see warpgroup.py).
