@@ -203,8 +203,8 @@ def hide_registers(x: Any, last: Any) -> Any:
     return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
 
-def keep_before(x: jax.Array, place: Any, *, interpret: bool) -> None:
-    """Keeps the computation of x, float32 of layout TILE, before the next wait for `wgmma`.
+def keep_before(x: jax.Array, place: Any, layout: Any = TILE, *, interpret: bool) -> None:
+    """Keeps the computation of x, float32, before the next wait for `wgmma`.
 
     A number that depends on all of x is stored to `place`, int32 [128] in shared memory, where nobody reads it. Without
     that ptxas moves the wait up, before everything that does not need it, and nothing runs beside the products that are
@@ -214,17 +214,20 @@ def keep_before(x: jax.Array, place: Any, *, interpret: bool) -> None:
     if interpret:
         return
 
-    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType()))
-    def store(ctx, x, place):
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
+    def store(ctx, x, place):  # a store of Pallas' own would bring two barriers of the warpgroup
         del ctx
         i32 = ir.IntegerType.get_signless(32)
-        pairs = [vector.bitcast(ir.VectorType.get((2,), i32), register) for register in x.registers.flat]
-        pair = functools.reduce(arith.xori, pairs)
-        words = [
-            vector.extract(pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])) for i in range(2)
+        (size,) = ir.VectorType(x.registers.flat[0].type).shape
+        words = [vector.bitcast(ir.VectorType.get((size,), i32), register) for register in x.registers.flat]
+        word = functools.reduce(arith.xori, words)
+        numbers = [
+            vector.extract(word, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+            for i in range(size)
         ]
         thread = arith.andi(mgpu_utils.thread_idx(), arith.constant(i32, ir.IntegerAttr.get(i32, 127)))
-        memref.store(arith.xori(*words), place, [arith.index_cast(ir.IndexType.get(), thread)])
+        number = functools.reduce(arith.xori, numbers)
+        memref.store(number, place, [arith.index_cast(ir.IndexType.get(), thread)])
 
     store(x, place)
 

@@ -127,7 +127,7 @@ def _scratch(variant: ForwardVariant) -> dict[str, Any]:
         key_smem=box((stages, key_block, head_dim), dtype),
         value_smem=box((stages, key_block, head_dim), dtype),
         lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32),
-        sum_smem=plgpu.SMEM((warpgroups, 64), jnp.float32),
+        kept_smem=plgpu.SMEM((warpgroups, 128), jnp.int32),
         other_smem=box((warpgroups, 64, head_dim), dtype) if merge or with_rest else None,
         other_lse_smem=plgpu.SMEM((warpgroups, 64), jnp.float32) if merge else None,
         query_rows_smem=query_rows,
@@ -440,9 +440,8 @@ class _Walk:
             key_values = self._load_key_rows(stage) if masked else []
             plgpu.barrier_arrive(s.key_consumed.at[stage])
             new_p, rescale, new_maximum, new_total = self._softmax(logits, maximum, total, step, key_values, masked)
-            # Nobody reads this. Without a store that depends on the softmax, ptxas moves the wait before all of it, and
-            # nothing runs beside the product P V (seen in the SASS: MUFU.EX2 behind the last DEPBAR).
-            s.sum_smem[self.consumer.warpgroup] = new_total
+            kept = s.kept_smem.at[self.consumer.warpgroup]
+            wg_lib.keep_before(new_total, kept, wg_lib.ROW, interpret=self.interpret)  # the sum needs all of P
             plgpu.wgmma_wait(0)
             # P of the block before is an operand in registers of the product that ran until here: keep it alive, and
             # round the new P only now, so that no register of the old one is written too early.

@@ -9,7 +9,8 @@ H=64, T=16384, G=8, in ms:
     dkv     2x64x4 with K in registers 7.7 | with K and V 8.1 | with neither 8.8 | 3x64x4 (spills) 13.9 | 2x64x3 9.1
 dq and dkv of T=197, B=512, N=3: 2x64x4 0.133 (3x64x4 0.155), with 8 images 0.097; 2x64x4k 0.171, with 8 images 0.129;
 more images than one wait for their tests on a card. At H=128, T=4096, B=4, N=16, K=4: forward 2x128x2 0.48 (2x64x3
-0.56), dq 2x64x3 0.58 (2x64x2 0.98, 1x64x3 0.88), dkv 2x64x3 1.13 (2x64x2 1.40, 1x64x3 1.75). At H=256 nothing was timed.
+0.56), dq 2x64x3 0.58 (2x64x2 0.98, 1x64x3 0.88), dkv 2x64x3 1.13 (2x64x2 1.40, 1x64x3 1.75). At H=256 nothing was
+timed.
 """
 
 from __future__ import annotations

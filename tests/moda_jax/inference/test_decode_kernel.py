@@ -33,7 +33,7 @@ def attend(implementation, start, length, request, cached, stream):
     """[B, 1, N, H] of a token that reads `stream`, if that has room for an entry beside its own."""
     token = decode._Token(start, length, implementation)
     operation = SoftmaxAttention(reads_slots=stream.slots > 1)
-    return token.attend(operation, request, stream, (), 0, tuple((array,) for array in cached))[0]
+    return token.attend(operation, request, stream, (), 0, (tuple((array,) for array in cached), None))[0]
 
 
 def check(*shape, length, padded):

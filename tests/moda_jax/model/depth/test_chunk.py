@@ -243,6 +243,7 @@ def test_decoding_is_traced_in_strict_modes_of_jax():
     cache = jax.eval_shape(lambda: decode.KVCache.empty(config, 2, 12, jnp.zeros(2, jnp.int32)))
     tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
     with jax.enable_x64(True), jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        logits, after = jax.eval_shape(lambda *arguments: decode.step(model, *arguments), params, cache, tokens)
+        step = lambda params, *rest: decode._step(decode._module(model, params), params, *rest, None)  # noqa: E731
+        logits, after = jax.eval_shape(step, params, cache, tokens)
     assert logits.dtype == jnp.float32
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
