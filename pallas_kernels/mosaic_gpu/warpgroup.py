@@ -6,7 +6,6 @@ therefore go through `accumulate` and `wgmma_registers`; nothing else in a kerne
 
 from __future__ import annotations
 
-import builtins
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -129,7 +128,7 @@ def columns(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     return lax.broadcast_in_dim(x, tuple(shape), [1])
 
 
-def divmod(x: Any, divisor: int) -> tuple[Any, Any]:
+def divided(x: Any, divisor: int) -> tuple[Any, Any]:
     """(quotient, remainder) of an int32 that is not negative."""
     quotient = lax.div(x, jnp.int32(divisor))
     return quotient, x - quotient * divisor
@@ -248,7 +247,7 @@ class Turns:
 
     def __init__(self, program: Any, programs: int, items: int) -> None:
         self.program, self.programs = program, programs
-        whole, left_over = builtins.divmod(items, programs)
+        whole, left_over = divmod(items, programs)
         place = self._place(whole)
         self.count = whole + (place < left_over).astype(jnp.int32)
 

@@ -185,8 +185,8 @@ class _Role:
 
     def place(self, number: Any) -> tuple[Any, Any, Any]:
         """(batch row, query block, head) of a turn: the longest causal rows first, heads side by side."""
-        rest, head = wg_lib.divmod(self.turns.item(number), self.sizes.num_heads)
-        place, batch = wg_lib.divmod(rest, self.sizes.batch)
+        rest, head = wg_lib.divided(self.turns.item(number), self.sizes.num_heads)
+        place, batch = wg_lib.divided(rest, self.sizes.batch)
         return batch, self.query_blocks - 1 - place, head
 
     def turn(self, number: Any) -> _Turn:
