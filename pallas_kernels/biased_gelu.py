@@ -80,14 +80,9 @@ def biased_gelu_backward(x: Array, bias: Array, dy: Array, *, implementation: st
 
 @functools.cache
 def _best(dtype: jnp.dtype, columns: int) -> str:
-    if not KERNEL_BY_DEFAULT or "mosaic_gpu" not in dispatch.preferred():
+    if not KERNEL_BY_DEFAULT:
         return "xla"
-    try:
-        _kernel().check_supported(dtype=dtype, columns=columns)
-    except NotImplementedError as error:
-        dispatch.logger.info("GELU's backward: xla (%s)", error)
-        return "xla"
-    return "mosaic_gpu"
+    return dispatch.best_for_rows("GELU's backward", lambda: _kernel().check_supported(dtype=dtype, columns=columns))
 
 
 def _kernel() -> ModuleType:

@@ -33,6 +33,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from types import ModuleType
 
 import jax
@@ -118,6 +119,24 @@ def resolve(implementation: str | None, call: Call) -> str:
             return name
     _log_choice("xla", reason, level)
     return "xla"
+
+
+def best_for_rows(operation: str, check: Callable[[], None]) -> str:
+    """The implementation of an operation over rows where none is named: Hopper's kernel, or XLA with the reason in the
+    log.
+
+    Args:
+        operation: in words.
+        check: raises NotImplementedError if the kernel does not take the rows.
+    """
+    if "mosaic_gpu" not in preferred():
+        return "xla"
+    try:
+        check()
+    except NotImplementedError as error:
+        logger.info("%s: xla (%s)", operation, error)
+        return "xla"
+    return "mosaic_gpu"
 
 
 def gradient_group(implementation: str | None, call: Call) -> int | None:

@@ -102,14 +102,9 @@ def _resolve(x: Array, implementation: str | None) -> str:
 
 @functools.cache
 def _best(dtype: jnp.dtype, columns: int) -> str:
-    if not KERNEL_BY_DEFAULT or "mosaic_gpu" not in dispatch.preferred():
+    if not KERNEL_BY_DEFAULT:
         return "xla"
-    try:
-        _kernel().check_supported(dtype=dtype, columns=columns)
-    except NotImplementedError as error:
-        dispatch.logger.info("LayerNorm: xla (%s)", error)
-        return "xla"
-    return "mosaic_gpu"
+    return dispatch.best_for_rows("LayerNorm", lambda: _kernel().check_supported(dtype=dtype, columns=columns))
 
 
 def _leading(x: Array) -> tuple[str, ...]:

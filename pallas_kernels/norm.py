@@ -102,16 +102,12 @@ def rms_norm_backward(
 
 @functools.cache
 def _best(dtype: jnp.dtype, columns: int, rotated_dim: int | None) -> str:
-    if "mosaic_gpu" not in dispatch.preferred():
-        return "xla"
-    try:
+    def check() -> None:
         _kernel().check_supported(dtype=dtype, columns=columns, rotated_dim=rotated_dim)
         if columns % PROVEN[0] or columns > PROVEN[1]:
             raise NotImplementedError(f"rms_norm_backward: {columns} columns have not been run on a card yet")
-    except NotImplementedError as error:
-        dispatch.logger.info("RMSNorm's backward: xla (%s)", error)
-        return "xla"
-    return "mosaic_gpu"
+
+    return dispatch.best_for_rows("RMSNorm's backward", check)
 
 
 def _partitioned(

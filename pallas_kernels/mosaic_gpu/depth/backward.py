@@ -13,7 +13,8 @@ Blocks (TMA boxes): as in `forward.py`, and dout like q, lse and delta [32 or 64
 Loop order: groups, then chunks. Nothing is summed over tokens, so no block waits for another: deterministic.
 Residents: a ring of `stages` chunks (K, V, q, dout, lse, delta). Every 16 rows of dV (dK) overwrite the rows of V (K)
     from which they came, and the chunk is stored by TMA from where it was loaded. A first chunk that begins before
-    slot 0 is stored by the threads, row by row: TMA cannot store at negative slots.
+    slot 0 or the window is stored by the threads, row by row, unless its slots fill a smaller box: TMA cannot store at
+    negative slots.
 Gradients come in three ways:
     fresh            arrays of their own; slots that are not seen are stored as zeros from one shared-memory tile.
     16-bit buffers   the old gradient is loaded beside K and V, the sum is stored in place; only n slots are touched.

@@ -3,7 +3,8 @@
 The numbers are from one day of trials on an H200 (November 2026, JAX 0.11.2, bf16, causal, B=1, K=8);
 benchmarks/attention.py times what is chosen here; every kernel takes `tiles=` to override it. What else was tried at
 H=64, T=16384, G=8, in ms:
-    forward 3x128x4 (warpgroups x block x stages) 4.5 | 2x128x4 5.4 | 3x64x6 5.3; T=4096, B=8, G=2 0.64 | 0.74 | 0.75;
+    forward 3x128x4 (warpgroups x block x stages) 4.5 | 2x128x4 5.4 | 3x64x6 5.3 (with `RESIDENT`, as the next ones);
+            T=4096, B=8, G=2 0.64 | 0.74 | 0.75;
             T=2048, B=4, G=1 0.105 | 0.109 | 0.107; T=197, B=512, N=3, no mask 0.105 | 0.101 | 0.119
     dq      3x64x4 5.1 | 2x64x5 6.6 | 2x128x3 7.3 | 3x64x3 5.9 | 3x64x6 6.5
     dkv     2x64x4 with K in registers 7.7 | with K and V 8.1 | with neither 8.8 | 3x64x4 (spills) 13.9 | 2x64x3 9.1
@@ -173,7 +174,7 @@ class ForwardVariant:
         merge: another part of the same softmax is merged in.
         with_rest: what rounding takes from out is kept.
         interpret: the kernel is interpreted.
-        programs: CTAs that are resident at once and take turns at the query blocks.
+        programs: CTAs, which take turns at the query blocks.
         query_buffers: 2 if the queries of the next turn are loaded while this one ends.
     """
 

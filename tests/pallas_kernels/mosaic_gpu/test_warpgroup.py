@@ -1,5 +1,6 @@
 """What the kernels share, where the interpreter does not run the chip's own code."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.interpreters import mlir
@@ -51,3 +52,16 @@ def test_a_row_s_columns_are_hidden_behind_its_last(columns):
                     wanted = np.where(first + i <= last[rows], values[:, number, i], -np.inf)
                     np.testing.assert_array_equal(got[number][:, i], wanted)
     assert len(got) * 2 * len(THREAD) == 64 * columns
+
+
+@pytest.mark.parametrize(("programs", "items"), [(1, 3), (4, 3), (5, 5), (7, 40), (132, 2816)])
+def test_every_item_has_one_turn(programs, items):
+    taken, lengths = [], []
+    for program in range(programs):
+        turns = warpgroup.Turns(jnp.int32(program), programs, items)
+        mine = [int(turns.item(turn)) for turn in range(int(turns.count))]
+        taken += mine
+        lengths.append(sum(items - item for item in mine))  # the longest come first
+    assert sorted(taken) == list(range(items))
+    if items > 10 * programs:
+        assert max(lengths) < 1.02 * sum(lengths) / programs
