@@ -37,7 +37,7 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column of TILE
 H200_MULTIPROCESSORS = 132
 # Ragged arrays are copied as they are, see `takes_boxes`. It compiles for Hopper and is fast there, but the interpreter
 # cannot run it and no card has run its tests yet: until then they are padded.
-BOXES = False
+BOXES = True
 INTERPRETED_PROGRAMS = 2  # of a persistent kernel under the interpreter, which runs every warp in Python
 
 

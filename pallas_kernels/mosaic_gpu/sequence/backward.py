@@ -31,7 +31,7 @@ from pallas_kernels.mosaic_gpu.sequence.tiles import (
     BackwardVariant,
     SequenceShape,
     check_shared,
-    choose_tiles,
+    backward_tiles,
 )
 from pallas_kernels.operands import Call, Upstream
 
@@ -58,7 +58,7 @@ def sequence_backward(
     Args:
         call: as in the forward, its scale above zero.
         upstream: see `pallas_kernels.operands.Upstream`.
-        dq_tiles, dkv_tiles: override `tiles.choose_tiles`.
+        dq_tiles, dkv_tiles: override `tiles.backward_tiles`.
         interpret: run on the CPU; None: where there is no GPU.
 
     Raises:
@@ -72,7 +72,7 @@ def sequence_backward(
     interpret = wg_lib.default_interpret() if interpret is None else interpret
     shape = SequenceShape.of(call)
     rows = MaskRows.of(call.mask, shape.batch, shape.query_tokens, shape.key_tokens)
-    chosen = choose_tiles(shape.head_dim, query_tokens=shape.query_tokens, interpret=interpret)
+    chosen = backward_tiles(shape, interpret=interpret)
     dq_tiles, dkv_tiles = dq_tiles or chosen.dq, dkv_tiles or chosen.dkv
     operands = call.query, call.key, call.value, upstream.dout
     if interpret or not shape.takes_boxes:

@@ -60,7 +60,7 @@ from pallas_kernels.parts import Part
 # As many CTAs as are resident take turns at all query blocks, where else every query block has a CTA. That is 4 to 7 %
 # quicker; but its values have been seen by the interpreter alone, which has already missed a deadlock of the chip's:
 # until `tests/pallas_kernels/mosaic_gpu/test_sequence_gpu.py` has passed with it, `programs=` asks for it.
-RESIDENT = False
+RESIDENT = True
 
 
 class _Operands(NamedTuple):

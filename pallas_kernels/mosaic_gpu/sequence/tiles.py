@@ -218,6 +218,25 @@ def _third_is_idle(query_tokens: int) -> bool:
     return -(-query_tokens // 192) * 192 > 1.2 * -(-query_tokens // 128) * 128
 
 
+def _images_of(shape: SequenceShape, query_block: int) -> int:
+    """Rows of the batch for a CTA of a backward kernel: several where a row has one or two blocks, as many as leave two
+    CTAs for every multiprocessor."""
+    if max(shape.query_tokens, shape.key_tokens) > 256 or shape.mask.explicit or shape.mask.limit:
+        return 1
+    blocks = shape.num_heads * -(-shape.query_tokens // query_block)
+    fits = (images for images in (8, 4, 2) if -(-shape.batch // images) * blocks >= 2 * wg_lib.multiprocessors())
+    return next(fits, 1)
+
+
+def backward_tiles(shape: SequenceShape, *, interpret: bool) -> SequenceTiles:
+    """`choose_tiles` for a call's backward, with the rows of the batch that a CTA takes."""
+    chosen = choose_tiles(shape.head_dim, query_tokens=shape.query_tokens, interpret=interpret)
+    dq, dkv = (
+        dataclasses.replace(tiles, images=_images_of(shape, 64 * tiles.warpgroups)) for tiles in (chosen.dq, chosen.dkv)
+    )
+    return dataclasses.replace(chosen, dq=dq, dkv=dkv)
+
+
 def choose_tiles(
     head_dim: int,
     *,
