@@ -149,9 +149,10 @@ def measure(
             row["seconds"].append(decoders[name].run(size.steps, implementation) / size.steps)
     for (name, implementation), row in contestants.items():
         if kernels is not None:
-            traced = profile.kernel_seconds(functools.partial(decoders[name].run, size.steps, implementation))
+            traced = profile.launches(functools.partial(decoders[name].run, size.steps, implementation))
             file = f"decode_{name.split()[0]}_{batch}_{layout}_{implementation}.txt"
-            (kernels / file).write_text(profile.kernel_table(traced, ""))
+            text = profile.kernel_table(profile.kernel_seconds(traced), "") + profile.idle_table(traced)
+            (kernels / file).write_text(text)
         weights, cache = decoders[name].bytes_per_step(size.steps)
         seconds = statistics.median(row["seconds"])
         floor = (weights + cache) / bandwidth

@@ -70,9 +70,10 @@ def time_step(
     memory = devices[0].memory_stats() or {}
     categories = {}
     if kernels is not None:
-        traced, text = profile.kernel_seconds(lambda: compiled(state, batch, program.plan)), compiled.as_text()
-        categories = {"seconds_by_category": profile.seconds_by_category(traced, text)}
-        kernels.write_text(profile.kernel_table(traced, text))
+        traced, text = profile.launches(lambda: compiled(state, batch, program.plan)), compiled.as_text()
+        found = profile.kernel_seconds(traced)
+        categories = {"seconds_by_category": profile.seconds_by_category(found, text)}
+        kernels.write_text(profile.kernel_table(found, text) + profile.idle_table(traced))
     return categories | {
         "devices": len(devices), "batch_size": config.train.batch_size, "seconds_per_step": times,
         "tokens_per_second_and_device": tokens / seconds / len(devices), "compile_seconds": compile_seconds,

@@ -8,9 +8,10 @@ program's text says from which `jax.named_scope` it comes. Command buffers (CUDA
 from __future__ import annotations
 
 import collections
+import dataclasses
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,18 @@ def category(kernel: str, op_name: str) -> str:
     return OTHER
 
 
-def kernel_seconds(run: Callable[[], Any]) -> dict[tuple[str, str], tuple[float, int]]:
-    """(kernel name, HLO instruction) -> (seconds, launches) on the first GPU during `run`, which is waited for.
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel of a trace: its name, the HLO instruction that launched it, when it began and ended, in nanoseconds."""
+
+    kernel: str
+    instruction: str
+    begin: float
+    end: float
+
+
+def launches(run: Callable[[], Any]) -> list[Launch]:
+    """The kernels of the first GPU during `run`, which is waited for, as they began.
 
     Raises:
         RuntimeError: the trace holds no GPU kernels.
@@ -58,20 +69,43 @@ def kernel_seconds(run: Callable[[], Any]) -> dict[tuple[str, str], tuple[float,
             jax.block_until_ready(run())
         (path,) = Path(directory).rglob("*.xplane.pb")
         data = ProfileData.from_file(str(path))
-    totals: dict[tuple[str, str], tuple[float, int]] = collections.defaultdict(lambda: (0.0, 0))
-    for plane in data.planes:
-        if not plane.name.startswith("/device:GPU:0"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                key = event.name, str(dict(event.stats).get("hlo_op", ""))
-                seconds, count = totals[key]
-                totals[key] = seconds + event.duration_ns * 1e-9, count + 1
-    if not totals:
+    found = [
+        Launch(event.name, str(dict(event.stats).get("hlo_op", "")), event.start_ns, event.start_ns + event.duration_ns)
+        for plane in data.planes
+        if plane.name.startswith("/device:GPU:0")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]
+    if not found:
         raise RuntimeError("the profile holds no GPU kernels")
+    return sorted(found, key=lambda launch: launch.begin)
+
+
+def kernel_seconds(traced: Iterable[Launch]) -> dict[tuple[str, str], tuple[float, int]]:
+    """(kernel name, HLO instruction) -> (seconds, launches)."""
+    totals: dict[tuple[str, str], tuple[float, int]] = collections.defaultdict(lambda: (0.0, 0))
+    for launch in traced:
+        seconds, count = totals[launch.kernel, launch.instruction]
+        totals[launch.kernel, launch.instruction] = seconds + (launch.end - launch.begin) * 1e-9, count + 1
     return dict(totals)
+
+
+def idle_table(traced: Iterable[Launch], lines: int = 20) -> str:
+    """How long the GPU ran nothing, and before which kernels (without numbers) it did so longest."""
+    waits: dict[str, list[float]] = collections.defaultdict(list)
+    traced = sorted(traced, key=lambda launch: launch.begin)
+    end = traced[0].begin
+    for launch in traced:
+        waits[re.sub(r"_\d+$", "", launch.kernel)].append(max(launch.begin - end, 0.0) * 1e-9)
+        end = max(end, launch.end)
+    total = sum(map(sum, waits.values()))
+    text = f"{total * 1e3:9.3f} ms of {(end - traced[0].begin) * 1e-6:.3f} without a kernel, {len(traced)} launches\n"
+    top = sorted(waits.items(), key=lambda item: -sum(item[1]))[:lines]
+    return text + "".join(
+        f"{sum(found) * 1e3:9.3f} ms {len(found):5d} x, at most {max(found) * 1e6:7.1f} us, before {kernel[:90]}\n"
+        for kernel, found in top
+    )
 
 
 def seconds_by_category(kernels: dict[tuple[str, str], tuple[float, int]], hlo_text: str) -> dict[str, float]:

@@ -127,11 +127,12 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
             holder[0], metrics = compiled(holder[0], batch, program.plan)
             return metrics
 
-        kernels = profile.kernel_seconds(one_step)
+        traced = profile.launches(one_step)
+        kernels = profile.kernel_seconds(traced)
         text = compiled.as_text()
         result["seconds_by_category"] = profile.seconds_by_category(kernels, text)
         if arguments.kernels:
-            Path(arguments.kernels).write_text(profile.kernel_table(kernels, text))
+            Path(arguments.kernels).write_text(profile.kernel_table(kernels, text) + profile.idle_table(traced))
             Path(arguments.kernels).with_suffix(".hlo").write_text(text)
     return result
 

@@ -115,7 +115,7 @@ def run_case(config: Config, case: str, data: str | None, rounds: int, steps: in
     }
     if profiled and device.platform == "gpu":
         result["seconds_by_category"] = profile.seconds_by_category(
-            profile.kernel_seconds(on_device), compiled.as_text()
+            profile.kernel_seconds(profile.launches(on_device)), compiled.as_text()
         )
     return result
 

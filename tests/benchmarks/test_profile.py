@@ -57,7 +57,21 @@ def test_the_kernel_table_joins_launches_of_one_computation():
     assert len(profile.kernel_table(kernels, HLO, lines=1).splitlines()) == 1
 
 
+def test_seconds_and_idle_time_of_launches():
+    traced = [  # the second runs beside the first; nothing runs from 5 to 8 us
+        profile.Launch("gemm_1", "dot.1", 0.0, 5e3),
+        profile.Launch("add", "fusion.3", 1e3, 2e3),
+        profile.Launch("gemm_2", "dot.2", 8e3, 9e3),
+        profile.Launch("gemm_1", "dot.1", 9e3, 9.5e3),
+    ]
+    assert profile.kernel_seconds(traced)["gemm_1", "dot.1"] == (pytest.approx(5.5e-6), 2)
+    total, longest, other = profile.idle_table(traced).splitlines()
+    assert total.split() == ["0.003", "ms", "of", "0.009", "without", "a", "kernel,", "4", "launches"]
+    assert longest.split() == ["0.003", "ms", "3", "x,", "at", "most", "3.0", "us,", "before", "gemm"]
+    assert other.split()[:3] == ["0.000", "ms", "1"]
+
+
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there are GPU kernels")
 def test_a_trace_without_gpu_kernels_is_an_error():
     with pytest.raises(RuntimeError, match="no GPU kernels"):
-        profile.kernel_seconds(lambda: jax.numpy.ones(3) + 1)
+        profile.launches(lambda: jax.numpy.ones(3) + 1)
