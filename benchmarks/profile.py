@@ -50,7 +50,7 @@ def category(kernel: str, op_name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel of a trace: its name, the HLO instruction that launched it, when it began and ended, in nanoseconds."""
+    """One kernel of a trace: its name, the HLO instruction that launched it, begin and end in nanoseconds."""
 
     kernel: str
     instruction: str
