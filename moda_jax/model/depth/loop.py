@@ -552,22 +552,34 @@ class _CutLayer(_Looped):
         else:
             vjps, requests, results, saved = self._replay(params, stored, stream, number, shared, reread)
 
+        # Gradients of values that stand in the stream: not by way of the part that writes them, but added where they are
+        # used. The operations of the layer, which are reversed before that, leave its own slots alone.
+        in_stream = {name: (buffer, stream.length_after(entry)) for name, buffer, entry in layer.reread}
+        standing = {(buffer, entry) for _, buffer, entry in layer.reread}
         dvalues = {"output": dx, "aux": daux}
         dparams = dshared = None
         waiting = [None] * len(layer.cuts)
+        written = sum(places.counts)
         for i in reversed(range(len(parts))):
+            written -= places.counts[i]
+
+            def dslot(buffer: int, slot: Array, entry: int | None = None) -> Array:
+                d = read_slot(dbuffers[buffer], slot).astype(stream.buffers[buffer].dtype)  # noqa: B023
+                return jnp.zeros_like(d) if (buffer, entry) in standing else d
+
             dentries = tuple(
-                tuple(
-                    read_slot(d, slot).astype(buffer.dtype) for d, buffer in zip(dbuffers, stream.buffers, strict=True)
-                )
-                for slot in places.slots_of(i, stream)
+                tuple(dslot(buffer, slot, written + j) for buffer in range(len(dbuffers)))
+                for j, slot in enumerate(places.slots_of(i, stream))
             )
-            if dentries:
-                # As in `run`, the other way round: a layer's slots are read before the backward of its operations adds
-                # to the others.
-                dentries, dbuffers = jax.lax.optimization_barrier((dentries, dbuffers))
             dgiven = {name: dvalues.pop(name) for name in parts[i].gives}
+            found = [name for name in dgiven if name in in_stream]
+            dgiven |= {name: _add(dgiven[name], dslot(*in_stream[name])) for name in found}
             more, dtaken, dshared_more = vjps[i]((dgiven, dentries))
+            if dentries or found:
+                # As in `run`, the other way round: what reads a layer's slots is done before the backward of the next
+                # operations adds to the others. A barrier right behind the reads would keep XLA from reading them
+                # where they are used.
+                (more, dtaken, dshared_more), dbuffers = _barrier((more, dtaken, dshared_more), dbuffers)
             dparams = more if dparams is None else _add(dparams, more)
             dshared = dshared_more if dshared is None else _add(dshared, dshared_more)
             for name, d in dtaken.items():
@@ -604,6 +616,16 @@ class _CutLayer(_Looped):
                     results, saved = results | {cut.gives: result}, [*saved, save]
                 values[cut.gives] = results[cut.gives]
         return vjps, requests, results, saved
+
+
+def _barrier(values: PyTree, buffers: tuple[Array, ...]) -> tuple[PyTree, tuple[Array, ...]]:
+    """Both as they are, but `buffers` only when all of `values` are there."""
+    leaves, tree = jax.tree.flatten(values)
+    there = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
+    held, buffers = jax.lax.optimization_barrier(([leaves[i] for i in there], buffers))
+    for i, leaf in zip(there, held, strict=True):
+        leaves[i] = leaf
+    return tree.unflatten(leaves), buffers
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moda_jax.numerics.precision import compute_dtype
+from moda_jax.parallel.manual import varying_like
 from moda_jax.parallel.mesh import constrain
 
 Array = jax.Array
@@ -161,8 +162,8 @@ class DepthStream(Stream):
             slots, num_kv_heads, head_dim: S, K, H.
             dtype: None: x's.
         """
-        buffer = empty_slots(x, slots, (num_kv_heads, head_dim), dtype)
-        return cls(buffer, buffer, np.int32(0))
+        key, value = (empty_slots(x, slots, (num_kv_heads, head_dim), dtype) for _ in ("key", "value"))
+        return cls(key, value, np.int32(0))
 
     def append(self, key: Array, value: Array) -> DepthStream:
         """The stream with one more entry.
@@ -186,10 +187,17 @@ class DepthStream(Stream):
 
 
 def empty_slots(x: Array, slots: int, entry: tuple[int, ...], dtype: jnp.dtype | str | None = None) -> Array:
-    """Zeros [B, T, S, *entry] for the tokens of x [B, T, ...], split over devices as x is."""
+    """An array [B, T, S, *entry] of x's dtype or of `dtype` for the tokens of x [B, T, ...], split over devices as x is.
+
+    It holds anything. On a single GPU it is memory as it was found: clearing it takes as long as reading all slots.
+    Where there are more devices it is zeros made of x, because XLA then knows how to split it.
+    """
     x = x[(slice(None), slice(None), *(0,) * (x.ndim - 2))]
+    shape = *x.shape, slots, *entry
+    if jax.device_count() == 1:
+        return varying_like(jax.lax.empty(shape, x.dtype if dtype is None else dtype), x)
     zeros = jnp.zeros_like(x, dtype)  # of x nothing is left but where it lies
-    return jnp.broadcast_to(zeros.reshape(*x.shape, *(1,) * (1 + len(entry))), (*x.shape, slots, *entry))
+    return jnp.broadcast_to(zeros.reshape(*x.shape, *(1,) * (1 + len(entry))), shape)
 
 
 def is_traced(length: Array | np.int32) -> bool:
