@@ -7,6 +7,10 @@
 NAME is the row of the table or what it stands for: layers, norm, depth KV, FFN KV projection. The default is row6.
 The paper trains on FineWeb-Edu: set `data.source` and `data.tokenizer` (see moda_700m.py). Batch, steps and learning
 rate are ours; the paper names none.
+
+Every layer is compiled by itself and keeps what its backward needs: on an H200 row6 then trains 18 % faster (row2 32 %)
+than in one loop body that computes most of it again, and takes 28 GiB for a microbatch of 64 rows (row2 27) instead of
+9 (7). On a smaller card: --config.model.layer_loop=scan --config.model.remat=attention, or more accumulation steps.
 """
 
 from ml_collections import ConfigDict
@@ -38,6 +42,8 @@ def get_config(row: str = "row6") -> ConfigDict:
     config.model.head_dim = 64
     config.model.ffn_width = 1536
     config.model.max_sequence_length = 512
+    config.model.layer_loop = "unroll"
+    config.model.remat = "none"
     config.model.update(ROWS[row])
     config.data.sequence_length = 512
     config.optimizer.learning_rate = 1e-3
