@@ -552,8 +552,8 @@ class _CutLayer(_Looped):
         else:
             vjps, requests, results, saved = self._replay(params, stored, stream, number, shared, reread)
 
-        # Gradients of values that stand in the stream: not by way of the part that writes them, but added where they are
-        # used. The operations of the layer, which are reversed before that, leave its own slots alone.
+        # Gradients of values that stand in the stream: not by way of the part that writes them, but added where they
+        # are used. The operations of the layer, which are reversed before that, leave its own slots alone.
         in_stream = {name: (buffer, stream.length_after(entry)) for name, buffer, entry in layer.reread}
         standing = {(buffer, entry) for _, buffer, entry in layer.reread}
         dvalues = {"output": dx, "aux": daux}
