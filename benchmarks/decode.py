@@ -1,16 +1,16 @@
 """Times decoding: tokens per second of MoDA and of the same model without depth, beside the memory-bandwidth floor.
 
-    python -m benchmarks.decode [--size=700m|toy] [--batches=1,64] [--layouts=scan,unroll] [--implementations=xla,...]
+    python -m benchmarks.decode [--size=700m|toy] [--batches=1,64] [--layouts=scan,unroll,...] [--implementations=xla,...]
 
 A decode step reads every weight once, and every filled place of the cache. The floor is the time in which these bytes
 move at the bandwidth of a measured copy (a copy's bytes count as read and written); the depth stream, which MoDA writes
 and reads anew in every step, is not in it, nor is anything that is computed. `of floor` is floor / measured time.
 
 Every form in which a step can be compiled is timed (see `moda_jax.inference.decode`): `scan` cuts a layer's weights
-and cache out of a stack, `unroll` compiles each layer; the second word is the implementation of attention over the
-cache. Parameters are random: the time does not depend on them. A timed call is one compiled loop over `steps` tokens of
-every row, after a prompt of `prompt` tokens; within a layout models and implementations take turns, and the median of
-the rounds counts.
+and cache out of a stack, `unroll` compiles each layer, `packed` too, with its matrices side by side; the second word is
+the implementation of attention over the cache. Parameters are random: the time does not depend on them. A timed call is
+one compiled loop over `steps` tokens of every row, after a prompt of `prompt` tokens; within a layout models and
+implementations take turns, and the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from moda_jax.model.function import ModelFunction, model_function, split_model
 from pallas_kernels import dispatch
 
 RESULTS = Path(__file__).parent / "results"
-LAYOUTS = ("scan", "unroll")
+LAYOUTS = ("scan", "unroll", "packed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +75,12 @@ class Decoder:
     prompt: int
 
     @classmethod
-    def start(cls, config: TransformerConfig, batch: int, size: Size, *, unroll: bool) -> tuple[Decoder, float]:
+    def start(cls, config: TransformerConfig, batch: int, size: Size, *, layout: str) -> tuple[Decoder, float]:
         """The decoder, and the seconds of a second prompt pass, compiled before."""
         model = model_function(config)
         draw = jax.jit(lambda key: decode.inference_params(split_model(config, key)[1], config))
-        params = decode.decode_params(draw(jax.random.key(0)), unroll=unroll)
+        options = {"unroll": layout != "scan", "packed": layout == "packed"}
+        params = decode.decode_params(draw(jax.random.key(0)), config, **options)
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, size.prompt)).astype(np.int32)
         options = {"capacity": size.prompt + size.steps, "padded": False}
         begin = np.zeros(batch, np.int32)
@@ -122,11 +123,11 @@ def measure(
     size: Size, batch: int, layout: str, only: tuple[str, ...], rounds: int, bandwidth: float,
     kernels: Path | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row per model and implementation, at one batch and layout ("scan" or "unroll"); `only`: these; `kernels`: a
+    """A row per model and implementation, at one batch and layout, of `LAYOUTS`; `only`: these; `kernels`: a
     directory for the slowest kernels of each."""
     decoders, contestants = {}, {}
     for name, config in size.models.items():
-        decoder, prefill = Decoder.start(config, batch, size, unroll=layout == "unroll")
+        decoder, prefill = Decoder.start(config, batch, size, layout=layout)
         decoders[name] = decoder
         for implementation in only or implementations():
             began = time.perf_counter()

@@ -1,6 +1,6 @@
 """Which implementation serves a call: the table of names, what an implementation offers, and the choice for `None`.
 
-An implementation is a module, named in `MODULES`, that offers three functions, and may offer a fourth:
+An implementation is a module, named in `MODULES`, that offers three functions, and may offer two more:
 
     check_supported(call) -> None
         Raises NotImplementedError, with the reason, if it cannot serve such a `pallas_kernels.operands.Call`. The
@@ -17,6 +17,9 @@ An implementation is a module, named in `MODULES`, that offers three functions, 
         How many calls over the same slots, a layer's each, had better have the gradients of old slots added together,
         by one backward whose query heads are those of all of them; such calls defer them. Not offered: `backward` takes
         no call that defers.
+    num_parts(rows, keys) -> int
+        Into how many parts of equal length the keys had better be cut where few queries see many keys, in so many rows
+        of one head, and the caller merges the parts. Not offered: one.
 
 What a call may look like: T and U differ; any of the mask's arrays, in any combination; slots whose window [start,
 length) is known only when it runs, and may be empty; slots of a chunk of tokens; no sequence part, or no depth part.

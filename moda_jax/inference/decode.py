@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 
 from moda_jax.config import TransformerConfig
+from moda_jax.inference import token_attention
+from moda_jax.inference.packed import PackedLayer, is_packable, packed_layers, packed_step, unpacked
 from moda_jax.inference.sampling import SamplingConfig, sample
 from moda_jax.model.depth.operations import SoftmaxAttention
 from moda_jax.model.depth.registry import find_mechanism
@@ -37,9 +39,7 @@ from moda_jax.model.stack import Step
 from moda_jax.model.transformer import Transformer
 from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parameter import cast_matrices
-from pallas_kernels import block
-from pallas_kernels.operands import Call, DepthKV, Mask
-from pallas_kernels.parts import Part, merge, merge_axis
+from pallas_kernels.parts import merge
 
 Array = jax.Array
 PyTree = Any
@@ -48,6 +48,8 @@ PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt 
 # Whether the layers of a step are compiled one by one: no layer's weights or cache are then cut out of a stack. On an
 # H100, 700M model with depth, one row: 3.6 ms a step, against 4.4 in a loop; see benchmarks/results.
 DEFAULT_UNROLL = {"cpu": False, "gpu": True}
+# Whether unrolled layers are packed where `packed.check_packed` allows it. Off until a card has timed it.
+DEFAULT_PACKED = {"cpu": False, "gpu": False}
 
 
 @jax.tree_util.register_dataclass
@@ -120,15 +122,31 @@ def inference_params(params: PyTree, config: TransformerConfig) -> PyTree:
     return parameter_kinds(config).map(cast_matrices(compute_dtype(config.dtype)), params)
 
 
-def decode_params(params: PyTree, *, unroll: bool | None = None) -> PyTree:
+def decode_params(
+    params: PyTree, config: TransformerConfig | None = None, *, unroll: bool | None = None, packed: bool | None = None
+) -> PyTree:
     """Parameters as decoding reads them.
 
     Args:
         params: from `inference_params`.
+        config: of the model; needed for packing.
         unroll: the layers as a tuple of separate arrays instead of one stack. A step then compiles every layer by
             itself. None: the device's default.
+        packed: the unrolled layers' matrices side by side, see `moda_jax.inference.packed`. None: the device's default,
+            for models that it serves.
+
+    Raises:
+        ValueError: packed without a config, or of a stack.
+        NotImplementedError: packed, and the model is not served.
     """
     unroll = DEFAULT_UNROLL[_platform()] if unroll is None else unroll
+    if packed is None:
+        packed = unroll and config is not None and DEFAULT_PACKED[_platform()] and is_packable(config)
+    if packed:
+        if config is None or not unroll:
+            raise ValueError(f"packed=True: got config={config}, unroll={unroll}, expected a config and unroll=True")
+        rest = {name: leaf for name, leaf in params.items() if name not in ("layers", "last_layer")}
+        return rest | {"packed": packed_layers(params, config)}
     return params | {"layers": _unstacked(params["layers"])} if unroll and "layers" in params else params
 
 
@@ -180,7 +198,7 @@ def prefill(
     hidden = jnp.zeros((batch, 1, module.config.width), cache.key.dtype)
     carry = hidden, cache.key, cache.value, cache.slots
     hidden, key, value, slots = jax.lax.fori_loop(0, batch // rows, group, carry)
-    if isinstance(params.get("layers"), tuple):
+    if "packed" in params or isinstance(params.get("layers"), tuple):
         key, value = tuple(key), tuple(value)
     return module.logits(hidden)[:, 0], KVCache(key, value, jnp.int32(T), cache.start, slots)
 
@@ -292,7 +310,7 @@ def _prompt_pass(
     place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.maximum(place - start[:, None], 0)  # [B, T]
     segment_ids = (place >= start[:, None]).astype(jnp.int32) if padded else None
-    stacked = params.get("layers")
+    stacked = _own_parameters(params, module.config).get("layers")
     if isinstance(stacked, tuple):  # one layer is compiled here all the same
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
     hidden, (key, value), slots = module.walk(
@@ -340,17 +358,17 @@ class _Token(Step):
         own = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, 1, H]
         held, slots = held
         cached = tuple(a[number] if isinstance(a, tuple) else _layer_of(a, number) for a in held)
-        over_cache = _over_cache(query, cached, self.start, self.length, self.implementation)
+        over_cache = token_attention.over_cache(query, cached, self.start, self.length, self.implementation)
         if not operation.reads_slots:
-            attended = _merged(over_cache, _of_itself(query, key, value))
+            attended = token_attention.merged(over_cache, token_attention.of_itself(query, key, value))
             return attended if operation.with_lse else attended[0], own, stream, 0
         beside = stream.append(key, value)
         seen = dataclasses.replace(operation.slots(beside, own=1), chunk=1)
         if slots is not None:  # of the slots of the chunk's earlier tokens this layer sees as many as of its own
             earlier = dataclasses.replace(operation.slots(stream), key=slots[0], value=slots[1], chunk=1)
             seen_tokens = self._in_chunk(slots[0].shape[1], operation.chunk)
-            over_cache = merge(over_cache, _over_chunk(query, earlier, seen_tokens, self.implementation))
-        attended, _ = _merged(over_cache, _over_slots(query, seen, self.implementation))
+            over_cache = merge(over_cache, token_attention.over_chunk(query, earlier, seen_tokens, self.implementation))
+        attended, _ = token_attention.merged(over_cache, token_attention.over_slots(query, seen, self.implementation))
         # The stream is read before it is written again: XLA would copy it otherwise, as in the layer loop.
         attended, beside = jax.lax.optimization_barrier((attended, beside))
         return attended, own, beside.with_length(stream.length), 1
@@ -369,82 +387,6 @@ class _Token(Step):
         return before[None] <= (position % chunk)[:, None]
 
 
-@functools.partial(jax.jit, static_argnames="implementation")  # unrolled layers share one kernel, compiled once
-def _over_cache(
-    query: Array, cached: tuple[Array, Array], start: Array | None, length: Array, implementation: str | None
-) -> Part:
-    """The current token's attention over the cache.
-
-    Rows and KV heads are the op's batch, a KV head's G queries its tokens, all of one head: reshapes alone, the cache
-    is not copied.
-
-    Args:
-        query: [B, 1, N, H].
-        cached: key and value [B, K, C, H].
-        start: [B] or None, length: scalar: the places from `start` up to `length` count.
-        implementation: of the op.
-
-    Returns:
-        A part [B, 1, N, ...] of the token's softmax.
-    """
-    batch, kv_heads, capacity, head_dim = cached[0].shape
-    rows, group = batch * kv_heads, query.shape[2] // kv_heads
-    if start is None:  # a length costs a kernel nothing, and it reads no more places than that
-        mask = Mask(key_length=jnp.broadcast_to(length, (rows,)), finite_beyond=True)
-    else:
-        place = jnp.arange(capacity, dtype=jnp.int32)[None]
-        visible = ((place < length) & (place >= start[:, None]))[:, None]  # [B, 1, C]
-        visible = jnp.broadcast_to(visible, (batch, kv_heads, capacity)).reshape(rows, capacity)
-        mask = Mask(query_segment_ids=jnp.ones((rows, group), jnp.int32), key_segment_ids=visible.astype(jnp.int32))
-    key, value = (x.reshape(rows, capacity, 1, head_dim) for x in cached)
-    call = Call(query.reshape(rows, group, 1, head_dim), key, value, mask, scale=head_dim**-0.5)
-    part = block.forward(call, implementation=implementation)
-    return jax.tree.map(lambda x: x.reshape(*query.shape[:3], *x.shape[3:]), part)
-
-
-@functools.partial(jax.jit, static_argnames="implementation")
-def _over_slots(query: Array, depth: DepthKV, implementation: str | None) -> Part:
-    """The current token's attention over its depth slots, its own KV among them."""
-    return block.forward(Call(query, depth=depth, scale=query.shape[-1] ** -0.5), implementation=implementation)
-
-
-@functools.partial(jax.jit, static_argnames="implementation")
-def _over_chunk(query: Array, depth: DepthKV, seen: Array, implementation: str | None) -> Part:
-    """The current token's attention over the slots of R earlier ones: each token's for itself, and merged.
-
-    Args:
-        query: [B, 1, N, H].
-        depth: of the R tokens.
-        seen: [B or 1, R] bool, of which of them.
-        implementation: of the op.
-    """
-    queries = jnp.broadcast_to(query, (query.shape[0], seen.shape[1], *query.shape[2:]))
-    part = block.forward(Call(queries, depth=depth, scale=query.shape[-1] ** -0.5), implementation=implementation)
-    out = jnp.where(seen[..., None, None], part.out, 0)
-    lse = jnp.where(seen[..., None], part.lse, -jnp.inf)
-    merged = merge_axis(Part(out, lse), axis=1)
-    return jax.tree.map(lambda x: x[:, None], merged)
-
-
-def _of_itself(query: Array, key: Array, value: Array) -> Part:
-    """The current token's attention to itself alone: its value, whatever its logit is.
-
-    Args:
-        query: [B, 1, N, H].
-        key, value: [B, 1, K, H].
-    """
-    grouped = query.reshape(*key.shape[:3], -1, key.shape[3]).astype(jnp.float32)  # [B, 1, K, G, H]
-    logits = jnp.sum(grouped * key[:, :, :, None].astype(jnp.float32), axis=-1) * key.shape[-1] ** -0.5
-    out = jnp.broadcast_to(value[:, :, :, None], grouped.shape)
-    return Part(out.reshape(query.shape), logits.reshape(query.shape[:3]))
-
-
-def _merged(over_cache: Part, beside: Part) -> tuple[Array, Array]:
-    """Of the one softmax that the two are parts of: out [B, 1, N, H] in the compute dtype, lse [B, 1, N] float32."""
-    part = merge(over_cache, beside)
-    return part.out.astype(beside.out.dtype), part.lse
-
-
 def _layer_of(cached: Array, number: Array | int) -> Array:
     """One layer of a stacked cache: [B, K, C, H]."""
     return cached[number] if isinstance(number, int) else jax.lax.dynamic_index_in_dim(cached, number, keepdims=False)
@@ -453,6 +395,8 @@ def _layer_of(cached: Array, number: Array | int) -> Array:
 def _step(
     module: Transformer, params: PyTree, cache: KVCache, tokens: Array, implementation: str | None
 ) -> tuple[Array, KVCache]:
+    if "packed" in params:
+        return _packed_step(module, params["packed"], cache, tokens, implementation)
     begin = jnp.zeros(len(tokens), jnp.int32) if cache.start is None else cache.start
     positions = (cache.length - begin)[:, None]  # [B, 1]
     hidden, own, ((all_keys, all_values), kept, slots) = module.walk(
@@ -465,6 +409,18 @@ def _step(
     # Written after all was read.
     logits, key, value, slots = jax.lax.optimization_barrier((logits, key, value, slots))
     return logits, _write(cache, key, value, slots)
+
+
+def _packed_step(
+    module: Transformer, layers: tuple[PackedLayer, ...], cache: KVCache, tokens: Array, implementation: str | None
+) -> tuple[Array, KVCache]:
+    x = module.embedding(tokens[:, None])[:, 0]
+    hidden, key, value = packed_step(
+        layers, module.config, x, (cache.key, cache.value), cache.start, cache.length, implementation
+    )
+    logits = module.logits(module.final_norm(hidden)[:, None])[:, 0]
+    logits, key, value = jax.lax.optimization_barrier((logits, key, value))  # written after all was read
+    return logits, _write(cache, key, value, None)
 
 
 def _write(cache: KVCache, key: PyTree, value: PyTree, slots: tuple[Array, Array] | None) -> KVCache:
@@ -489,8 +445,17 @@ def _platform() -> str:
     return "cpu" if jax.default_backend() == "cpu" else "gpu"
 
 
+def _own_parameters(params: PyTree, config: TransformerConfig) -> PyTree:
+    """The model's own, of `decode_params`: unrolled layers stay a tuple."""
+    if "packed" not in params:
+        return params
+    return {name: leaf for name, leaf in params.items() if name != "packed"} | unpacked(params["packed"], config)
+
+
 def _module(model: ModelFunction, params: PyTree) -> Transformer:
     """The model that holds `params`; of unrolled layers it holds the first, in the place of the stack."""
+    if "packed" in params:
+        params = _own_parameters(params, params["packed"][0].config)
     if isinstance(params.get("layers"), tuple):
         params = params | {"layers": params["layers"][0]}
     return model.module(params)

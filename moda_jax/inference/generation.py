@@ -130,7 +130,7 @@ def generate(
         raise ValueError("stop='': expected a string of at least one character")
     for text in stop:
         check_text(text, "stop")
-    params = decode.decode_params(params)
+    params = decode.decode_params(params, decode.model_config(model, params))
     sampling = SamplingConfig() if sampling is None else sampling
     key = jax.random.key(0) if key is None else key
     tokens, start = pad_prompts(ids, longest)

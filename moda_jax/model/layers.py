@@ -508,13 +508,15 @@ def rotate(x: Array, positions: Array, theta: float) -> Array:
     Returns:
         [B, T, heads, H] in x's dtype; computed in float32.
     """
-    return norm.rotate(x.astype(jnp.float32), *_angles(positions, x.shape[-1], theta)).astype(x.dtype)
+    return norm.rotate(x.astype(jnp.float32), *rotary_angles(positions, x.shape[-1], theta)).astype(x.dtype)
 
 
-def _angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
     """cos and sin of the pairs' angles: positions [B, T] or [B, T, axes] to [B, T, H/2] float32 each."""
     if positions.ndim == 3:
-        parts = [_angles(positions[..., i], head_dim // positions.shape[2], theta) for i in range(positions.shape[2])]
+        parts = [
+            rotary_angles(positions[..., i], head_dim // positions.shape[2], theta) for i in range(positions.shape[2])
+        ]
         cos, sin = (jnp.concatenate(angles, axis=-1) for angles in zip(*parts, strict=True))
         return cos, sin
     half = head_dim // 2
@@ -529,7 +531,7 @@ def _rotate_forward(x: Array, positions: Array, theta: float) -> tuple[Array, Ar
 
 def _rotate_backward(theta: float, positions: Array, dy: Array) -> tuple[Array, np.ndarray]:
     """A rotation's transpose is the rotation back."""
-    cos, sin = _angles(positions, dy.shape[-1], theta)
+    cos, sin = rotary_angles(positions, dy.shape[-1], theta)
     dx = norm.rotate(dy.astype(jnp.float32), cos, -sin).astype(dy.dtype)
     return dx, np.zeros(positions.shape, jax.dtypes.float0)
 
@@ -559,7 +561,7 @@ def norm_rotate(
     wide = x.astype(jnp.float32)
     normed = norm.over_rows(scale, wide) * (wide * norm.inverse_rms(wide, tuple(range(-scale.ndim, 0)), epsilon))
     if theta is not None:
-        normed = norm.rotate(normed, *_angles(positions, x.shape[-1], theta))
+        normed = norm.rotate(normed, *rotary_angles(positions, x.shape[-1], theta))
     return normed.astype(x.dtype)
 
 
@@ -573,7 +575,7 @@ def _norm_rotate_backward(
     epsilon: float, theta: float | None, implementation: str | None, residuals: tuple[Array, ...], dy: Array
 ) -> tuple[Array, Array, np.ndarray]:
     x, scale, positions = residuals
-    rotation = None if theta is None else _angles(positions, x.shape[-1], theta)
+    rotation = None if theta is None else rotary_angles(positions, x.shape[-1], theta)
     dx, dscale = norms.rms_norm_backward(
         x, dy, scale, rotation, epsilon=epsilon, per_head=scale.ndim == 1, implementation=implementation
     )

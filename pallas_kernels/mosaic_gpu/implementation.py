@@ -22,6 +22,7 @@ from pallas_kernels.mosaic_gpu.depth.backward import depth_backward
 from pallas_kernels.mosaic_gpu.depth.forward import depth_forward
 from pallas_kernels.mosaic_gpu.sequence.backward import sequence_backward
 from pallas_kernels.mosaic_gpu.sequence.forward import sequence_forward
+from pallas_kernels.mosaic_gpu.sequence.split import num_parts as num_parts
 from pallas_kernels.mosaic_gpu.sequence.split import split_forward, splits
 from pallas_kernels.mosaic_gpu.sequence.tiles import HEAD_DIMS
 from pallas_kernels.operands import Call, Gradients, Upstream

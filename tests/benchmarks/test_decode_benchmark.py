@@ -16,7 +16,7 @@ def test_a_result_holds_every_form_and_the_floor(tmp_path, monkeypatch, capsys):
     models = {name: dataclasses.replace(config, num_layers=2) for name, config in toy.models.items()}
     toy = dataclasses.replace(toy, models=models, batches=(9,))
     monkeypatch.setattr(benchmark, "sizes", lambda: {"toy": toy})
-    monkeypatch.setattr(benchmark, "LAYOUTS", ("unroll",))
+    monkeypatch.setattr(benchmark, "LAYOUTS", ("unroll", "packed"))
     options = ["--size=toy", "--rounds=1", "--batches=2", "--implementations=xla", f"--output={tmp_path}"]
     monkeypatch.setattr("sys.argv", ["decode", *options])
     with quick_inference():
@@ -24,7 +24,7 @@ def test_a_result_holds_every_form_and_the_floor(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "decode_toy.json").read_text())
     assert set(result["environment"]) == {"device", "platform", "jax", "python", "date"}
     assert [(row["model"], row["batch"], row["form"]) for row in result["rows"]] == [
-        ("moda", 2, "unroll xla"), ("none", 2, "unroll xla"),
+        (model, 2, f"{layout} xla") for layout in ("unroll", "packed") for model in ("moda", "none")
     ]  # fmt: skip
     for row in result["rows"]:
         config = models[row["model"]]
