@@ -3,12 +3,16 @@
     python -m benchmarks.vision [--cases=SIZE:NAME:BATCH:REMAT,...] [--data=FOLDER] [--rounds=3] [--steps=10]
     python -m benchmarks.vision --peer[=PYTHON] [--cases=...]      beside timm's DeiT in PyTorch, in the same call
     python -m benchmarks.vision --make-images=FOLDER:COUNT         JPEGs of smooth noise for --data
+    python -m benchmarks.vision --profile --kernels=DIRECTORY      each case's slowest kernels, and its program
 
 A case is DeiT `tiny` or `small`, an argument of its config (none, moda, moda_64l), images of a step and the layer
 loop's `remat`. Each runs in a process of its own, on one device. Synthetic images stay on the device: the step alone,
 with the config's optimizer and averaged weights. With `--data`, a folder of `train` and `val` with class folders of
-JPEGs, the same steps are fed by the training pipeline with DeiT's whole recipe; and the pipeline is timed without a
-step, which says what the host could feed. MFU is of the GPU's dense bfloat16 peak.
+JPEGs, the training pipeline is timed with DeiT's whole recipe, first alone, which says what the host can feed, and then
+feeding the same steps. Both are steady states: batches are taken as fast as they come until every one that a worker
+could have made ahead has passed (`read_ahead_batches`), then timed in whole turns of all workers, which end their
+batches together, for `FED_SECONDS` at least. The steps come next and find nothing buffered. MFU is of the GPU's dense
+bfloat16 peak.
 
 With `--peer` plain DeiT also runs in PyTorch, as timm has it, under torch.compile (`benchmarks.vision_peer`), once for
 every size and batch size of the cases, on synthetic images; "/ peer" is images/s over its, "/ none" over those of our
@@ -51,6 +55,7 @@ CASES = (
     "small:none:256:none",
     "small:moda:256:none",
 )
+FED_SECONDS = 10.0  # of the pipeline, and of the steps that it feeds, that count
 PEER = processes.Peer("benchmarks.vision_peer", "torch and timm")
 
 
@@ -73,8 +78,10 @@ def case_config(case: str, data: str | None, workers: int = 8, changes: dict[str
     return Config.from_dict(values)
 
 
-def run_case(config: Config, case: str, data: str | None, rounds: int, steps: int, profiled: bool) -> dict[str, Any]:
-    """Measures one case, whose config it is, in this process.
+def run_case(
+    config: Config, case: str, data: str | None, rounds: int, steps: int, profiled: bool, kernels: Path | None = None
+) -> dict[str, Any]:
+    """Measures one case, whose config it is, in this process. kernels: a directory for a profiled case's tables.
 
     Returns:
         Images per second of the step, of the step that the pipeline feeds and of the pipeline alone (None without
@@ -100,8 +107,11 @@ def run_case(config: Config, case: str, data: str | None, rounds: int, steps: in
     found |= {"fed_step": None, "pipeline": None}
     if data:
         with program.task.open_data(RowShare(0, 1)).train_batches(0) as batches:
-            found["fed_step"] = _images_per_second(feed(batches), config, rounds, steps)
-            found["pipeline"] = _images_per_second(lambda: next(batches).row_mask, config, rounds, steps)
+            turn, ahead = max(config.data.images.workers, 1), read_ahead_batches(config)
+            for name, one, skipped in (
+                ("pipeline", lambda: next(batches).row_mask, ahead), ("fed_step", feed(batches), turn),
+            ):  # fmt: skip
+                found[name] = config.train.batch_size * steady_calls_per_second(one, skipped, turn)
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind, "bfloat16")
     result = {
@@ -114,9 +124,14 @@ def run_case(config: Config, case: str, data: str | None, rounds: int, steps: in
         "environment": timing.environment(),
     }
     if profiled and device.platform == "gpu":
-        result["seconds_by_category"] = profile.seconds_by_category(
-            profile.kernel_seconds(profile.launches(on_device)), compiled.as_text()
-        )
+        traced, text = profile.launches(on_device), compiled.as_text()
+        seconds = profile.kernel_seconds(traced)
+        result["seconds_by_category"] = profile.seconds_by_category(seconds, text)
+        if kernels is not None:
+            kernels.mkdir(parents=True, exist_ok=True)
+            path = kernels / f"{case.replace(':', '_')}.txt"
+            path.write_text(profile.kernel_table(seconds, text) + profile.idle_table(traced), encoding="utf-8")
+            path.with_suffix(".hlo").write_text(text, encoding="utf-8")
     return result
 
 
@@ -203,6 +218,32 @@ def random_batch(config: Config) -> ImageBatch:
     )
 
 
+def read_ahead_batches(config: Config) -> int:
+    """At most so many batches lie ready, or are being made, when nobody takes any: of every worker what it reads ahead,
+    what it waits to hand over, and what stands between the processes."""
+    return max(config.data.images.workers, 1) * (config.data.prefetch_batches + 2)
+
+
+def steady_calls_per_second(one: Callable[[], Any], skipped: int, turn: int) -> float:
+    """Of calls that wait for what others make ahead of them.
+
+    Args:
+        one: a call; its result is waited for at the end of a turn.
+        skipped: calls before the first that counts: what was made ahead.
+        turn: calls of one turn of all who make something.
+    """
+    for _ in range(skipped):
+        last = one()
+    jax.block_until_ready(last)
+    began, calls, seconds = time.perf_counter(), 0, 0.0
+    while seconds < FED_SECONDS:
+        for _ in range(turn):
+            last = one()
+        jax.block_until_ready(last)
+        calls, seconds = calls + turn, time.perf_counter() - began
+    return calls / seconds
+
+
 def _images_per_second(one: Callable[[], Any], config: Config, rounds: int, steps: int) -> float:
     """The median over the rounds, after two steps that do not count."""
     for _ in range(2):
@@ -228,11 +269,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="of a round")
     parser.add_argument("--model", default="{}", help="JSON: other fields of the model")
     parser.add_argument("--profile", action="store_true", help="also say where a step's time goes (on a GPU)")
+    parser.add_argument("--kernels", type=Path, metavar="DIRECTORY",
+                        help="with --profile: write each case's slowest kernels there, and its HLO")  # fmt: skip
     parser.add_argument("--peer", nargs="?", const=sys.executable, metavar="PYTHON",
                         help="also time timm's DeiT in PyTorch, with this interpreter")  # fmt: skip
     parser.add_argument("--make-images", metavar="FOLDER:COUNT", help="write random JPEGs for --data, and end")
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     options = parser.parse_args(arguments)
+    if options.kernels and not options.profile:
+        parser.error("--kernels: expected --profile beside it")
     if options.make_images:
         try:
             print(random_images.write_splits(*random_images.parse_request(options.make_images)))
@@ -246,7 +291,10 @@ def main(arguments: list[str] | None = None) -> None:
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
         (case,) = cases
         runtime.prepare(cache_directory(configs[case].data))
-        print(json.dumps(run_case(configs[case], case, options.data, options.rounds, options.steps, options.profile)))
+        result = run_case(
+            configs[case], case, options.data, options.rounds, options.steps, options.profile, options.kernels
+        )
+        print(json.dumps(result))
         return
     if options.peer:
         try:

@@ -17,10 +17,6 @@ from jax import Array
 from pallas_kernels import dispatch, norm, partition
 from pallas_kernels.norm import IMPLEMENTATIONS
 
-# The kernels are interpreted and compiled for Hopper in the tests, but no card has run those tests yet: until then they
-# are for who asks for them.
-KERNEL_BY_DEFAULT = True
-
 
 def biased_gelu(x: Array, bias: Array) -> Array:
     """a Phi(a) of a = x + bias, with the normal distribution itself, in float32.
@@ -80,8 +76,6 @@ def biased_gelu_backward(x: Array, bias: Array, dy: Array, *, implementation: st
 
 @functools.cache
 def _best(dtype: jnp.dtype, columns: int) -> str:
-    if not KERNEL_BY_DEFAULT:
-        return "xla"
     return dispatch.best_for_rows("GELU's backward", lambda: _kernel().check_supported(dtype=dtype, columns=columns))
 
 

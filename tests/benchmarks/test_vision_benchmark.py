@@ -122,9 +122,35 @@ def test_images_are_not_made_where_it_is_not_clear_where_and_how_many(request_te
     assert refused.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("workers", "ahead"), [(24, 144), (0, 6)])
+def test_what_was_made_ahead_is_not_timed(workers, ahead, monkeypatch):
+    """Of a source that has its buffers full, and then gives a batch of each worker in every two seconds."""
+    config = case_config("tiny:none:512:none", None, workers)
+    assert config.data.prefetch_batches == 4 and vision.read_ahead_batches(config) == ahead
+    turn, now, taken = max(workers, 1), 0.0, 0
+    monkeypatch.setattr(vision.time, "perf_counter", lambda: now)
+
+    def one():
+        nonlocal now, taken
+        if taken >= ahead and taken % turn == 0:
+            now += 2.0
+        taken += 1
+        return now
+
+    assert vision.steady_calls_per_second(one, ahead, turn) == turn / 2.0
+    assert now == vision.FED_SECONDS and taken == ahead + 5 * turn
+
+
+def test_kernels_are_of_a_profile(capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(["--kernels=somewhere"])
+    assert refused.value.code == 2 and "--kernels: expected --profile" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_case_is_measured_with_and_without_images_and_one_that_fails_is_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(vision, "FED_SECONDS", 0.5)
     for split in ("train", "val"):
         write_folder(tmp_path / "folder" / split, each=4)
     arguments = ["--cases=tiny:moda:4:none", f"--data={tmp_path / 'folder'}", "--workers=0", "--rounds=1", "--steps=2"]
