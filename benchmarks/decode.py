@@ -1,6 +1,6 @@
 """Times decoding: tokens per second of MoDA and of the same model without depth, beside the memory-bandwidth floor.
 
-    python -m benchmarks.decode [--size=700m|toy] [--batches=1,64] [--layouts=scan,unroll,...] [--implementations=xla,...]
+    python -m benchmarks.decode [--size=700m|toy] [--batches=1,64] [--layouts=scan,unroll,...] [--implementations=xla]
 
 A decode step reads every weight once, and every filled place of the cache. The floor is the time in which these bytes
 move at the bandwidth of a measured copy (a copy's bytes count as read and written); the depth stream, which MoDA writes

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from moda_jax.config import TransformerConfig
 from moda_jax.inference import token_attention
 from moda_jax.model.layers import rms_norm, rotary_angles
-from moda_jax.numerics.precision import contract
 from pallas_kernels import norm
+from pallas_kernels.matvec import Results, matvec
 from pallas_kernels.operands import DepthKV
 
 Array = jax.Array
@@ -184,7 +184,7 @@ def packed_step(
         x: [B, D], the embedded tokens, in the compute dtype.
         cached: keys and values of all layers, [B, K, C, H] each.
         start: [B] or None; length: scalar: the places that are filled, see `decode.KVCache`.
-        implementation: of attention over the cache and over the slots.
+        implementation: of attention over the cache and over the slots. Products have a kernel where attention has one.
 
     Returns:
         [B, D], what the final norm receives; each layer's key and value [B, K, 1, H].
@@ -193,7 +193,8 @@ def packed_step(
     rotation = None
     if config.rope_theta is not None:
         rotation = rotary_angles((length - begin)[:, None], config.head_dim, config.rope_theta)  # [B or 1, 1, H/2]
-    token = _Token(config, rotation, start, length, implementation)
+    products = norm.beside(implementation)
+    token = _Token(config, rotation, start, length, implementation, products)
     depth = _Slots.empty(config, x)
     residual = _Residual(x, None, None)
     keys, values, entries = [], [], []
@@ -201,28 +202,11 @@ def packed_step(
         attended, key, value, more, depth, residual = token.attention(layer, residual, (key, value), entries, depth)
         keys.append(key)
         values.append(value)
-        entries, residual = token.ffn(layer, residual.add(product(attended, layer.output), layer.attention_norm))
+        entries, residual = token.ffn(
+            layer, residual.add(token.last_product(attended, layer.output), layer.attention_norm)
+        )
         entries = more + entries
     return token.settled(residual), tuple(keys), tuple(values)
-
-
-def product(x: Array, matrix: Array) -> Array:
-    """x [B, D] times [O, D] transposed: [B, O] in x's dtype, summed in float32.
-
-    One row on a GPU: as a sum along the rows of the matrix. XLA would make sums of a product of one row too, but over
-    products that it rounds, and writes to memory where there are two axes to sum over.
-    """
-    matrix = matrix.astype(x.dtype)
-    if x.shape[0] > 1:
-        return contract("bd,od->bo", x, matrix)
-
-    def sums(x: Array, matrix: Array) -> Array:
-        return jnp.sum(x.astype(jnp.float32) * matrix.astype(jnp.float32), axis=1)[None].astype(x.dtype)
-
-    def dot(x: Array, matrix: Array) -> Array:
-        return contract("bd,od->bo", x, matrix)
-
-    return jax.lax.platform_dependent(x, matrix, cpu=dot, default=sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +267,7 @@ class _Token:
         config: of the model.
         rotation: cos and sin, [B or 1, 1, H/2]; None: no rotary embedding.
         start, length, implementation: see `packed_step`.
+        products: implementation of the products.
     """
 
     config: TransformerConfig
@@ -290,13 +275,25 @@ class _Token:
     start: Array | None
     length: Array
     implementation: str | None
+    products: str | None
 
     def settled(self, residual: _Residual) -> Array:
         """x with all that was to be added, [B, D]."""
         x, y = residual.x, residual.y
-        if y is None:
-            return x
-        return x + (self._norm(y, residual.scale) if self.config.norm == "post" else y)
+        return x + (rms_norm(y, residual.scale, self.config.norm_epsilon) if self.config.norm == "post" else y)
+
+    def product(self, residual: _Residual, matrix: Array, input_scale: Array, *, gated: int = 0) -> Results:
+        """Of x, settled, and its norm if that stands there, with a sub-layer's first matrix; see `matvec`."""
+        post = self.config.norm == "post" and residual.y is not None
+        return matvec(
+            residual.x, matrix.astype(residual.x.dtype), residual.y, residual.scale if post else None,
+            input_scale if self.config.norm == "pre" else None, gated=gated, epsilon=self.config.norm_epsilon,
+            implementation=self.products,
+        )  # fmt: skip
+
+    def last_product(self, x: Array, matrix: Array) -> Array:
+        """Of [B, D] with a sub-layer's last matrix."""
+        return matvec(x, matrix.astype(x.dtype), implementation=self.products).outputs
 
     def attention(
         self,
@@ -316,9 +313,8 @@ class _Token:
             [B, N H]; the layer's key and value [B, K, 1, H]; its own such entries; the stream; x, settled.
         """
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        x = self.settled(residual)
-        inputs = self._norm(x, layer.attention_norm) if self.config.norm == "pre" else x
-        projected = product(inputs, layer.heads).reshape(x.shape[0], -1, H)  # [B, N + 2K or N + 4K, H]
+        x, _, projected = self.product(residual, layer.heads, layer.attention_norm)
+        projected = projected.reshape(x.shape[0], -1, H)  # [B, N + 2K or N + 4K, H]
         query, key, value, *more = jnp.split(projected, tuple(range(N, projected.shape[1], K)), axis=1)
         placed = self._placed(
             [query, *(entry for entry, _, _ in entries), key],
@@ -349,18 +345,13 @@ class _Token:
     def ffn(self, layer: PackedLayer, residual: _Residual) -> tuple[list, _Residual]:
         """The FFN sub-layer: its entries as of `attention`, and x with its output still to be added."""
         F, K, H = self.config.ffn_width, self.config.num_kv_heads, self.config.head_dim
-        x = self.settled(residual)
-        inputs = self._norm(x, layer.ffn_norm) if self.config.norm == "pre" else x
-        gate, up, entry = jnp.split(product(inputs, layer.hidden), (F, 2 * F), axis=1)
-        output = product(jax.nn.silu(gate) * up, layer.down)
+        x, hidden, entry = self.product(residual, layer.hidden, layer.ffn_norm, gated=F)
+        output = self.last_product(hidden, layer.down)
         left = []
-        if entry.shape[1]:
+        if entry is not None:
             key, value = jnp.split(entry.reshape(x.shape[0], 2 * K, H), 2, axis=1)
             left = [(key, value, layer.key_norm)]
         return left, _Residual(x, output, layer.ffn_norm)
-
-    def _norm(self, x: Array, scale: Array) -> Array:
-        return rms_norm(x, scale, self.config.norm_epsilon)
 
     def _over_cache(self, query: Array, cached: tuple[Array, Array]):
         parts = token_attention.cache_parts(query, cached, self.implementation)

@@ -100,11 +100,3 @@ def test_packing_asks_for_a_config_and_unrolled_layers():
         decode.decode_params({}, packed=True, unroll=True)
     with pytest.raises(ValueError, match="expected a config and unroll=True"):
         decode.decode_params({}, BASE, packed=True, unroll=False)
-
-
-def test_a_product_of_one_row_is_one_sum_along_the_matrix_on_a_gpu():
-    """Of unrounded products: XLA's own form of it would round them."""
-    x, matrix = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 32), (48, 32)))
-    text = jax.jit(packed.product).trace(x, matrix).lower(lowering_platforms=("cuda",)).as_text()
-    assert "stablehlo.reduce" in text and "dot_general" not in text
-    assert "dot_general" in jax.jit(packed.product).trace(x, matrix).lower(lowering_platforms=("cpu",)).as_text()
