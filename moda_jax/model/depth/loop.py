@@ -572,14 +572,12 @@ class _CutLayer(_Looped):
                 for j, slot in enumerate(places.slots_of(i, stream))
             )
             dgiven = {name: dvalues.pop(name) for name in parts[i].gives}
-            found = [name for name in dgiven if name in in_stream]
-            dgiven |= {name: _add(dgiven[name], dslot(*in_stream[name])) for name in found}
-            more, dtaken, dshared_more = vjps[i]((dgiven, dentries))
-            if dentries or found:
-                # As in `run`, the other way round: what reads a layer's slots is done before the backward of the next
-                # operations adds to the others. A barrier right behind the reads would keep XLA from reading them
-                # where they are used.
-                (more, dtaken, dshared_more), dbuffers = _barrier((more, dtaken, dshared_more), dbuffers)
+            sums = {name: _add(dgiven[name], dslot(*in_stream[name])) for name in dgiven if name in in_stream}
+            if dentries or sums:
+                # As in `run`, the other way round: a layer's slots are read before the backward of its next operation
+                # adds to the others.
+                (dentries, sums), dbuffers = jax.lax.optimization_barrier(((dentries, sums), dbuffers))
+            more, dtaken, dshared_more = vjps[i]((dgiven | sums, dentries))
             dparams = more if dparams is None else _add(dparams, more)
             dshared = dshared_more if dshared is None else _add(dshared, dshared_more)
             for name, d in dtaken.items():
@@ -616,16 +614,6 @@ class _CutLayer(_Looped):
                     results, saved = results | {cut.gives: result}, [*saved, save]
                 values[cut.gives] = results[cut.gives]
         return vjps, requests, results, saved
-
-
-def _barrier(values: PyTree, buffers: tuple[Array, ...]) -> tuple[PyTree, tuple[Array, ...]]:
-    """Both as they are, but `buffers` only when all of `values` are there."""
-    leaves, tree = jax.tree.flatten(values)
-    there = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
-    held, buffers = jax.lax.optimization_barrier(([leaves[i] for i in there], buffers))
-    for i, leaf in zip(there, held, strict=True):
-        leaves[i] = leaf
-    return tree.unflatten(leaves), buffers
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:
