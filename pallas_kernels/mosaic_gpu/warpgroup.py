@@ -35,9 +35,6 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column of TILE
 
 
 H200_MULTIPROCESSORS = 132
-# Ragged arrays are copied as they are, see `takes_boxes`. It compiles for Hopper and is fast there, but the interpreter
-# cannot run it and no card has run its tests yet: until then they are padded.
-BOXES = True
 INTERPRETED_PROGRAMS = 2  # of a persistent kernel under the interpreter, which runs every warp in Python
 
 
@@ -86,7 +83,7 @@ def tiled_smem(shape: Sequence[int], dtype: Any, *, boxed: bool = False) -> Any:
 def takes_boxes(dtype: Any, head_dim: int, *tokens: int) -> bool:
     """Whether arrays [B, T, heads, H] of such T are to be copied as `boxed` memory: TMA's tiled boxes would need T
     rounded up to 8, and that a copy of the array. (T < 8 is one short tile.)"""
-    return BOXES and head_dim * jnp.dtype(dtype).itemsize == 128 and any(t % 8 for t in tokens)
+    return head_dim * jnp.dtype(dtype).itemsize == 128 and any(t % 8 for t in tokens)
 
 
 def shared_bytes(scratch: dict[str, Any]) -> int:

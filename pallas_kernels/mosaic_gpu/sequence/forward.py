@@ -9,10 +9,9 @@ A query that sees nothing: out 0, lse -inf.
 With `with_rest`, out also leaves what rounding took from it, as a second number of the input dtype; `other_rest` is
 that of other_out.
 
-Grid: CTAs that take turns at the query blocks (`warpgroup.Turns`), one turn each unless `RESIDENT`: heads fastest, so
+Grid: CTAs that take turns at the query blocks (`warpgroup.Turns`), as many CTAs as are resident: heads fastest, so
     that the CTAs of one KV head run side by side and share K and V in L2; query blocks in descending order, so that the
-    longest causal rows come first. With more turns than one the producer already loads K and V of the next one while
-    the consumers end a turn.
+    longest causal rows come first. The producer already loads K and V of the next turn while the consumers end one.
 Blocks: query and out [query_block, H], 64 rows per consumer warpgroup; key and value [key_block, H].
 Loop: one producer warpgroup streams K and V through two rings of `stages` TMA blocks; each consumer warpgroup walks the
     key blocks in ascending order: blocks that all its rows see whole unmasked, the others (document borders, the
@@ -22,8 +21,8 @@ Resident: query tile in SMEM; out accumulator, running maximum and sum in regist
 Accumulators: float32 (logits, out, maximum, sum); P is rounded to the input dtype for the second product.
 FLOPs: 4 T U N H B (half if causal). Bytes: query + key + value + out + 4 T N B; each CTA re-reads K and V from L2.
 Bound on an H200 at H=64: exp2 (16 a clock per SM) takes exactly as long as the two products (4096 FLOP a clock per SM),
-    so the tensor cores cannot be full. Causal, merged with another part, ms with one turn a CTA | RESIDENT | cuDNN,
-    unmerged: B=1, T=16384, K=8, G=8 4.57 | 4.37 | 4.98 (480 to 500 TFLOP/s); B=8, T=4096, K=8, G=2 0.71 | 0.66 | 0.74,
+    so the tensor cores cannot be full. Causal, merged with another part, ms with a CTA for every query block | in turns
+    | cuDNN, unmerged: B=1, T=16384, K=8, G=8 4.57 | 4.37 | 4.98 (480 to 500 TFLOP/s); B=8, T=4096, K=8, G=2 0.71 | 0.66 | 0.74,
     where it was 0.85 with spilled registers and the softmax behind the products. Two warpgroups taking turns on the
     tensor cores (the usual schedule) measured 5.2 ms for the first. H=128: tensor cores.
 Benchmark: python -m benchmarks.attention, rows with S=0, column "forward".
@@ -56,11 +55,6 @@ from pallas_kernels.mosaic_gpu.sequence.tiles import (
 )
 from pallas_kernels.operands import Call
 from pallas_kernels.parts import Part
-
-# As many CTAs as are resident take turns at all query blocks, where else every query block has a CTA. That is 4 to 7 %
-# quicker; but its values have been seen by the interpreter alone, which has already missed a deadlock of the chip's:
-# until `tests/pallas_kernels/mosaic_gpu/test_sequence_gpu.py` has passed with it, `programs=` asks for it.
-RESIDENT = True
 
 
 class _Operands(NamedTuple):
@@ -522,7 +516,7 @@ def sequence_forward(
     ).forward  # fmt: skip
     query_blocks = pl.cdiv(shape.query_tokens, tiles.query_block)
     turns = shape.batch * query_blocks * shape.num_heads
-    resident = wg_lib.multiprocessors() * (1 + tiles.paired) if RESIDENT else turns
+    resident = wg_lib.multiprocessors() * (1 + tiles.paired)
     programs = min(turns, programs or (wg_lib.INTERPRETED_PROGRAMS if interpret else resident))
     variant = ForwardVariant(shape, tiles, scale, merge, with_rest, interpret, programs)
     if not _fits(variant):

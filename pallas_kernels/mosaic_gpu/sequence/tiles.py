@@ -3,15 +3,14 @@
 The numbers are from one day of trials on an H200 (November 2026, JAX 0.11.2, bf16, causal, B=1, K=8);
 benchmarks/attention.py times what is chosen here; every kernel takes `tiles=` to override it. What else was tried at
 H=64, T=16384, G=8, in ms:
-    forward 3x128x4 (warpgroups x block x stages) 4.5 | 2x128x4 5.4 | 3x64x6 5.3 (with `RESIDENT`, as the next ones);
+    forward 3x128x4 (warpgroups x block x stages) 4.5 | 2x128x4 5.4 | 3x64x6 5.3 (in turns, as the next ones);
             T=4096, B=8, G=2 0.64 | 0.74 | 0.75;
             T=2048, B=4, G=1 0.105 | 0.109 | 0.107; T=197, B=512, N=3, no mask 0.105 | 0.101 | 0.119
     dq      3x64x4 5.1 | 2x64x5 6.6 | 2x128x3 7.3 | 3x64x3 5.9 | 3x64x6 6.5
     dkv     2x64x4 with K in registers 7.7 | with K and V 8.1 | with neither 8.8 | 3x64x4 (spills) 13.9 | 2x64x3 9.1
 dq and dkv of T=197, B=512, N=3: 2x64x4 0.133 (3x64x4 0.155), with 8 images 0.097; 2x64x4k 0.171, with 8 images 0.129.
-At H=128, T=4096, B=4, N=16, K=4: forward 2x128x2 0.48 (2x64x3
-0.56), dq 2x64x3 0.58 (2x64x2 0.98, 1x64x3 0.88), dkv 2x64x3 1.13 (2x64x2 1.40, 1x64x3 1.75). At H=256 nothing was
-timed.
+At H=128, T=4096, B=4, N=16, K=4: forward 2x128x2 0.48 (2x64x3 0.56), dq 2x64x3 0.58 (2x64x2 0.98, 1x64x3 0.88), dkv
+2x64x3 1.13 (2x64x2 1.40, 1x64x3 1.75). At H=256 nothing was timed.
 """
 
 from __future__ import annotations

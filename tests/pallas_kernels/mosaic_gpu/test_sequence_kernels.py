@@ -262,9 +262,8 @@ def test_every_tile_choice_lowers_for_cuda(head_dim, masks):
 
 
 @pytest.mark.parametrize(("tokens", "head_dim", "pads"), [(197, 64, False), (197, 128, True), (200, 128, False)])
-def test_ragged_arrays_are_copied_where_rows_are_of_other_bytes_than_a_box_s(tokens, head_dim, pads, monkeypatch):
+def test_ragged_arrays_are_copied_where_rows_are_of_other_bytes_than_a_box_s(tokens, head_dim, pads):
     """Rows of 128 bytes are not: TMA takes any number of them in one box."""
-    monkeypatch.setattr(warpgroup, "BOXES", True)
     array = jax.ShapeDtypeStruct((2, tokens, 2, head_dim), jnp.bfloat16)
     rowsum = jax.ShapeDtypeStruct((2, tokens, 2), jnp.float32)
 
