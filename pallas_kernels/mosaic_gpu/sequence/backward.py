@@ -30,8 +30,8 @@ from pallas_kernels.mosaic_gpu.sequence.tiles import (
     BackwardTiles,
     BackwardVariant,
     SequenceShape,
-    check_shared,
     backward_tiles,
+    check_shared,
 )
 from pallas_kernels.operands import Call, Upstream
 

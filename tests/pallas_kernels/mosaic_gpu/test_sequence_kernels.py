@@ -11,7 +11,6 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from support.selection import quick_of
 
 from pallas_kernels.block_masks import MaskRows, MaskSpec
-from pallas_kernels.mosaic_gpu import warpgroup
 from pallas_kernels.mosaic_gpu.sequence.backward import sequence_backward
 from pallas_kernels.mosaic_gpu.sequence.forward import sequence_forward
 from pallas_kernels.mosaic_gpu.sequence.tiles import BackwardTiles, ForwardTiles, choose_tiles
