@@ -23,8 +23,8 @@ FLOPs: 4 T U N H B (half if causal). Bytes: query + key + value + out + 4 T N B;
 Bound on an H200 at H=64: exp2 (16 a clock per SM) takes exactly as long as the two products (4096 FLOP a clock per SM),
     so the tensor cores cannot be full. Causal, merged with another part, ms with a CTA for every query block | in turns
     | cuDNN, unmerged: B=1, T=16384, K=8, G=8 4.57 | 4.37 | 4.98 (480 to 500 TFLOP/s); B=8, T=4096, K=8, G=2
-    0.71 | 0.66 | 0.74, where it was 0.85 with spilled registers and the softmax behind the products. Two warpgroups taking turns on the
-    tensor cores (the usual schedule) measured 5.2 ms for the first. H=128: tensor cores.
+    0.71 | 0.66 | 0.74, where it was 0.85 with spilled registers and the softmax behind the products. Two warpgroups
+    taking turns on the tensor cores (the usual schedule) measured 5.2 ms for the first. H=128: tensor cores.
 Benchmark: python -m benchmarks.attention, rows with S=0, column "forward".
 
 Interpreted on a CPU, P goes through SMEM (`p_stage`): `wgmma` with A in registers is not simulated (see warpgroup.py).
