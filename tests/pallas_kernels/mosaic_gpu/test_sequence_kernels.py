@@ -13,7 +13,13 @@ from support.selection import quick_of
 from pallas_kernels.block_masks import MaskRows, MaskSpec
 from pallas_kernels.mosaic_gpu.sequence.backward import sequence_backward
 from pallas_kernels.mosaic_gpu.sequence.forward import sequence_forward
-from pallas_kernels.mosaic_gpu.sequence.tiles import BackwardTiles, ForwardTiles, choose_tiles
+from pallas_kernels.mosaic_gpu.sequence.tiles import (
+    BackwardTiles,
+    ForwardTiles,
+    SequenceShape,
+    backward_tiles,
+    choose_tiles,
+)
 from pallas_kernels.operands import Call, Mask, Upstream
 from pallas_kernels.parts import Part
 
@@ -273,6 +279,19 @@ def test_ragged_arrays_are_copied_where_rows_are_of_other_bytes_than_a_box_s(tok
     text = jax.jit(run).trace(array, array, array, array, rowsum).lower(lowering_platforms=("cuda",)).as_text()
     padded = [line for line in text.splitlines() if "stablehlo.pad" in line and "bf16" in line]
     assert bool(padded) == pads
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "mask", "images"),
+    [
+        (512, 197, Mask(causal=False), 8), (128, 197, Mask(causal=False), 2), (64, 197, Mask(causal=False), 1),
+        (512, 257, Mask(causal=False), 1), (512, 197, Mask(key_length=jnp.full(512, 190)), 1),
+    ],
+)  # fmt: skip
+def test_a_program_takes_several_short_rows_where_enough_programs_are_left(batch, tokens, mask, images):
+    query = jax.ShapeDtypeStruct((batch, tokens, 3, 64), jnp.bfloat16)
+    tiles = backward_tiles(SequenceShape.of(Call(query, query, query, mask, scale=1.0)), interpret=False)
+    assert (tiles.dq.images, tiles.dkv.images) == (images, images)
 
 
 def test_tiles_say_what_they_do_not_take():
