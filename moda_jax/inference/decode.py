@@ -421,11 +421,13 @@ def _packed_step(
     module: Transformer, layers: tuple[PackedLayer, ...], cache: KVCache, tokens: Array, implementation: str | None
 ) -> tuple[Array, KVCache]:
     x = module.embedding(tokens[:, None])[:, 0]
-    hidden, key, value = packed_step(
+    hidden, own, cached = packed_step(
         layers, module.config, x, (cache.key, cache.value), cache.start, cache.length, implementation
     )
     logits = module.logits(module.final_norm(hidden)[:, None])[:, 0]
-    logits, key, value = jax.lax.optimization_barrier((logits, key, value))  # written after all was read
+    if own is None:
+        return logits, KVCache(*cached, cache.length + 1, cache.start)
+    logits, (key, value) = jax.lax.optimization_barrier((logits, own))  # written after all was read
     return logits, _write(cache, key, value, None)
 
 

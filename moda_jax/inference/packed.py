@@ -21,16 +21,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moda_jax.config import TransformerConfig
 from moda_jax.inference import token_attention
 from moda_jax.model.layers import rms_norm, rotary_angles
 from pallas_kernels import norm
+from pallas_kernels import token_attention as kernels
 from pallas_kernels.matvec import Results, matvec
 from pallas_kernels.operands import DepthKV
 
 Array = jax.Array
 PyTree = Any
+Cached = tuple[tuple[Array, ...], tuple[Array, ...]]  # keys and values, an array for each layer
 
 
 @jax.tree_util.register_dataclass
@@ -171,11 +174,11 @@ def packed_step(
     layers: tuple[PackedLayer, ...],
     config: TransformerConfig,
     x: Array,
-    cached: tuple[tuple[Array, ...], tuple[Array, ...]],
+    cached: Cached,
     start: Array | None,
     length: Array,
     implementation: str | None,
-) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+) -> tuple[Array, Cached | None, Cached | None]:
     """One token of every row through all layers.
 
     Args:
@@ -187,14 +190,16 @@ def packed_step(
         implementation: of attention over the cache and over the slots. Products have a kernel where attention has one.
 
     Returns:
-        [B, D], what the final norm receives; each layer's key and value [B, K, 1, H].
+        [B, D], what the final norm receives; each layer's key and value [B, K, 1, H], to be written, and None; or None
+        and the cache with them.
     """
     begin = jnp.zeros(1, jnp.int32) if start is None else start
     rotation = None
     if config.rope_theta is not None:
         rotation = rotary_angles((length - begin)[:, None], config.head_dim, config.rope_theta)  # [B or 1, 1, H/2]
-    products = norm.beside(implementation)
-    token = _Token(config, rotation, start, length, implementation, products)
+    token = _Token(config, rotation, start, length, implementation, norm.beside(implementation))
+    if _has_kernels(config, x, cached, start, implementation):
+        return _kernel_step(layers, token, x, cached)
     depth = _Slots.empty(config, x)
     residual = _Residual(x, None, None)
     keys, values, entries = [], [], []
@@ -206,7 +211,52 @@ def packed_step(
             layer, residual.add(token.last_product(attended, layer.output), layer.attention_norm)
         )
         entries = more + entries
-    return token.settled(residual), tuple(keys), tuple(values)
+    return token.settled(residual), (tuple(keys), tuple(values)), None
+
+
+def _has_kernels(
+    config: TransformerConfig, x: Array, cached: Cached, start: Array | None, implementation: str | None
+) -> bool:
+    """Whether attention runs by `pallas_kernels.token_attention`."""
+    served = config.qk_norm and not config.qk_norm_per_head and config.rope_theta is not None
+    served = served and not (config.depth == "moda" and config.moda.attn_kv) and start is None
+    return (
+        served
+        and norm.beside(implementation) is None
+        and kernels.best(
+            dtype=x.dtype, rows=x.shape[0], num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim, capacity=cached[0][0].shape[2],
+        ) == "mosaic_gpu"
+    )  # fmt: skip
+
+
+def _kernel_step(
+    layers: tuple[PackedLayer, ...], token: _Token, x: Array, cached: Cached
+) -> tuple[Array, None, Cached]:
+    """`packed_step` of one row with six launches a layer: cache and slots are written in place by those that read."""
+    config, kernel = token.config, kernels.kernel()
+    slots = None
+    if config.depth_slots:
+        count = kernel.padded_slots(config.depth_slots + 1)
+        slots = (jnp.zeros((count, config.num_kv_heads, config.head_dim), x.dtype),) * 2
+    rotation = tuple(angle[0, 0] for angle in token.rotation)
+    residual, entry, filled = _Residual(x, None, None), (), 0
+    keys, values = [], []
+    for layer, key, value in zip(layers, *cached, strict=True):
+        x, _, raw = token.product(residual, layer.heads, layer.attention_norm)
+        operands = kernel.Token(raw[0], layer.query_norm, layer.key_norm, rotation, *entry)
+        attended, (key, value), slots = kernel.token_attention(
+            operands, (key[0], value[0]), slots, token.length, np.int32(filled), epsilon=config.norm_epsilon
+        )
+        keys.append(key[None])
+        values.append(value[None])
+        filled += 1 + bool(entry)
+        output = token.last_product(attended[None], layer.output)
+        residual = _Residual(x, output, layer.attention_norm)
+        x, hidden, projected = token.product(residual, layer.hidden, layer.ffn_norm, gated=config.ffn_width)
+        residual = _Residual(x, token.last_product(hidden, layer.down), layer.ffn_norm)
+        entry = () if projected is None else (projected[0], layer.key_norm)
+    return token.settled(residual), None, (tuple(keys), tuple(values))
 
 
 @dataclasses.dataclass(frozen=True)

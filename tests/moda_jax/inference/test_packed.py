@@ -1,5 +1,6 @@
 """Decoding with packed layers against the walk through the model."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -12,6 +13,7 @@ from support.selection import quick_of
 from moda_jax.config import TransformerConfig
 from moda_jax.depth_config import MoDASection
 from moda_jax.inference import decode, packed
+from pallas_kernels import dispatch, matvec, token_attention
 
 BASE = TransformerConfig(
     vocab_size=61, num_layers=3, width=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_width=48,
@@ -28,6 +30,11 @@ VARIANTS = {
     "no norm, no rotation": {"qk_norm": False, "rope_theta": None},
     "one layer": {"num_layers": 1},
 }
+KERNEL_VARIANTS = {
+    "moda": {}, "pre-norm": {"norm": "pre"}, "none": {"depth": "none"}, "own KV": {"depth_ffn_kv": False},
+    "one layer": {"num_layers": 1}, "groups": {"num_heads": 8, "head_dim": 64},
+}  # fmt: skip
+ON_GPU = jax.default_backend() == "gpu"
 PROMPTS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
 
 
@@ -65,6 +72,78 @@ def test_parts_of_the_cache_come_to_the_same(monkeypatch):
     came = logits(model, packed_params, 2, np.array([0, 4]))
     decode.step.clear_cache()
     np.testing.assert_allclose(came, expected, rtol=0, atol=1e-5)
+
+
+@contextlib.contextmanager
+def kernels_chosen():
+    """A step takes the kernels as on Hopper once they are proven; interpreted where there is none. Yields a list of what
+    was traced."""
+    traced, step = [], packed._kernel_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_device", lambda: ("gpu", "9.0"))
+        patch.setattr(matvec, "PROVEN", True)
+        patch.setattr(token_attention, "PROVEN", True)
+        for cached in (matvec._best, token_attention.best, decode.step):
+            (cached.cache_clear if hasattr(cached, "cache_clear") else cached.clear_cache)()
+        patch.setattr(packed, "_kernel_step", lambda *arguments: traced.append("step") or step(*arguments))
+        yield traced
+    for cached in (matvec._best, token_attention.best, decode.step):
+        (cached.cache_clear if hasattr(cached, "cache_clear") else cached.clear_cache)()
+
+
+def check_kernels(steps, **fields):
+    """Logits of a bfloat16 model are as close to float32's with the kernels as without."""
+    fields = (
+        dict(
+            num_layers=2,
+            width=256,
+            num_kv_heads=4,
+            head_dim=64,
+            ffn_width=64,
+            initializer_range=0.05,
+            attention_implementation="xla",
+        )
+        | fields
+    )
+    _, model, params, _ = build(**fields)
+    exact = decoded(model, params, steps)
+    _, model, _, packed_params = build(**fields, dtype="bfloat16")
+    plain = decoded(model, packed_params, steps, implementation="xla")
+    with kernels_chosen() as traced:
+        came = decoded(model, packed_params, steps)
+    assert traced == ["step"]
+
+    def error(found):
+        return np.linalg.norm(found - exact) / np.linalg.norm(exact)
+
+    assert 1e-4 < error(plain) < 0.1
+    assert error(came) < 1.5 * error(plain), (error(came), error(plain))
+    assert not np.array_equal(came, plain)  # it was computed in another way
+
+
+def decoded(model, params, steps, **options):
+    """Logits [steps, V] of given tokens behind a prompt."""
+    found, cache = decode.prefill(model, params, PROMPTS[:1], np.zeros(1, int), capacity=128, padded=False)
+    seen = []
+    for token in range(steps):
+        found, cache = decode.step(model, params, cache, jnp.full(1, token, jnp.int32), **options)
+        seen.append(found[0])
+    return np.asarray(jnp.stack(seen))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ON_GPU, reason="on the chip the next test does it")
+@pytest.mark.parametrize("variant", ["moda", "pre-norm", "none"])
+def test_a_step_by_the_kernels_interpreted(variant, capsys):
+    check_kernels(2, **KERNEL_VARIANTS[variant])
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("variant", KERNEL_VARIANTS)
+def test_a_step_by_the_kernels_on_the_chip(variant):
+    check_kernels(40, **KERNEL_VARIANTS[variant])
 
 
 def test_unpacking_is_exact_and_nothing_is_larger():
