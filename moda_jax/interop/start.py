@@ -2,7 +2,8 @@
 transformer a checkpoint in timm's layout.
 
 Parameters only: optimizer, step and data are those of a fresh run. Names and shapes must be those of the config's
-model; what a depth mechanism has beside a source without it starts as its `added` says, close to the source.
+model; what a depth mechanism has beside a source without it starts as its `added` says, close to the source. A head
+over another number of classes begins anew.
 """
 
 from __future__ import annotations
@@ -75,8 +76,16 @@ def starting_params(config: Config) -> Any:
         raise ValueError(f"{field}: holds no {CHECKPOINT_DIRECTORY}/ and no {CONFIG_FILE}: no run and no export")
     added: list[str] = []
     key = jax.random.key(config.train.seed)
-    params = fitted(base, params, config.model, key, field, added, initial_params(config))
+    initial, old_classes = initial_params(config), base.image.num_classes
+    if images and old_classes != config.model.image.num_classes:
+        base, params = _with_fresh_head(base, params, config, key, initial)
+    params = fitted(base, params, config.model, key, field, added, initial)
     _logger.info("starting from %s, %s: its parameters, a fresh optimizer, step 0", place, what)
+    if base.image.num_classes != old_classes:
+        _logger.info(
+            "model.image.num_classes: %d in %s, %d now: the head begins anew", old_classes, place,
+            base.image.num_classes,
+        )  # fmt: skip
     if added:
         _logger.info("not in %s, and started close to what it does without: %s", place, ", ".join(added))
     return params
@@ -145,6 +154,15 @@ def fitted(
         return params
     fresh = jax.jit(initial)(key)  # not one operation at a time
     return with_added(fresh, params, find_mechanism(config.depth))
+
+
+def _with_fresh_head(
+    base: TransformerConfig, params: Any, config: Config, key: jax.Array, initial: Callable[[jax.Array], Any]
+) -> tuple[TransformerConfig, Any]:
+    """Model and parameters with a head as a fresh model of `config` has it."""
+    image = dataclasses.replace(base.image, num_classes=config.model.image.num_classes)
+    head = jax.jit(lambda key: initial(key)["head"])(key)
+    return dataclasses.replace(base, image=image), {**params, "head": head}
 
 
 def _of_run(place: Path, config: Config, field: str) -> tuple[TransformerConfig, Any, str]:

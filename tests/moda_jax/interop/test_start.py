@@ -220,6 +220,50 @@ def test_a_vision_transformer_starts_from_timms_layout_and_gets_depth(digits, tm
     assert_equal(params, base)
 
 
+@pytest.mark.parametrize("depth", ["none", "moda"])
+def test_a_head_over_other_classes_begins_anew(depth, digits, tmp_path, caplog):
+    path = tmp_path / "model.safetensors"
+    save_file(plain_deit.make_tensors(size=8, patch=4, channels=1, classes=7), path)
+    base = nnx.to_pure_dict(nnx.state(load_deit(path, num_heads=3)[1], nnx.Param))
+    config = digits(path, model={"depth": depth})
+    with caplog.at_level(logging.INFO, logger="moda_jax"):
+        params = starting_params(config)
+    assert f"model.image.num_classes: 7 in {path}, 10 now: the head begins anew" in caplog.text
+    assert not any(record.levelname == "WARNING" for record in caplog.records)
+    head = params.pop("head")
+    assert base.pop("head")["kernel"].shape == (12, 7)
+    assert head["kernel"].shape == (12, 10) and 0.01 < np.std(head["kernel"]) < 0.04
+    assert head["bias"].shape == (10,) and not np.any(head["bias"])
+    params["layers"].pop("depth", None)
+    assert_equal(params, base)
+
+
+def test_with_a_new_head_all_else_must_match(digits, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(plain_deit.make_tensors(size=16, patch=4, channels=1, classes=7, depth=2), path)
+    with pytest.raises(ValueError, match="its parameters are not those of this config's model") as refused:
+        starting_params(digits(path))
+    said = str(refused.value)
+    assert "position_table: [17, 12] there, [5, 12] here" in said and "layers.ffn.up.kernel: [1, 12, 20] there" in said
+    assert "head." not in said
+
+
+@pytest.mark.slow
+def test_a_run_is_tuned_on_other_classes(digits, tmp_path):
+    """A run of ours, for other classes."""
+    path = tmp_path / "model.safetensors"
+    save_file(plain_deit.make_tensors(size=8, patch=4, channels=1, classes=10), path)
+    source = TrainingRun(digits(path), tmp_path / "source", starting_params)
+    source.train()
+    image = {"size": 8, "patch_size": 4, "channels": 1, "num_classes": 12}
+    config = digits(tmp_path / "source", model={"image": image}, optimizer={"warmup_steps": 1})
+    run = TrainingRun(config, tmp_path / "tuned", starting_params)
+    theirs = load_image_run(tmp_path / "source").params
+    assert_equal(run._state.params["layers"], theirs["layers"])
+    assert run._state.params["head"]["kernel"].shape == (12, 12)
+    assert run.train().step == 2
+
+
 def test_another_vision_transformer_is_refused(digits, place, tmp_path):
     path = write_deit(tmp_path / "deit" / "model.safetensors", depth=2)
     with pytest.raises(
