@@ -14,6 +14,7 @@ from moda_jax.config import check_text
 from moda_jax.data.tokenizer import Tokenizer
 from moda_jax.data.tokenizer_file import Losses
 from moda_jax.inference import decode
+from moda_jax.inference.packed import CAPACITY_STEP
 from moda_jax.inference.sampling import SamplingConfig, row_keys
 from moda_jax.model.function import ModelFunction
 
@@ -135,6 +136,8 @@ def generate(
     key = jax.random.key(0) if key is None else key
     tokens, start = pad_prompts(ids, longest)
     capacity = tokens.shape[1] + -(-max(limits) // CHUNK) * CHUNK
+    if "packed" in params:
+        capacity += -capacity % CAPACITY_STEP
     logits, cache = decode.prefill(model, params, tokens, start, capacity=capacity, padded=bool(start.any()))
     choice = {"sampling": sampling, "vocab_size": tokenizer.vocab_size}
     state = decode.start(logits, cache, row_keys(key, ids), **choice)

@@ -33,6 +33,7 @@ from pallas_kernels.operands import DepthKV
 
 Array = jax.Array
 PyTree = Any
+CAPACITY_STEP = 128  # a cache of so many places, or a multiple, is one that the kernels take
 Cached = tuple[tuple[Array, ...], tuple[Array, ...]]  # keys and values, an array for each layer
 
 
