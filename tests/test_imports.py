@@ -19,7 +19,10 @@ LAYERS = (
     ),
     ("moda_jax.parallel",),
     ("moda_jax.model", "moda_jax.data"),
-    ("moda_jax.inference.decode", "moda_jax.inference.generation", "moda_jax.inference.sampling"),
+    (
+        "moda_jax.inference.decode", "moda_jax.inference.packed", "moda_jax.inference.token_attention",
+        "moda_jax.inference.generation", "moda_jax.inference.sampling",
+    ),
     ("moda_jax.tasks",),
     ("moda_jax.training",),
     ("moda_jax.inference", "moda_jax.interop"),
