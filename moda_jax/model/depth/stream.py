@@ -162,7 +162,8 @@ class DepthStream(Stream):
             dtype: None: x's.
         """
         buffer = empty_slots(x, slots, (num_kv_heads, head_dim), dtype)
-        return cls(buffer, buffer, np.int32(0))
+        # Of two equal arrays XLA makes one, and a copy of it before the first write.
+        return cls(buffer, -buffer, np.int32(0))
 
     def append(self, key: Array, value: Array) -> DepthStream:
         """The stream with one more entry.
