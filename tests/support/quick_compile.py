@@ -3,7 +3,12 @@
 The program, its buffers and its memory analysis are the same; it compiles in a third of the time and runs slower.
 """
 
-QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": "True"}
+QUICK = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": "True",
+    # A program is one LLVM module, not up to 32 for as many threads: each holds again what it calls.
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
 # The same for all of a process, and for one that a test starts.
 QUICK_XLA_FLAGS = " ".join(f"--{name}={value.lower()}" for name, value in QUICK.items())
 # And, what no single program can be given: no MLIR on the way to LLVM, which halves what is left of it. Sums round
