@@ -112,17 +112,30 @@ def case_params(name):
     return perturbed(case_config(name))
 
 
+MOST_LEAVES, LARGEST_LEAF = 64, 8192
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def _normal_values(key):
+    """[MOST_LEAVES, LARGEST_LEAF]. A draw of fewer or smaller leaves has the first of these values: one program serves
+    all models, where a draw of its own for each leaf of each model compiles for seconds."""
+    return jax.vmap(lambda key: jax.random.normal(key, LARGEST_LEAF))(jax.random.split(key, MOST_LEAVES))
+
+
+def with_noise(params, seed):
+    """Parameters and 0.2 times normal values."""
+    leaves, tree = jax.tree.flatten(params)
+    noise = 0.2 * np.asarray(_normal_values(jax.random.key(seed)))
+    noisy = [leaf + noise[i, : leaf.size].reshape(leaf.shape) for i, leaf in enumerate(map(np.asarray, leaves))]
+    return jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in noisy])
+
+
 def perturbed(config, seed=0):
-    """Fresh parameters of a config with noise on all of them."""
+    """Fresh parameters of a config with noise on all of them.
 
-    def make(key, noise):
-        leaves, tree = jax.tree.flatten(split_model(config, key)[1])
-        keys = jax.random.split(noise, len(leaves))
-        noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(tree, noisy)
-
-    # As one program: one operation at a time they take longer than everything that is tested with them.
-    return jax.jit(make, compiler_options=QUICK)(jax.random.key(seed), jax.random.key(seed + 1))
+    Made one operation at a time: mechanisms share these, and each is compiled once.
+    """
+    return with_noise(split_model(config, jax.random.key(seed))[1], seed + 1)
 
 
 def packed(seed=0, batch=2):

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from support import plain_vit
-from support.mechanisms import assert_close
+from support.mechanisms import assert_close, with_noise
 from support.quick_compile import QUICK
 
 from moda_jax import MoDAAttention, VisionTransformer, image_forward_flops, image_param_count
 from moda_jax.config import TransformerConfig
 from moda_jax.depth_config import MECHANISMS
 from moda_jax.model.depth.stream import DepthStream
-from moda_jax.model.function import abstract_module, split_module
+from moda_jax.model.function import split_module
 from moda_jax.model.vision_transformer import kept_outputs
 from moda_jax.vision_config import ImageModelSection
 
@@ -50,15 +50,8 @@ def tiny(**fields):
 @functools.cache
 def perturbed(config):
     """The model's function, and fresh parameters with noise on all of them: what starts as 0 would hide mistakes."""
-    function = abstract_module(lambda: VisionTransformer(config, rngs=nnx.Rngs(0)))[0]
-
-    def make():
-        leaves, tree = jax.tree.flatten(split_module(VisionTransformer(config, rngs=nnx.Rngs(0)))[1])
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(tree, noisy)
-
-    return function, jax.jit(make, compiler_options=QUICK)()
+    function, params = split_module(VisionTransformer(config, rngs=nnx.Rngs(0)))
+    return function, with_noise(params, seed=1)
 
 
 def images(count=2, seed=0):
