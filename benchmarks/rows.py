@@ -1,6 +1,6 @@
-"""The backwards that go over rows: LayerNorm's, RMSNorm's and GELU's, kernel against XLA, at the widths of models.
+"""What goes over rows: LayerNorm, RMSNorm's backward and GELU's, kernel against XLA, at the widths of models.
 
-    python -m benchmarks.rows [--rounds=11] [--cases=layer_norm_backward:100864:192,...]
+    python -m benchmarks.rows [--rounds=11] [--cases=layer_norm:100864:192,...]
 
 A case is an operation, rows and columns, in bfloat16. GB/s counts every operand once: what the kernels read and write.
 100864 rows are 512 images of 197 tokens. Compiles first, all at once; then times, interleaved (`benchmarks.timing`).
@@ -22,12 +22,14 @@ from benchmarks import timing
 from pallas_kernels import biased_gelu, layer_norm, norm
 
 CASES = (
-    "layer_norm_backward:100864:192", "layer_norm_backward:100864:384", "layer_norm_backward:32768:1024",
+    "layer_norm:100864:192", "layer_norm_backward:100864:192", "layer_norm:100864:384",
+    "layer_norm_backward:100864:384", "layer_norm:32768:1024", "layer_norm_backward:32768:1024",
     "rms_norm_backward:32768:1024", "rms_norm_backward:100864:192", "rms_norm_backward:524288:64",
     "rms_norm_backward:16384:2048", "rms_norm_backward:8192:8192", "gelu_backward:100864:768",
     "gelu_backward:50432:1536",
 )  # fmt: skip
 OPERATIONS: dict[str, tuple[Callable[..., Any], int]] = {  # and how many arrays of rows go in and out
+    "layer_norm": (lambda x, dy, scale, how: layer_norm.layer_norm(x, scale, scale, epsilon=1e-6, **how), 2),
     "layer_norm_backward": (
         lambda x, dy, scale, how: layer_norm.layer_norm_backward(x, dy, scale, epsilon=1e-6, **how), 3,
     ),
@@ -51,6 +53,8 @@ def contestants(operation: str) -> dict[str, Callable[..., Any]]:
         for name in norm.IMPLEMENTATIONS
     }
     kernels = importlib.import_module("pallas_kernels.mosaic_gpu.layer_norm")
+    if operation == "layer_norm":
+        found["2 sets"] = lambda x, dy, scale: kernels.layer_norm(x, scale, scale, epsilon=1e-6, sets=2)
     if operation == "layer_norm_backward":
         found["1188 programs"] = functools.partial(kernels.layer_norm_backward, epsilon=1e-6, programs=1188)
     return found

@@ -48,8 +48,9 @@ PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt 
 # Whether the layers of a step are compiled one by one: no layer's weights or cache are then cut out of a stack. On an
 # H100, 700M model with depth, one row: 3.6 ms a step, against 4.4 in a loop; see benchmarks/results.
 DEFAULT_UNROLL = {"cpu": False, "gpu": True}
-# Whether unrolled layers are packed where `packed.check_packed` allows it. Off until a card has timed it.
-DEFAULT_PACKED = {"cpu": False, "gpu": False}
+# Whether unrolled layers are packed where `packed.check_packed` allows it. On an H200, 700M model with depth: one row
+# 0.98 ms a step, of 64 rows 4.9, against 3.5 and 5.3.
+DEFAULT_PACKED = {"cpu": False, "gpu": True}
 
 
 @jax.tree_util.register_dataclass

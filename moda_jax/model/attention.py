@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moda_jax.model.biased_products import biased_products
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import HeadsNorm, PerHeadNorm, Projection, rotate
 from moda_jax.model.module import Module
-from moda_jax.parallel.manual import varying_like
 from pallas_kernels.norm import beside
 
 Array = jax.Array
@@ -94,20 +92,10 @@ class Attention(Module):
         `positions` is [B, T] int32, or [B, T, axes] as `layers.rotate` takes them. `key_input` and `value_input`
         [B, T, D] stand in x's place for key and value where they are given.
         """
-        if self.query.bias is not None and key_input is None and value_input is None:
-            query, key, value = self._biased(x.astype(self.query.dtype))
-        else:
-            query = self.query(x)
-            key = self.key(x if key_input is None else key_input)
-            value = self.value(x if value_input is None else value_input)
-        return self._placed(query, self.query_norm, positions), self.place_key(key, positions), value
-
-    def _biased(self, x: Array) -> tuple[Array, ...]:
-        """The three projections of x, in whose dtype they compute."""
-        parts = self.query, self.key, self.value
-        kernels = tuple(varying_like(part.kernel[...].astype(x.dtype), x) for part in parts)
-        biases = tuple(varying_like(part.bias[...], x) for part in parts)
-        return biased_products(tuple(part.spec for part in parts), x, kernels, biases)
+        query = self._placed(self.query(x), self.query_norm, positions)
+        key = self.key(x if key_input is None else key_input)
+        value = self.value(x if value_input is None else value_input)
+        return query, self.place_key(key, positions), value
 
     def place_key(self, key: Array, positions: Array) -> Array:
         """A raw key projection [B, T, K, H] after this layer's key norm and rotation."""

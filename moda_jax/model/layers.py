@@ -25,7 +25,6 @@ from moda_jax.parallel.manual import varying_like
 from moda_jax.parallel.mesh import constrain, current_mesh
 from moda_jax.parameter import parameter
 from pallas_kernels import biased_gelu as biased
-from pallas_kernels import layer_norm as layer_norms
 from pallas_kernels import norm
 
 Array = jax.Array
@@ -332,12 +331,12 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float, implementati
         x: [..., D], any float dtype.
         scale, bias: [D], any float dtype.
         epsilon: as in `rms_norm`.
-        implementation: of the backward, see `pallas_kernels.layer_norm`.
+        implementation: of the forward and the backward, see `pallas_kernels.layer_norm`.
 
     Returns:
         [..., D] in x's dtype.
     """
-    return layer_norms.layer_norm(x, scale, bias, epsilon=epsilon)
+    return norms.layer_norm(x, scale, bias, epsilon=epsilon, implementation=implementation)
 
 
 def _layer_norm_forward(

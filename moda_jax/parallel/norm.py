@@ -52,6 +52,15 @@ def rms_norm_backward(
     return dx, dscale.reshape(scale.shape).astype(scale.dtype)
 
 
+def layer_norm(x: Array, scale: Array, bias: Array, *, epsilon: float, implementation: str | None = None) -> Array:
+    """`pallas_kernels.layer_norm.layer_norm` of x [B, T, D], on the current mesh or without one."""
+    run = functools.partial(layer_norms.layer_norm, epsilon=epsilon, implementation=implementation)
+    if current_mesh() is None:
+        return run(x, scale, bias)
+    rows, whole = partition_spec("batch", "tokens", None), partition_spec(None)
+    return jax.shard_map(run, in_specs=(rows, whole, whole), out_specs=rows, check_vma=False)(x, scale, bias)
+
+
 def layer_norm_backward(
     x: Array, dy: Array, scale: Array, *, epsilon: float, implementation: str | None = None
 ) -> tuple[Array, Array, Array]:

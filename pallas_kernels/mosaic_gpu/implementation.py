@@ -34,7 +34,7 @@ LARGEST_HEAD_DIM = HEAD_DIMS[-1]  # of the sequence kernels; others are padded
 DEPTH_STEP = 8  # the depth kernels take every multiple of it as it lies: TMA wants rows of whole 16 bytes
 MAX_SLOTS = 512
 MOST_TOGETHER = 4  # calls whose gradients of old slots are added together: see `gradient_group`
-FEWEST_SLOTS = 16  # for which that is done
+FEWEST_SLOTS = 32  # for which that is done; for 16 to 31 it is predicted to gain, and was not timed
 
 
 def check_supported(call: Call) -> None:

@@ -1,13 +1,14 @@
-"""`layer_norm_backward`: LayerNorm's gradient, for Hopper, in one pass over the rows.
+"""`layer_norm` and `layer_norm_backward` for Hopper, each in one pass over the rows.
 
 Equations, per row with c = x - mean(x), r = 1 / sqrt(mean(c^2) + epsilon), n = r c, g = scale * dy:
+    y = scale * n + bias
     dx = r (g - mean(g) - n mean(g n));  dscale = sum over rows of dy * n;  dbias = sum over rows of dy
 
-Grid, blocks, loop: `narrow_rows`. Resident: the program's parts of dscale and dbias, float32, in registers; added over
-    the rows of a group at the end, and over programs [programs, 2, D] by XLA, in one sum: so there are as many programs
-    as run at a time, not more.
-Bytes: x and dy in, dx out, once each (dscale, dbias: a row for each program). Mean and r are not kept by the forward:
-    both sums are over what is read anyway. Bound: memory.
+Grid, blocks, loop: `narrow_rows`. Resident in the backward: the program's parts of dscale and dbias, float32, in
+    registers; added over the rows of a group at the end, and over programs [programs, 2, D] by XLA, in one sum: so
+    there are as many programs as run at a time, not more.
+Bytes: x in, y out, once each; x and dy in, dx out, once each (dscale, dbias: a row for each program). Mean and r are
+    not kept: both sums are over what the backward reads anyway. Bound: memory.
 Benchmark: python -m benchmarks.rows.
 """
 
@@ -23,9 +24,50 @@ from pallas_kernels.modes import in_default_modes
 from pallas_kernels.mosaic_gpu import narrow_rows
 from pallas_kernels.mosaic_gpu.narrow_rows import RowShape
 
-CTAS = {3: 396, 4: 264}  # by blocks of a row, fewer: as 3; what registers leave room for on a multiprocessor
+CTAS = 1188  # of the forward: 9 for each multiprocessor of an H100
+SETS = 1  # of the forward; 2 was timed only beside the host's own 0.1 ms a call, and was no slower
+BACKWARD_CTAS = {3: 396, 4: 264}  # by blocks of a row, fewer: as 3; what registers leave room for on a multiprocessor
 
-check_supported = functools.partial(narrow_rows.check_supported, "layer_norm_backward")
+check_supported = functools.partial(narrow_rows.check_supported, "layer_norm")
+
+
+# Jitted, so that the layers of an unrolled model share what is traced and lowered.
+@functools.partial(jax.jit, static_argnames=("epsilon", "sets", "interpret"))
+@in_default_modes
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, sets: int = SETS, interpret: bool | None = None
+) -> jax.Array:
+    """y = LayerNorm(x).
+
+    Args:
+        x: [R, D]; bfloat16 or float16.
+        scale, bias: [D] float32.
+        epsilon: added to the variance.
+        sets: see `RowShape`.
+        interpret: run under the interpreter; None: where there is no GPU.
+
+    Returns:
+        [R, D] in x's dtype.
+
+    Raises:
+        NotImplementedError: see `check_supported`.
+    """
+    check_supported(dtype=x.dtype, columns=x.shape[1])
+    shape = RowShape(*x.shape, CTAS, sets)
+
+    def body(x_ref, scale_ref, bias_ref, y_ref):
+        def step(rows, carry):
+            n, _ = _normed(shape, shape.load(x_ref, rows), epsilon)
+            scale, bias = shape.load_vector(scale_ref), shape.load_vector(bias_ref)
+            shape.store(y_ref, rows, parts=[s * a + b for s, a, b in zip(scale, n, bias, strict=True)])
+            return carry
+
+        shape.walk(lax.axis_index("program"), step, ())
+
+    y = plgpu.kernel(body, out_type=shape.of_rows(x.dtype), **shape.options("moda_layer_norm", interpret))(
+        *map(shape.view, (x, scale, bias))
+    )
+    return shape.flat(y)
 
 
 # Jitted, so that the layers of an unrolled model share what is traced and lowered.
@@ -40,14 +82,13 @@ def layer_norm_backward(
     programs: int | None = None,
     interpret: bool | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dx, dscale, dbias) of y = LayerNorm(x) * scale + bias.
+    """(dx, dscale, dbias) of `layer_norm`.
 
     Args:
         x, dy: [R, D]; bfloat16 or float16.
         scale: [D] float32.
-        epsilon: added to the variance.
-        programs: at most so many; None: `CTAS`.
-        interpret: run under the interpreter; None: where there is no GPU.
+        epsilon, interpret: as in `layer_norm`.
+        programs: at most so many; None: `BACKWARD_CTAS`.
 
     Returns:
         dx in x's shape and dtype; dscale and dbias [D] float32, summed in the same order in every run.
@@ -57,7 +98,7 @@ def layer_norm_backward(
     """
     check_supported(dtype=x.dtype, columns=x.shape[1])
     blocks = RowShape(*x.shape, 1).blocks
-    shape = RowShape(*x.shape, programs or CTAS[max(blocks, 3)])
+    shape = RowShape(*x.shape, programs or BACKWARD_CTAS[max(blocks, 3)])
 
     def body(x_ref, dy_ref, scale_ref, dx_ref, sums_ref, dscale_smem, dbias_smem):
         program = lax.axis_index("program")

@@ -60,23 +60,24 @@ class RowShape:
         layout: of [group, block] over the warps and their lanes.
     """
 
-    def __init__(self, rows: int, columns: int, most: int) -> None:
-        """most: programs."""
+    def __init__(self, rows: int, columns: int, most: int, sets: int = 1) -> None:
+        """sets: rows that a lane has a part of at a time, so that as many loads are in flight."""
         lanes = _lanes(columns)
         if lanes is None:
             raise NotImplementedError(f"{columns} columns")
         of_warp = 32 // lanes
+        at_once = WARPS * of_warp
         self.rows, self.columns = rows, columns
-        self.group = WARPS * of_warp
+        self.group = at_once * sets
         self.padded = rows + -rows % self.group
         self.block = LANE_COLUMNS * lanes
         self.blocks = columns // self.block
         self.groups = self.padded // self.group
         self.programs = min(most, self.groups)
-        tiling = fragmented_array.Tiling(((self.group, self.block), (of_warp, self.block), (LANE_COLUMNS,)))
+        tiling = fragmented_array.Tiling(((at_once, self.block), (of_warp, self.block), (LANE_COLUMNS,)))
         if of_warp == 1:
             self.layout = plgpu.Layout.TILED(
-                fragmented_array.Tiling(((self.group, self.block), (LANE_COLUMNS,))), (-3,), (-2,), -1
+                fragmented_array.Tiling(((at_once, self.block), (LANE_COLUMNS,))), (-3,), (-2,), -1
             )
         else:
             self.layout = plgpu.Layout.TILED(tiling, (-5,), (-3, -2), -1)

@@ -36,7 +36,7 @@ def plain_gelu(x, bias):
 
 def test_xla_s_layer_norm_equals_autodiff():
     x, dy, scale, bias = draw(2, 3, 32), draw(2, 3, 32, seed=1), draw(32, seed=2), draw(32, seed=3)
-    y = layer_norm.layer_norm(x, scale, bias, epsilon=0.1)
+    y = layer_norm.layer_norm(x, scale, bias, epsilon=0.1, implementation="xla")
     np.testing.assert_allclose(y, plain_norm(x, scale, bias), rtol=1e-5, atol=1e-5)
     got = layer_norm.layer_norm_backward(x, dy, scale, epsilon=0.1, implementation="xla")
     for a, b in zip(got, jax.vjp(plain_norm, x, scale, bias)[1](dy), strict=True):
@@ -55,7 +55,10 @@ def test_the_kernels_and_xla_agree(on_hopper):
     x, dy = (draw(2, 3, 192, seed=seed).astype(jnp.bfloat16) for seed in (0, 1))
     scale, bias = draw(192, seed=2), draw(192, seed=3).astype(jnp.bfloat16).astype(jnp.float32)
     for run in (
-        lambda how: layer_norm.layer_norm_backward(x, dy, scale, epsilon=0.1, implementation=how),
+        lambda how: (
+            layer_norm.layer_norm(x, scale, bias, epsilon=0.1, implementation=how),
+            *layer_norm.layer_norm_backward(x, dy, scale, epsilon=0.1, implementation=how),
+        ),
         lambda how: biased_gelu.biased_gelu_backward(x, bias, dy, implementation=how),
     ):
         chosen, kernel, xla = run(None), run("mosaic_gpu"), run("xla")
@@ -69,9 +72,9 @@ def test_the_kernels_and_xla_agree(on_hopper):
 def test_what_the_kernels_do_not_take_goes_to_xla(on_hopper, caplog):
     x, vector = draw(2, 3, 24).astype(jnp.bfloat16), jnp.ones(24)
     with caplog.at_level("INFO", logger="pallas_kernels"):
-        assert layer_norm.layer_norm_backward(x, x, vector, epsilon=0.1)[0].shape == x.shape
+        assert layer_norm.layer_norm(x, vector, vector, epsilon=0.1).shape == x.shape
         assert biased_gelu.biased_gelu_backward(x, vector, x)[0].shape == x.shape
-    assert "LayerNorm's backward: xla (layer_norm_backward: 24 columns" in caplog.text
+    assert "LayerNorm: xla (layer_norm: 24 columns" in caplog.text
     assert "GELU's backward: xla (gelu_backward: 24 columns" in caplog.text
     with pytest.raises(NotImplementedError, match="24 columns"):
         layer_norm.layer_norm_backward(x, x, vector, epsilon=0.1, implementation="mosaic_gpu")
@@ -83,6 +86,6 @@ def test_names():
     x, vector = draw(2, 3, 24), jnp.ones(24)
     expected = f"'triton': expected None or one of {norm.IMPLEMENTATIONS}".replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(ValueError, match=expected):
-        layer_norm.layer_norm_backward(x, x, vector, epsilon=0.1, implementation="triton")
+        layer_norm.layer_norm(x, vector, vector, epsilon=0.1, implementation="triton")
     with pytest.raises(ValueError, match=expected):
         biased_gelu.biased_gelu_backward(x, vector, x, implementation="triton")

@@ -76,13 +76,11 @@ def test_parts_of_the_cache_come_to_the_same(monkeypatch):
 
 @contextlib.contextmanager
 def kernels_chosen():
-    """A step takes the kernels, as on Hopper once they are proven; interpreted elsewhere. Yields a list of what was
+    """A step takes the kernels, as on Hopper; interpreted elsewhere. Yields a list of what was
     traced."""
     traced, step = [], packed._kernel_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_device", lambda: ("gpu", "9.0"))
-        patch.setattr(matvec, "PROVEN", True)
-        patch.setattr(token_attention, "PROVEN", True)
         for cached in (matvec._best, token_attention.best, decode.step):
             (cached.cache_clear if hasattr(cached, "cache_clear") else cached.clear_cache)()
         patch.setattr(packed, "_kernel_step", lambda *arguments: traced.append("step") or step(*arguments))

@@ -341,16 +341,7 @@ def test_what_is_not_taken(facts, message):
 
 @pytest.mark.parametrize(
     ("group", "head_dim", "slots", "expected"),
-    [
-        (2, 64, 70, 4),
-        (1, 64, 46, 4),
-        (4, 128, 35, 4),
-        (8, 64, 70, 1),
-        (2, 256, 70, 4),
-        (4, 256, 70, 1),
-        (1, 64, 22, 4),
-        (2, 64, 15, 1),
-    ],
+    [(2, 64, 70, 4), (1, 64, 46, 4), (4, 128, 35, 4), (8, 64, 70, 1), (2, 256, 70, 4), (4, 256, 70, 1), (2, 64, 16, 1)],
 )
 def test_calls_go_together_whose_heads_fit_into_a_tile(group, head_dim, slots, expected, monkeypatch):
     monkeypatch.setattr(implementation, "MOST_TOGETHER", 4)

@@ -139,14 +139,12 @@ def test_what_it_does_not_take_it_refuses(fields, message):
         kernel.check_supported(**{"dtype": jnp.bfloat16, "rows": 1, "inputs": 256, "outputs": 32} | fields)
 
 
-def test_none_takes_the_kernel_on_hopper_once_it_is_proven(monkeypatch):
+def test_none_takes_the_kernel_on_hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "_device", lambda: ("gpu", "9.0"))
     shape = (jnp.dtype(jnp.bfloat16), 1, 1024, 2048, 0)
-    for proven, expected in ((False, "xla"), (True, "mosaic_gpu")):
-        monkeypatch.setattr(matvec, "PROVEN", proven)
-        matvec._best.cache_clear()
-        assert matvec._best(*shape) == expected
-        assert matvec._best(jnp.dtype(jnp.float32), *shape[1:]) == "xla"
+    matvec._best.cache_clear()
+    assert matvec._best(*shape) == "mosaic_gpu"
+    assert matvec._best(jnp.dtype(jnp.float32), *shape[1:]) == "xla"
     matvec._best.cache_clear()
 
 

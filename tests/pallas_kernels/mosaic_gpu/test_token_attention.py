@@ -138,12 +138,10 @@ def test_what_they_do_not_take_they_refuse(fields, message):
         kernel.check_supported(**shape | fields)
 
 
-def test_they_are_chosen_on_hopper_once_they_are_proven(monkeypatch):
+def test_they_are_chosen_on_hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "_device", lambda: ("gpu", "9.0"))
     shape = dict(dtype=jnp.dtype(jnp.bfloat16), rows=1, num_heads=16, num_kv_heads=8, head_dim=64, capacity=2176)
-    for proven, expected in ((False, "xla"), (True, "mosaic_gpu")):
-        monkeypatch.setattr(choice, "PROVEN", proven)
-        choice.best.cache_clear()
-        assert choice.best(**shape) == expected
-        assert choice.best(**shape | {"rows": 2}) == "xla"
+    choice.best.cache_clear()
+    assert choice.best(**shape) == "mosaic_gpu"
+    assert choice.best(**shape | {"rows": 2}) == choice.best(**shape | {"num_heads": 32}) == "xla"
     choice.best.cache_clear()

@@ -51,6 +51,18 @@ FAMILY_FORMS = [("scan", "attention"), ("unroll", "none")]
 FORMS = [(loop, remat) for loop in ("scan", "unroll") for remat in ("full", "attention", "ffn", "none")]
 
 
+# Cases that differ from another one in sizes, norms or constants alone: they see the same tokens and slots, in the same
+# kind of loop. That their logits and gradients, of packed documents too, are right says the first test, in one form.
+ALIKE = {
+    "moda, projected", "attnres_block of 1, post-norm", "attnres_block of 2", "attnres_block of 4",
+    "value_mixing of all", "attnres_delta, no null source", "hc of 4", "depth_attention, post-norm", "mudd, post-norm",
+    "none, norm of the sum", "moda, norm of the sum", "value_mixing, norm of the sum",
+    "value_residual, norm of the sum", "moda, window alone", "moda, stride, biases", "moda, reader's norm",
+    "moda, writer's norm", "none, per-head norm", "moda, per-head norm", "moda, per-head norm of the writer",
+    "moda, per-head norm of the reader", "value_residual, fixed",
+}  # fmt: skip
+
+
 def slow(value, quick, *more):
     """A case, marked slow, and with more marks, unless it is among the quick ones."""
     values = value if isinstance(value, tuple) else (value,)
@@ -71,7 +83,7 @@ every_case = pytest.mark.parametrize("name", [slow(name, {"moda", "attnres_block
     [
         *(near((name, form), QUICK_FORMS) for name in FULL for form in FORMS),
         *(near((name, FORMS[(0, 7)[i % 2]]), ()) for i, name in enumerate(OTHERS)),
-        *(near((name, form), QUICK_FORMS) for name in FAMILY for form in FAMILY_FORMS),
+        *(near((name, form), QUICK_FORMS) for name in FAMILY for form in FAMILY_FORMS[: 1 if name in ALIKE else 2]),
     ],
     ids=str,
 )
@@ -97,9 +109,9 @@ def test_prefill_and_decoding_are_the_forward_pass(name):
     assert_close(jnp.stack(seen, axis=1), logits[:, 7:], 1e-5)
 
 
-@pytest.mark.parametrize("name", [slow(name, {"moda"}) for name in CASES])
+@pytest.mark.parametrize("name", [slow(name, {"moda"}) for name in CASES if name not in ALIKE])
 def test_no_token_depends_on_a_later_one_or_on_another_document(name):
-    config, params = case_config(name, layer_loop="scan"), case_params(name)
+    config, params = case_config(name), case_params(name)
     module = model_function(config).module(params)
     tokens, segment_ids, positions = packed(2, batch=1)
     x = module.embedding(jnp.asarray(tokens))

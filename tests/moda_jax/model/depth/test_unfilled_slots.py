@@ -10,7 +10,7 @@ from support.quick_compile import QUICK
 from moda_jax.model.depth import stream
 from moda_jax.model.function import model_function
 
-NAMES = "moda", "attnres_block", "denseformer, dilated", "depth_attention", "mudd", "value_mixing", "value_residual"
+NAMES = "moda", "attnres_block", "denseformer, dilated", "value_residual"  # each reads a stream in its own way
 
 
 def loss_and_gradient(config):
