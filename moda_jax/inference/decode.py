@@ -317,7 +317,7 @@ def _prompt_pass(
     place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.maximum(place - start[:, None], 0)  # [B, T]
     segment_ids = (place >= start[:, None]).astype(jnp.int32) if padded else None
-    stacked = _own_parameters(params, module.config).get("layers")
+    stacked = params.get("layers")
     if isinstance(stacked, tuple):  # one layer is compiled here all the same
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
     hidden, (key, value), slots = module.walk(

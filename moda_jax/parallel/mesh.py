@@ -81,31 +81,6 @@ def constrain(x: Any, *axes: str | None) -> Any:
     return jax.lax.with_sharding_constraint(x, partition_spec(*axes))
 
 
-def made_in_parts(make: Callable[[tuple[int, ...]], Any], shape: tuple[int, ...], *axes: str | None) -> Any | None:
-    """An array of `shape` laid out as its logical axes say, of which every device makes its own part.
-
-    Args:
-        make: the part's shape -> the part.
-
-    Returns:
-        None where no mesh is set or the parts would not be of one size.
-    """
-    mesh = current_mesh()
-    if mesh is None:
-        return None
-    spec = partition_spec(*axes)
-    parts = [math.prod(mesh.shape[name] for name in _names(part)) for part in spec]
-    if any(size % count for size, count in zip(shape, parts, strict=True)):
-        return None
-    local = tuple(size // count for size, count in zip(shape, parts, strict=True))
-    return jax.shard_map(lambda: make(local), in_specs=(), out_specs=spec, check_vma=False)()
-
-
-def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one dimension of a PartitionSpec."""
-    return () if part is None else (part,) if isinstance(part, str) else part
-
-
 def on_mesh[**A, R](mesh: Mesh | AbstractMesh | None, function: Callable[A, R]) -> Callable[A, R]:
     """`function`, traced with `mesh` as the current one; itself where `mesh` is None."""
     if mesh is None:

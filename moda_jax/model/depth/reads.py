@@ -51,7 +51,7 @@ class HiddenStream(Stream):
     @classmethod
     def starting_with(cls, x: Array, slots: int) -> HiddenStream:
         """A stream of `slots` slots for x's tokens, whose first entry is x [B, T, D]."""
-        return cls(empty_slots(x, slots, x.shape[2:], cls.axes[0]), np.int32(0)).constrained().write(Entry((x,)))
+        return cls(empty_slots(x, slots, x.shape[2:]), np.int32(0)).constrained().write(Entry((x,)))
 
 
 class Read(Operation):

@@ -17,7 +17,7 @@ import numpy as np
 
 from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parallel.manual import varying_like
-from moda_jax.parallel.mesh import constrain, made_in_parts
+from moda_jax.parallel.mesh import constrain
 
 Array = jax.Array
 
@@ -162,8 +162,7 @@ class DepthStream(Stream):
             slots, num_kv_heads, head_dim: S, K, H.
             dtype: None: x's.
         """
-        axes = cls.axes[0]
-        key, value = (empty_slots(x, slots, (num_kv_heads, head_dim), axes, dtype) for _ in ("key", "value"))
+        key, value = (empty_slots(x, slots, (num_kv_heads, head_dim), dtype) for _ in ("key", "value"))
         return cls(key, value, np.int32(0))
 
     def append(self, key: Array, value: Array) -> DepthStream:
@@ -187,24 +186,16 @@ class DepthStream(Stream):
         return self.write(Entry((key, value)))
 
 
-def empty_slots(
-    x: Array, slots: int, entry: tuple[int, ...], axes: tuple[str, ...], dtype: jnp.dtype | str | None = None
-) -> Array:
+def empty_slots(x: Array, slots: int, entry: tuple[int, ...], dtype: jnp.dtype | str | None = None) -> Array:
     """[B, T, S, *entry] of x's dtype or of `dtype` for the tokens of x [B, T, ...], split over devices as x is.
 
-    It holds anything. On a GPU that is memory as it was found: clearing it takes as long as reading all slots. Under a
-    mesh that is not ours it is zeros made of x, because XLA then knows how to split them.
-
-    Args:
-        axes: the logical axes of an entry.
+    It holds anything. On a single GPU that is memory as it was found: clearing it takes as long as reading all slots.
+    Where there are more devices it is zeros made of x, because XLA then knows how to split them.
     """
     x = x[(slice(None), slice(None), *(0,) * (x.ndim - 2))]
     shape, dtype = (*x.shape, slots, *entry), jnp.dtype(x.dtype if dtype is None else dtype)
     if jax.device_count() == 1:
         return varying_like(_as_found(shape, dtype), x)
-    made = made_in_parts(lambda local: _as_found(local, dtype), shape, "batch", "tokens", "slots", *axes)
-    if made is not None:
-        return made
     zeros = jnp.zeros_like(x, dtype)  # of x nothing is left but where it lies
     return jnp.broadcast_to(zeros.reshape(*x.shape, *(1,) * (1 + len(entry))), shape)
 

@@ -118,7 +118,7 @@ class ValueResidual(DepthMechanism):
         return (0,) if layer == 0 else (2,)
 
     def begin(self, config: TransformerConfig, x: Array, spare: int = 0) -> tuple[Array, ValueStream]:
-        slots = empty_slots(x, self.slots(config), (config.num_kv_heads, config.head_dim), ValueStream.axes[0])
+        slots = empty_slots(x, self.slots(config), (config.num_kv_heads, config.head_dim))
         return x, ValueStream(slots, np.int32(0)).constrained()
 
     def value_request(self, query: Array, key: Array, value: Array, *others: object) -> tuple:
