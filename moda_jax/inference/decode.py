@@ -39,6 +39,7 @@ from moda_jax.model.stack import Step
 from moda_jax.model.transformer import Transformer
 from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parameter import cast_matrices
+from pallas_kernels import dispatch
 from pallas_kernels.parts import merge
 
 Array = jax.Array
@@ -49,7 +50,7 @@ PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt 
 # H100, 700M model with depth, one row: 3.6 ms a step, against 4.4 in a loop; see benchmarks/results.
 DEFAULT_UNROLL = {"cpu": False, "gpu": True}
 # Whether unrolled layers are packed where `packed.check_packed` allows it. On an H200, 700M model with depth: one row
-# 0.98 ms a step, of 64 rows 4.9, against 3.5 and 5.3.
+# 0.98 ms a step, of 64 rows 4.9, against 3.5 and 5.3. Of GPUs only those that take Hopper's kernels: no other has run it.
 DEFAULT_PACKED = {"cpu": False, "gpu": True}
 
 
@@ -142,7 +143,7 @@ def decode_params(
     """
     unroll = DEFAULT_UNROLL[_platform()] if unroll is None else unroll
     if packed is None:
-        packed = unroll and config is not None and DEFAULT_PACKED[_platform()] and is_packable(config)
+        packed = unroll and config is not None and _packs() and is_packable(config)
     if packed:
         if config is None or not unroll:
             raise ValueError(f"packed=True: got config={config}, unroll={unroll}, expected a config and unroll=True")
@@ -452,6 +453,12 @@ def _write(cache: KVCache, key: PyTree, value: PyTree, slots: tuple[Array, Array
 def _platform() -> str:
     """The platform whose defaults hold: another accelerator is taken for a GPU."""
     return "cpu" if jax.default_backend() == "cpu" else "gpu"
+
+
+def _packs() -> bool:
+    """Whether the default device packs layers by default."""
+    platform = _platform()
+    return DEFAULT_PACKED[platform] and (platform == "cpu" or "mosaic_gpu" in dispatch.preferred())
 
 
 def _own_parameters(params: PyTree, config: TransformerConfig) -> PyTree:
