@@ -50,7 +50,7 @@ PREFILL_TOKENS = 2**15  # tokens of a group of rows that run through the prompt 
 # H100, 700M model with depth, one row: 3.6 ms a step, against 4.4 in a loop; see benchmarks/results.
 DEFAULT_UNROLL = {"cpu": False, "gpu": True}
 # Whether unrolled layers are packed where `packed.check_packed` allows it. On an H200, 700M model with depth: one row
-# 0.98 ms a step, of 64 rows 4.9, against 3.5 and 5.3. Of GPUs only those that take Hopper's kernels: no other has run it.
+# 0.98 ms a step, of 64 rows 4.9, against 3.5 and 5.3. Of GPUs only Hopper's: no other has run it.
 DEFAULT_PACKED = {"cpu": False, "gpu": True}
 
 
