@@ -9,6 +9,9 @@ QUICK = {
     # A program is one LLVM module, not up to 32 for as many threads: each holds again what it calls.
     "xla_cpu_parallel_codegen_split_count": "1",
 }
+# XLA's default, for tests that want equal bits of two programs: in one module, what else is there decides how LLVM
+# rounds a kernel's sums.
+APART = {"xla_cpu_parallel_codegen_split_count": "32"}
 # The same for all of a process, and for one that a test starts.
 QUICK_XLA_FLAGS = " ".join(f"--{name}={value.lower()}" for name, value in QUICK.items())
 # And, what no single program can be given: no MLIR on the way to LLVM, which halves what is left of it. Sums round
