@@ -16,10 +16,11 @@ from jax import Array
 
 from pallas_kernels import dispatch, norm, partition
 from pallas_kernels.norm import IMPLEMENTATIONS
+from pallas_kernels.normal_distribution import below_and_density
 
 
 def biased_gelu(x: Array, bias: Array) -> Array:
-    """a Phi(a) of a = x + bias, with the normal distribution itself, in float32.
+    """a Phi(a) of a = x + bias, with the normal distribution itself (`normal_distribution`), in float32.
 
     Not differentiated: `biased_gelu_backward` is its backward.
 
@@ -30,7 +31,8 @@ def biased_gelu(x: Array, bias: Array) -> Array:
     Returns:
         [..., F] in x's dtype.
     """
-    return jax.nn.gelu(_biased(x, bias), approximate=False).astype(x.dtype)
+    a = _biased(x, bias)
+    return (a * below_and_density(a, x.dtype)[0]).astype(x.dtype)
 
 
 def biased_gelu_backward(x: Array, bias: Array, dy: Array, *, implementation: str | None = None) -> tuple[Array, Array]:
@@ -96,8 +98,7 @@ def _biased(x: Array, bias: Array) -> Array:
 def _xla(x: Array, bias: Array, dy: Array) -> tuple[Array, Array]:
     """d (a Phi(a)) / da = Phi(a) + a phi(a)."""
     a = _biased(x, bias)
-    below = 0.5 * jax.lax.erfc(-a * 0.5**0.5)
-    density = jnp.exp(-0.5 * a * a) * (2.0 * jnp.pi) ** -0.5
+    below, density = below_and_density(a, x.dtype)
     dx = ((below + a * density) * dy.astype(jnp.float32)).astype(x.dtype)
     # Without the barrier XLA sums what is not rounded yet, and writes that too: twice the bytes of all that is here.
     dx = jax.lax.optimization_barrier(dx)

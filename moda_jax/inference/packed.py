@@ -25,7 +25,8 @@ import numpy as np
 
 from moda_jax.config import TransformerConfig
 from moda_jax.inference import token_attention
-from moda_jax.model.layers import rms_norm, rotary_angles
+from moda_jax.model.layers import rms_norm
+from moda_jax.model.rotary import rotary_angles
 from pallas_kernels import norm
 from pallas_kernels import token_attention as kernels
 from pallas_kernels.matvec import Results, matvec

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.layers import HeadsNorm, PerHeadNorm, Projection, rotate
+from moda_jax.model.layers import HeadsNorm, PerHeadNorm, Projection
 from moda_jax.model.module import Module
+from moda_jax.model.rotary import rotate
 from pallas_kernels.norm import beside
 
 Array = jax.Array
@@ -89,7 +90,7 @@ class Attention(Module):
     ) -> tuple[Array, Array, Array]:
         """x [B, T, D] to query [B, T, N, H], key and value [B, T, K, H]; normalised, rotated to `positions`.
 
-        `positions` is [B, T] int32, or [B, T, axes] as `layers.rotate` takes them. `key_input` and `value_input`
+        `positions` is [B, T] int32, or [B, T, axes] as `rotary.rotate` takes them. `key_input` and `value_input`
         [B, T, D] stand in x's place for key and value where they are given.
         """
         query = self._placed(self.query(x), self.query_norm, positions)

@@ -1,7 +1,7 @@
-"""The parts of a layer that know nothing of attention: projections, norms, rotary embedding, FFNs, embedding.
+"""The parts of a layer that know nothing of attention: projections, norms, FFNs, embedding.
 
-The norms, the rotary embedding and SwiGLU have their own backward, for what they keep: autodiff would keep float32
-intermediates of the size of the activations, several for each; these keep their input (and a number per token).
+The norms have their own backward, for what they keep: autodiff would keep float32 intermediates of the size of the
+activations, several for each; these keep their input.
 
 Axes: B batch, T tokens, D model width, F FFN hidden, N query heads, K key/value heads, H head_dim, V vocabulary.
 """
@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moda_jax.model.activations import biased_gelu, gelu, swiglu
 from moda_jax.model.initial_keys import InitialKeys
+from moda_jax.model.rotary import norm_rotate
 from moda_jax.numerics.precision import contract
 from moda_jax.numerics.row_sums import sum_rows
 from moda_jax.parallel import norm as norms
@@ -24,7 +26,6 @@ from moda_jax.parallel import vocabulary
 from moda_jax.parallel.manual import varying_like
 from moda_jax.parallel.mesh import constrain, current_mesh
 from moda_jax.parameter import parameter
-from pallas_kernels import biased_gelu as biased
 from pallas_kernels import norm
 
 Array = jax.Array
@@ -380,206 +381,3 @@ def _add_to_rows_backward(vector: Array, dy: Array) -> tuple[Array, Array]:
 
 
 add_to_rows.defvjp(_add_to_rows_forward, _add_to_rows_backward)
-
-
-@jax.custom_vjp
-def gelu(x: Array) -> Array:
-    """`x Phi(x)` with the normal distribution itself, in float32; autodiff of it would keep several arrays of x's size.
-
-    Args:
-        x: any shape and float dtype.
-
-    Returns:
-        The same shape and dtype.
-    """
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
-
-
-def _gelu_forward(x: Array) -> tuple[Array, Array]:
-    return gelu(x), x
-
-
-def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
-    """d (x Phi(x)) / dx = Phi(x) + x phi(x)."""
-    wide = x.astype(jnp.float32)
-    below = 0.5 * jax.lax.erfc(-wide * 0.5**0.5)
-    density = jnp.exp(-0.5 * wide * wide) * (2.0 * jnp.pi) ** -0.5
-    return (((below + wide * density) * dy.astype(jnp.float32)).astype(x.dtype),)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def biased_gelu(x: Array, bias: Array, implementation: str | None = None) -> Array:
-    """`gelu(x + bias)`, whose backward keeps x and sums the bias' gradient in float32.
-
-    Args:
-        x: [..., F], any float dtype.
-        bias: [F] float32; rounded to x's dtype.
-        implementation: of the backward, see `pallas_kernels.biased_gelu`.
-
-    Returns:
-        [..., F] in x's dtype.
-    """
-    del implementation
-    return biased.biased_gelu(x, bias)
-
-
-def _biased_gelu_forward(x: Array, bias: Array, implementation: str | None = None) -> tuple[Array, tuple[Array, Array]]:
-    return biased_gelu(x, bias, implementation), (x, bias)
-
-
-def _biased_gelu_backward(implementation: str | None, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, bias = residuals
-    dx, dbias = norms.biased_gelu_backward(x, bias, dy, implementation=implementation)
-    return dx, dbias.astype(bias.dtype)
-
-
-biased_gelu.defvjp(_biased_gelu_forward, _biased_gelu_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def swiglu(keep_hidden: bool, x: Array, gate: Array, up: Array, down: Array) -> Array:
-    """`(silu(x gate) * (x up)) down`.
-
-    Args:
-        keep_hidden: keep what stands between the matrix products for the backward pass, 3 F numbers a token; else it
-            is computed again from x.
-        x: [B, T, D].
-        gate, up: [D, F], x's dtype.
-        down: [F, D], x's dtype.
-
-    Returns:
-        [B, T, D] in x's dtype.
-    """
-    return _swiglu_forward(keep_hidden, x, gate, up, down)[0]
-
-
-def _hidden(x: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-    axes = ("batch", "tokens", "ffn")
-    return (
-        constrain(contract("btd,df->btf", x, gate), *axes),
-        constrain(contract("btd,df->btf", x, up), *axes),
-    )
-
-
-def _swiglu_forward(keep_hidden: bool, x: Array, gate: Array, up: Array, down: Array) -> tuple[Array, tuple]:
-    hidden = _hidden(x, gate, up)
-    product = jax.nn.silu(hidden[0]) * hidden[1]
-    return contract("btf,fd->btd", product, down), (x, gate, up, down, (*hidden, product) if keep_hidden else None)
-
-
-def _swiglu_backward(keep_hidden: bool, residuals: tuple, dy: Array) -> tuple[Array, Array, Array, Array]:
-    """With s = sigmoid(a), a = x gate, b = x up: d silu(a) / da = s (1 + a (1 - s))."""
-    del keep_hidden
-    x, gate, up, down, hidden = residuals
-    a, b, *product = _hidden(x, gate, up) if hidden is None else hidden
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    dproduct = contract("btd,fd->btf", dy, down).astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(a)
-    silu = a * sigmoid
-    da = (dproduct * b * sigmoid * (1.0 + a * (1.0 - sigmoid))).astype(x.dtype)
-    db = (dproduct * silu).astype(x.dtype)
-    product = product[0] if product else (silu * b).astype(x.dtype)
-    dx = contract("btf,df->btd", da, gate) + contract("btf,df->btd", db, up)
-    return (
-        dx,
-        contract("btd,btf->df", x, da),
-        contract("btd,btf->df", x, db),
-        contract("btf,btd->fd", product, dy),
-    )
-
-
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rotate(x: Array, positions: Array, theta: float) -> Array:
-    """Rotary position embedding (RoFormer), pairs (i, i + H/2), angle = position * theta^(-2i/H).
-
-    Args:
-        x: [B, T, heads, H], any float dtype.
-        positions: [B, T] int32; or [B, T, axes], a place of several coordinates: the pairs are then shared out, the
-            first H / (2 axes) of them turn with the first coordinate, and so on, each share with angles as above for a
-            head of H / axes channels.
-        theta: base of the wavelengths.
-
-    Returns:
-        [B, T, heads, H] in x's dtype; computed in float32.
-    """
-    return norm.rotate(x.astype(jnp.float32), *rotary_angles(positions, x.shape[-1], theta)).astype(x.dtype)
-
-
-def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin of the pairs' angles: positions [B, T] or [B, T, axes] to [B, T, H/2] float32 each."""
-    if positions.ndim == 3:
-        parts = [
-            rotary_angles(positions[..., i], head_dim // positions.shape[2], theta) for i in range(positions.shape[2])
-        ]
-        cos, sin = (jnp.concatenate(angles, axis=-1) for angles in zip(*parts, strict=True))
-        return cos, sin
-    half = head_dim // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * norm.over_rows(frequency, positions[..., None])
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _rotate_forward(x: Array, positions: Array, theta: float) -> tuple[Array, Array]:
-    return rotate(x, positions, theta), positions
-
-
-def _rotate_backward(theta: float, positions: Array, dy: Array) -> tuple[Array, np.ndarray]:
-    """A rotation's transpose is the rotation back."""
-    cos, sin = rotary_angles(positions, dy.shape[-1], theta)
-    dx = norm.rotate(dy.astype(jnp.float32), cos, -sin).astype(dy.dtype)
-    return dx, np.zeros(positions.shape, jax.dtypes.float0)
-
-
-rotate.defvjp(_rotate_forward, _rotate_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def norm_rotate(
-    x: Array, scale: Array, positions: Array, epsilon: float, theta: float | None, implementation: str | None = None
-) -> Array:
-    """`rotate` of `rms_norm` over all heads together, or over each, without rounding in between.
-
-    One function for the backward's sake, see `pallas_kernels.norm`: apart they would go over memory once more.
-
-    Args:
-        x: [B, T, heads, H], any float dtype.
-        scale: [heads, H], or for every head by itself [H]; any float dtype.
-        positions: [B, T] int32.
-        epsilon: added to the mean square.
-        theta: base of the wavelengths; None: no rotation.
-        implementation: of the backward, see `pallas_kernels.norm`.
-
-    Returns:
-        [B, T, heads, H] in x's dtype; computed in float32.
-    """
-    wide = x.astype(jnp.float32)
-    normed = norm.over_rows(scale, wide) * (wide * norm.inverse_rms(wide, tuple(range(-scale.ndim, 0)), epsilon))
-    if theta is not None:
-        normed = norm.rotate(normed, *rotary_angles(positions, x.shape[-1], theta))
-    return normed.astype(x.dtype)
-
-
-def _norm_rotate_forward(
-    x: Array, scale: Array, positions: Array, epsilon: float, theta: float | None, implementation: str | None = None
-) -> tuple[Array, tuple[Array, ...]]:
-    return norm_rotate(x, scale, positions, epsilon, theta, implementation), (x, scale, positions)
-
-
-def _norm_rotate_backward(
-    epsilon: float, theta: float | None, implementation: str | None, residuals: tuple[Array, ...], dy: Array
-) -> tuple[Array, Array, np.ndarray]:
-    x, scale, positions = residuals
-    rotation = None if theta is None else rotary_angles(positions, x.shape[-1], theta)
-    dx, dscale = norms.rms_norm_backward(
-        x, dy, scale, rotation, epsilon=epsilon, per_head=scale.ndim == 1, implementation=implementation
-    )
-    return dx, dscale, np.zeros(positions.shape, jax.dtypes.float0)
-
-
-norm_rotate.defvjp(_norm_rotate_forward, _norm_rotate_backward)

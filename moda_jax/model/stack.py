@@ -112,7 +112,7 @@ class Stack(Module):
         Args:
             x: in the compute dtype.
             segment_ids: [B, T] int32; tokens of different segments do not see each other. None: one segment.
-            positions: [B, T] int32, for the rotary embedding; or [B, T, axes], see `layers.rotate`. None: 0..T-1.
+            positions: [B, T] int32, for the rotary embedding; or [B, T, axes], see `rotary.rotate`. None: 0..T-1.
             kept: [L, 2, B] bool, for stochastic depth: which rows keep the output of a layer's attention and of its FFN
                 (`Block`). None: all.
         """

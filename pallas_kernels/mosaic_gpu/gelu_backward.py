@@ -5,8 +5,7 @@ Equations, with a = x + bias, Phi and phi the normal distribution and its densit
 
 Grid: (programs, chunks of the columns). Blocks, loop: `narrow_rows`, of a chunk's columns. Resident: the program's part
     of dbias, float32, in registers; added over the rows of a group at the end, and over programs [programs, F] by XLA.
-Phi is 1/2 + erf / 2: its error is below 1e-7 of 1, not of Phi, which bfloat16 cannot tell.
-Bytes: x and dy in, dx out, once each. FLOPs: about 40 a number. Bound: memory.
+Bytes: x and dy in, dx out, once each. Instructions: about 20 a number (`normal_distribution`). Bound: memory.
 Benchmark: python -m benchmarks.rows.
 """
 
@@ -22,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.modes import in_default_modes
 from pallas_kernels.mosaic_gpu import narrow_rows
 from pallas_kernels.mosaic_gpu.narrow_rows import LANE_COLUMNS, LANES, MAX_BLOCKS, RowShape
+from pallas_kernels.normal_distribution import below_and_density
 
 CTAS = 528  # 4 for each multiprocessor of an H100, as many as run at a time: XLA adds up a row of sums for each
 
@@ -75,7 +75,7 @@ def gelu_backward(
 
         def step(rows, sums):
             x, dy, bias = shape.load(x_ref, rows, at), shape.load(dy_ref, rows, at), shape.load_vector(bias_ref, at)
-            dx = [d * _slope(a + b) for a, b, d in zip(x, bias, dy, strict=True)]
+            dx = [d * _slope(a + b, x_ref.dtype) for a, b, d in zip(x, bias, dy, strict=True)]
             shape.store(dx_ref, rows, at, parts=dx)
             return tuple(total + d for total, d in zip(sums, dx, strict=True))
 
@@ -95,7 +95,7 @@ def gelu_backward(
     return dx.reshape(shape.padded, columns)[:rows], jnp.sum(dbias, axis=0).reshape(columns)
 
 
-def _slope(a: jax.Array) -> jax.Array:
+def _slope(a: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """d (a Phi(a)) / da."""
-    density = jnp.exp(-0.5 * a * a) * (2.0 * jnp.pi) ** -0.5
-    return 0.5 + 0.5 * lax.erf(a * 0.5**0.5) + a * density
+    below, density = below_and_density(a, dtype)
+    return below + a * density

@@ -57,7 +57,7 @@ class Stored:
 REMAT = {
     "full": Stored(results=False, parts=False),
     "attention": Stored(results=True, parts=False),
-    "ffn": Stored(results=True, parts=True),  # the FFN itself then keeps less: see `moda_jax.model.layers.swiglu`
+    "ffn": Stored(results=True, parts=True),  # the FFN itself then keeps less: see `moda_jax.model.activations.swiglu`
     "none": Stored(results=True, parts=True),
 }
 

@@ -28,7 +28,8 @@ from moda_jax.model.depth.operations import Operation
 from moda_jax.model.depth.slot_reads import SlotAttention
 from moda_jax.model.depth.stream import DepthStream, Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
-from moda_jax.model.layers import Projection, rotate
+from moda_jax.model.layers import Projection
+from moda_jax.model.rotary import rotate
 from moda_jax.numerics.precision import compute_dtype
 from moda_jax.parameter import parameter
 
