@@ -24,6 +24,7 @@ MECHANISMS = {
 MODA_KEYS = ("own", "writer_norm", "reader_norm")
 MODA_READS = ("all", "window", "stride", "hybrid", "top")
 MODA_SOFTMAXES = ("joint", "separate")
+MODA_ENTRY_DTYPES = (None, "float8_e4m3fn")
 STREAMS = "at least 2 residual streams; one is model.depth='none'"
 
 
@@ -80,6 +81,9 @@ class MoDASection(Section):
         chunk: C, tokens: a token also reads the slots of the earlier tokens of its chunk of C tokens, which are counted
             from its document's first token. 1: its own alone. More with those options only for which one op computes
             the whole softmax (`one_softmax`).
+        entry_dtype: how entries are kept. None: in the compute dtype; "float8_e4m3fn": rounded to 8 bits when they are
+            written, their gradients straight through: half the bytes for every layer that reads them. With those
+            options only with which one op computes the whole softmax.
     """
 
     ffn_kv: bool = True
@@ -94,10 +98,13 @@ class MoDASection(Section):
     entry_bias: bool = False
     softmax: str = "joint"
     chunk: int = 1
+    entry_dtype: str | None = None
 
     def check(self, name: str) -> None:
         super().check(name)
-        for field, choices in (("key", MODA_KEYS), ("read", MODA_READS), ("softmax", MODA_SOFTMAXES)):
+        for field, choices in (
+            ("key", MODA_KEYS), ("read", MODA_READS), ("softmax", MODA_SOFTMAXES), ("entry_dtype", MODA_ENTRY_DTYPES),
+        ):  # fmt: skip
             require(getattr(self, field) in choices, f"{name}.{field}", getattr(self, field), f"one of {choices}")
         require_positive(name, self, "read_slots", "read_first", "read_stride", "chunk")
         require(
@@ -121,6 +128,10 @@ class MoDASection(Section):
             require(
                 self.chunk == 1 or fits, f"{name}.chunk", self.chunk,
                 f"1 with {name}.{field}={getattr(self, field)!r}, which reads the slots of the token itself alone",
+            )  # fmt: skip
+            require(
+                self.entry_dtype is None or fits, f"{name}.entry_dtype", self.entry_dtype,
+                f"None with {name}.{field}={getattr(self, field)!r}, which reads the slots outside of the one op",
             )  # fmt: skip
 
     @property

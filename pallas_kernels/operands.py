@@ -56,7 +56,8 @@ class DepthKV:
     """What earlier layers wrote at each query's own token, and the window of slots that queries see.
 
     Attributes:
-        key, value: [B, T, S, K, H]. Slots outside of the window may hold anything, NaN included.
+        key, value: [B, T, S, K, H], in the query's dtype or in float8_e4m3fn; their gradients have the query's. Slots
+            outside of the window may hold anything, NaN included.
         start, length: the window [start, length), ints or int32 scalars within 0..S; None: 0, and S.
         deferred: of the backward, int or int32 scalar: seen slots before this one get no gradient from the call, which
             gives the query's all the same. Whoever asks for this adds them later, those of many calls at once. None: 0.
@@ -122,7 +123,7 @@ class Call:
         query: [B, T, N, H].
         key, value: [B, U, K, H], the query's dtype; None: no sequence part.
         mask: of the sequence part.
-        depth: the depth part, in the query's dtype; None: there is none.
+        depth: the depth part; None: there is none.
         scale: multiplies the logits.
         query_gradient: whether the backward gives the query's gradient; False: None in its place.
     """
@@ -165,7 +166,7 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of a `Call`'s arrays, each in its array's dtype; None where the call has no such array or does not want it.
+    """Of a `Call`'s arrays, each in the query's dtype; None where the call has no such array or does not want it.
 
     Attributes:
         query, key, value: like the call's.

@@ -90,8 +90,8 @@ def _depth_backward(
     added = jnp.broadcast_to(depth.gets_gradient(jnp.arange(depth.slots, dtype=jnp.int32)), (depth.slots,))
     return (
         dquery,
-        _added(buffers[0], ddepth_key, added, depth.key.dtype),
-        _added(buffers[1], ddepth_value, added, depth.value.dtype),
+        _added(buffers[0], ddepth_key, added, call.query.dtype),
+        _added(buffers[1], ddepth_value, added, call.query.dtype),
     )
 
 

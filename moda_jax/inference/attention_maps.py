@@ -111,7 +111,7 @@ class _Maps(Step):
         query, key, _ = request
         chunk = operation.chunk if operation.reads_slots else 1
         if operation.reads_slots:
-            depth_key, seen = stream.key[0], operation.slots(stream).is_seen()
+            depth_key, seen = stream.key[0].astype(key.dtype), operation.slots(stream).is_seen()
         else:
             depth_key, seen = jnp.zeros((key.shape[1], 0, *key.shape[2:]), key.dtype), jnp.zeros(0, bool)
         return operation(request, stream, shared), pooled_maps(query[0], key[0], depth_key, seen, chunk), stream, 0

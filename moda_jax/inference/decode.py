@@ -200,7 +200,9 @@ def prefill(
         x, key_i, value_i, slots_i = _prompt_pass(module, params, tokens_i, start_i, padded, kept)
         place = (0, i * rows, 0, 0, 0)
         key, value = (jax.lax.dynamic_update_slice(a, b, place) for a, b in ((key, key_i), (value, value_i)))
-        slots = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, i * rows, 0), slots, slots_i)
+        slots = jax.tree.map(
+            lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), i * rows, 0), slots, slots_i
+        )
         return jax.lax.dynamic_update_slice_in_dim(hidden, x, i * rows, 0), key, value, slots
 
     hidden = jnp.zeros((batch, 1, module.config.width), cache.key.dtype)
@@ -370,8 +372,11 @@ class _Token(Step):
         if not operation.reads_slots:
             attended = token_attention.merged(over_cache, token_attention.of_itself(query, key, value))
             return attended if operation.with_lse else attended[0], own, stream, 0
-        beside = stream.append(key, value)
-        seen = dataclasses.replace(operation.slots(beside, own=1), chunk=1)
+        exact = stream.key.dtype == key.dtype  # a slot takes the layer's own key and value as the softmax has them
+        beside = stream.append(key, value) if exact else stream
+        seen = dataclasses.replace(operation.slots(beside, own=int(exact)), chunk=1)
+        if not exact:
+            over_cache = merge(over_cache, token_attention.of_itself(query, key, value))
         if slots is not None:  # of the slots of the chunk's earlier tokens this layer sees as many as of its own
             earlier = dataclasses.replace(operation.slots(stream), key=slots[0], value=slots[1], chunk=1)
             seen_tokens = self._in_chunk(slots[0].shape[1], operation.chunk)
@@ -379,7 +384,7 @@ class _Token(Step):
         attended, _ = token_attention.merged(over_cache, token_attention.over_slots(query, seen, self.implementation))
         # The stream is read before it is written again: XLA would copy it otherwise, as in the layer loop.
         attended, beside = jax.lax.optimization_barrier((attended, beside))
-        return attended, own, beside.with_length(stream.length), 1
+        return attended, own, beside.with_length(stream.length), int(exact)
 
     def keep(self, stream: Stream, held: PyTree) -> PyTree:
         """And this token's slots [B, 1, S, K, H], where the cache has such."""
@@ -442,8 +447,9 @@ def _write(cache: KVCache, key: PyTree, value: PyTree, slots: tuple[Array, Array
     if slots is not None:
         place = cache.length % cache.slots[0].shape[1]
         slots = jax.tree.map(
-            lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new, place, axis=1), cache.slots, slots
-        )
+            lambda kept, new: jax.lax.dynamic_update_slice_in_dim(kept, new.astype(kept.dtype), place, axis=1),
+            cache.slots, slots,
+        )  # fmt: skip
     return KVCache(
         jax.tree.map(update, cache.key, key), jax.tree.map(update, cache.value, value), cache.length + 1, cache.start,
         slots,

@@ -77,7 +77,7 @@ class _Maps(Step):
     def attend(self, operation, request, stream, shared, number, held):
         query, key, _ = request
         if operation.reads_slots:
-            depth_key, seen = stream.key[0], operation.slots(stream).is_seen()
+            depth_key, seen = stream.key[0].astype(key.dtype), operation.slots(stream).is_seen()
         else:
             depth_key, seen = jnp.zeros((key.shape[1], 0, *key.shape[2:]), key.dtype), jnp.zeros(0, bool)
         asked = query[0, :1] if self.first_only else query[0]

@@ -81,7 +81,7 @@ def check_packed(config: TransformerConfig) -> None:
         fields += [
             ("moda.key", moda.key, ("own",)), ("moda.read", moda.read, ("all",)), ("moda.chunk", moda.chunk, (1,)),
             ("moda.null_slot", moda.null_slot, (False,)), ("moda.entry_bias", moda.entry_bias, (False,)),
-            ("moda.softmax", moda.softmax, ("joint",)),
+            ("moda.softmax", moda.softmax, ("joint",)), ("moda.entry_dtype", moda.entry_dtype, (None,)),
         ]  # fmt: skip
     for name, value, served in fields:
         if value not in served:

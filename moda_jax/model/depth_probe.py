@@ -134,7 +134,7 @@ def _mass(query: Array, depth_key: Array, lse: Array, count: Array, scale: float
     B, T, S, K, H = depth_key.shape
     grouped = query.reshape(B, T, K, -1, H)
     logits = jnp.einsum(
-        "btkgh,btskh->btkgs", grouped, depth_key,
+        "btkgh,btskh->btkgs", grouped, depth_key.astype(query.dtype),
         precision=dot_precision(query.dtype), preferred_element_type=jnp.float32,
     )  # fmt: skip
     probability = jnp.exp(logits * scale - lse.reshape(B, T, K, -1)[..., None])

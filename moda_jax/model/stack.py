@@ -153,6 +153,7 @@ class Stack(Module):
         last = _gathered(self.last_layer)
         mechanism: DepthMechanism = last.depth
         carry, stream = mechanism.begin(config, x, 0 if step is None else step.spare_slots)
+        stream = stream if step is None else stream.bare()
         left: list[PyTree] = []
         if self.layers is not None:
             layer, params = self.layers.cut()

@@ -51,6 +51,8 @@ def check_supported(call: Call) -> None:
         raise NotImplementedError(f"triton: depth_chunk={call.depth.chunk}: the kernels read a token's own slots")
     if call.depth is not None and call.depth.deferred is not None:
         raise NotImplementedError("triton: depth.deferred: the kernels add the gradients of all seen slots")
+    if call.depth is not None and call.depth.key.dtype != call.query.dtype:
+        raise NotImplementedError(f"triton: depth entries in {call.depth.key.dtype}: expected the query's {name}")
     if not calls.can_run():
         raise NotImplementedError(
             f"triton: needs an NVIDIA GPU, and JAX runs on {jax.default_backend()} here; with TRITON_INTERPRET=1 in "

@@ -28,7 +28,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.operands import Call, DepthKV, Gradients, Upstream
+from pallas_kernels.operands import Call, Gradients, Upstream
 from pallas_kernels.parts import Part, merge
 from pallas_kernels.xla import chunk, depth, sequence
 from pallas_kernels.xla.blocks import MASKED
@@ -64,7 +64,7 @@ def backward(call: Call, upstream: Upstream, buffers: tuple[Array, Array] | None
     dquery, dkey, dvalue = None, None, None
     if call.key is not None:
         dquery, dkey, dvalue = sequence.backward(call, upstream)
-    ddepth = (None, None) if call.depth is None else _gradient_buffers(call.depth, buffers)
+    ddepth = (None, None) if call.depth is None else _gradient_buffers(call, buffers)
     if call.sees_slots:
         if call.depth.chunk == 1:
             depth_dquery, *ddepth = depth.backward(call.query, call.depth, upstream, call.scale, tuple(ddepth))
@@ -80,10 +80,11 @@ def backward(call: Call, upstream: Upstream, buffers: tuple[Array, Array] | None
     return Gradients(dquery if call.query_gradient else None, dkey, dvalue, *ddepth)
 
 
-def _gradient_buffers(depth: DepthKV, buffers: tuple[Array, Array] | None) -> tuple[Array, Array]:
-    """What the depth gradients are added to: the caller's buffers, or zeros in the inputs' dtype; where several tokens
+def _gradient_buffers(call: Call, buffers: tuple[Array, Array] | None) -> tuple[Array, Array]:
+    """What the depth gradients are added to: the caller's buffers, or zeros in the query's dtype; where several tokens
     add to a slot, in float32."""
-    dtype = None if depth.chunk == 1 or depth.empty else jnp.float32
+    depth = call.depth
+    dtype = call.query.dtype if depth.chunk == 1 or depth.empty else jnp.float32
     return tuple(jnp.zeros_like(x, dtype) for x in (depth.key, depth.value)) if buffers is None else buffers
 
 

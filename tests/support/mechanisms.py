@@ -58,6 +58,13 @@ FAMILY = {
         "depth": "moda",
         "moda": {"chunk": 8, "read": "stride", "read_stride": 2, "attn_kv": True, "key": "writer_norm"},
     },
+    "moda, float8": {"depth": "moda", "moda": {"entry_dtype": "float8_e4m3fn"}},
+    "moda, float8, chunk and window": {
+        "depth": "moda",
+        "num_layers": 3,
+        "norm": "pre",
+        "moda": {"entry_dtype": "float8_e4m3fn", "chunk": 4, "read": "window", "read_slots": 3, "attn_kv": True},
+    },
     "moda, hybrid": {
         "depth": "moda",
         "norm": "pre",

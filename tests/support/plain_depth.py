@@ -254,6 +254,13 @@ def moda(config, layers, x):
     def wide(y):
         return jnp.repeat(y, groups, axis=2)
 
+    def kept(y):
+        """As its slot holds it; gradients straight through."""
+        if section.entry_dtype is None:
+            return y
+        rounded = jnp.clip(y, -448, 448).astype(section.entry_dtype).astype(y.dtype)
+        return y + jax.lax.stop_gradient(rounded - y)
+
     for number, layer in enumerate(layers):
         a, depth, positions = layer.p["attention"], layer.p.get("depth"), layer.positions
         u = layer.norm(x, "attention_norm") if layer.pre else x
@@ -267,6 +274,7 @@ def moda(config, layers, x):
             key = {
                 "own": own_key, "writer_norm": normed(raw_key, writer_scale), "reader_norm": normed(raw_key, scale),
             }[section.key]  # fmt: skip
+            key, value = kept(key), kept(value)
             logit = jnp.sum(asked * wide(key), axis=-1) * H**-0.5
             if section.chunk > 1:  # over the row's tokens [B, T, N, T], dense
                 chunks = positions // section.chunk

@@ -237,11 +237,12 @@ def _forward(looped: _Looped, unroll: bool, params, x, stream, shared):
         x, after, left, stored = looped.run(params_l, x, stream, number, shared)
         return (x, after), (left, (stored, stream.length))
 
+    given, stream = stream, stream.bare()
     (x, stream), (left, stored) = jax.lax.scan(step, (x, stream), _per_layer(looped, params), unroll=unroll)
     # Unrolled, XLA would compute the slots that the backward reads again from the buffer before the last write, which
     # then has to be kept beside the final one.
     stream = jax.lax.optimization_barrier(stream)
-    return (x, stream, left), stored
+    return (x, stream.with_gradients_of(given), left), stored
 
 
 def _per_layer(looped: _Looped, params: PyTree) -> PyTree:
@@ -257,8 +258,9 @@ def _loop_forward(looped, options, params, x, stream, shared):
 
 
 def _loop_backward(looped, options, residuals, cotangents):
-    params, (stored, lengths), stream, length, shared = residuals
+    params, (stored, lengths), given, length, shared = residuals
     dx, dstream, (daux, _) = cotangents
+    stream = given.bare()
     inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(shared)]
     dshared = [jnp.zeros_like(leaf) for leaf, keep in zip(jax.tree.leaves(shared), inexact, strict=True) if keep]
 
@@ -293,10 +295,8 @@ def _loop_backward(looped, options, residuals, cotangents):
             carry = dx, looped.add_waiting(waiting, stream.with_length(first), dbuffers), dshared
         return carry, gradients
 
-    dtypes = [buffer.dtype for buffer in stream.buffers]
-    dbuffers = tuple(
-        d.astype(options.gradient_dtype or dtype) for d, dtype in zip(dstream.buffers, dtypes, strict=True)
-    )
+    dtypes = [d.dtype for d in dstream.differentiated]
+    dbuffers = tuple(d.astype(options.gradient_dtype or d.dtype) for d in dstream.differentiated)
     carry = dx, dbuffers, dshared
     if together == 1:
         alone = functools.partial(_alone, reverse)
@@ -315,7 +315,7 @@ def _loop_backward(looped, options, residuals, cotangents):
         for leaf, keep in zip(jax.tree.leaves(shared), inexact, strict=True)
     ]
     dshared = jax.tree.unflatten(jax.tree.structure(shared), no_gradient)
-    return dparams, dx, stream.with_buffers(dbuffers, np.zeros((), jax.dtypes.float0)), dshared
+    return dparams, dx, given.cotangent(dbuffers), dshared
 
 
 def _reverse_groups(reverse_group, carry, layers, params, together, unroll):
@@ -431,14 +431,15 @@ class _WholeLayer(_Looped):
         return x_out, after, (aux, kept), x
 
     def reverse(self, params, stored, stream, number, shared, dx, daux, dbuffers, first):
-        def one(params, x, buffers, shared):
-            x_out, after, aux = self._call(params, x, stream.with_buffers(buffers, stream.length), shared)
-            return (x_out, after.buffers, aux), after.length
+        def one(params, x, arrays, shared):
+            x_out, after, aux = self._call(params, x, stream.with_differentiated(arrays), shared)
+            return (x_out, after.differentiated, aux), after.length
 
-        _, vjp, length_after = jax.vjp(one, params, stored, stream.buffers, shared, has_aux=True)
+        arrays = stream.differentiated
+        _, vjp, length_after = jax.vjp(one, params, stored, arrays, shared, has_aux=True)
         # Only this layer's own slots go in, so that what comes out is its contribution alone and adds in any dtype.
         own_dbuffers = []
-        for d, buffer in zip(dbuffers, stream.buffers, strict=True):
+        for d, buffer in zip(dbuffers, arrays, strict=True):
             slot = jnp.arange(buffer.shape[2], dtype=jnp.int32)
             own = (slot >= stream.length) & (slot < length_after)
             own_dbuffers.append(jnp.where(_slots(buffer, own), d, 0).astype(buffer.dtype))
@@ -564,7 +565,7 @@ class _CutLayer(_Looped):
             written -= places.counts[i]
 
             def dslot(buffer: int, slot: Array, entry: int | None = None) -> Array:
-                d = read_slot(dbuffers[buffer], slot).astype(stream.buffers[buffer].dtype)  # noqa: B023
+                d = read_slot(dbuffers[buffer], slot).astype(stream.entry_dtypes[buffer])  # noqa: B023
                 return jnp.zeros_like(d) if (buffer, entry) in standing else d
 
             dentries = tuple(

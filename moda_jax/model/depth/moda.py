@@ -26,7 +26,7 @@ from moda_jax.config_checks import require
 from moda_jax.model.depth.mechanism import ATTENTION, FFN, VALUE, DepthMechanism, SubLayer
 from moda_jax.model.depth.operations import Operation
 from moda_jax.model.depth.slot_reads import SlotAttention
-from moda_jax.model.depth.stream import DepthStream, Entry, Stream
+from moda_jax.model.depth.stream import DepthStream, Entry, RoundedDepthStream, Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import Projection
 from moda_jax.model.rotary import rotate
@@ -92,7 +92,9 @@ class MixtureOfDepths(DepthMechanism):
         self.key, self.query_rotated = section.key, section.query_rotated
         self.last = last
         self.stride = section.read_stride if section.read == "stride" else 1
-        self.writes_own_key_value = not (last or section.attn_kv or section.key != "own" or self.stride > 1)
+        exact = section.entry_dtype is None  # slots hold the key and the value themselves
+        own = section.key == "own" and self.stride == 1 and not section.attn_kv
+        self.writes_own_key_value = own and exact and not last
         self.ffn_kv = projection("ffn_kv") if section.ffn_kv and not last else None
         self.attention_kv = projection("attention_kv") if section.attn_kv and not last else None
         self.null_slot = Learned(num_heads, axes=("heads",)) if section.null_slot else None
@@ -221,8 +223,10 @@ class MixtureOfDepths(DepthMechanism):
         return parameter * jnp.array([1.0, 0.0])[:, None, None] if name.endswith("kernel") else parameter
 
     def begin(self, config: TransformerConfig, x: Array, spare: int = 0) -> tuple[Array, DepthStream]:
-        slots = self.slots(config) + spare
-        return x, DepthStream.like(x, slots, config.num_kv_heads, config.head_dim).constrained()
+        sizes = self.slots(config) + spare, config.num_kv_heads, config.head_dim
+        if config.moda.entry_dtype is None:
+            return x, DepthStream.like(x, *sizes).constrained()
+        return x, RoundedDepthStream.like(x, *sizes, narrow=config.moda.entry_dtype).constrained()
 
     def value_request(
         self, query: Array, key: Array, value: Array, layer: Array | int, attention: Attention, positions: Array

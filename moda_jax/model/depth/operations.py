@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moda_jax.model.depth.stream import Stream, is_traced
+from moda_jax.model.depth.stream import RoundedDepthStream, Stream, is_traced
 from moda_jax.parallel.attention import attend, attention_backward, attention_forward, causal_mask
 from pallas_kernels import dispatch
 from pallas_kernels.operands import Call, DepthKV, Upstream
@@ -73,7 +73,7 @@ class Operation:
         def run(request: tuple, buffers: tuple[Array, ...]) -> PyTree:
             return self.forward(request, stream.with_buffers(buffers, stream.length), shared)[0]
 
-        _, vjp = jax.vjp(run, request, stream.buffers)
+        _, vjp = jax.vjp(run, request, stream.entries)
         drequest, more = vjp(dresult)
         return drequest, tuple(d + m.astype(d.dtype) for d, m in zip(dbuffers, more, strict=True))
 
@@ -155,7 +155,7 @@ class SoftmaxAttention(Operation):
     chunk: int = 1
 
     def __call__(self, request: tuple, stream: Stream, shared: tuple) -> PyTree:
-        if self.with_lse:
+        if self.with_lse or isinstance(stream, RoundedDepthStream):
             return with_own_backward(self, request, stream, shared)
         return attend(self.call(request, stream, shared), implementation=self.implementation)
 
@@ -272,9 +272,9 @@ def _own_forward(operation: Operation, request: tuple, stream: Stream, shared: t
 
 def _own_backward(operation: Operation, residuals: tuple, dresult: PyTree) -> tuple:
     request, result, saved, stream, shared = residuals
-    zeros = tuple(jnp.zeros_like(buffer) for buffer in stream.buffers)
-    drequest, dbuffers = operation.backward(request, result, saved, stream, shared, dresult, zeros)
-    return drequest, stream.with_buffers(dbuffers, np.zeros((), jax.dtypes.float0)), None
+    zeros = tuple(jnp.zeros_like(array) for array in stream.differentiated)
+    drequest, dbuffers = operation.backward(request, result, saved, stream.bare(), shared, dresult, zeros)
+    return drequest, stream.cotangent(dbuffers), None
 
 
 with_own_backward.defvjp(_own_forward, _own_backward)
