@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.modes import in_default_modes
 from pallas_kernels.mosaic_gpu import warpgroup
-from pallas_kernels.mosaic_gpu.depth import tiles
+from pallas_kernels.mosaic_gpu.depth import entry_tiles, tiles
 from pallas_kernels.mosaic_gpu.depth.backward import depth_backward
 from pallas_kernels.mosaic_gpu.depth.forward import depth_forward
 from pallas_kernels.mosaic_gpu.sequence.backward import sequence_backward
@@ -31,6 +31,7 @@ from pallas_kernels.parts import Part
 COMPUTE_CAPABILITY = "9.0"
 DTYPES = ("bfloat16", "float16")
 LARGEST_HEAD_DIM = HEAD_DIMS[-1]  # of the sequence kernels; others are padded
+FLOAT8_HEAD_DIMS = (64, 128)  # with depth entries of 8 bits: whole column blocks
 DEPTH_STEP = 8  # the depth kernels take every multiple of it as it lies: TMA wants rows of whole 16 bytes
 MAX_SLOTS = 512
 MOST_TOGETHER = 4  # calls whose gradients of old slots are added together: see `gradient_group`
@@ -49,6 +50,15 @@ def check_supported(call: Call) -> None:
         raise NotImplementedError(f"mosaic_gpu: {call.slots} depth slots: expected at most {MAX_SLOTS}")
     if call.depth is not None and call.depth.chunk > 1:
         raise NotImplementedError(f"mosaic_gpu: depth_chunk={call.depth.chunk}: the kernels read a token's own slots")
+    if call.depth is not None and call.depth.key.dtype != call.query.dtype:
+        entries = jnp.dtype(call.depth.key.dtype)
+        if entries != entry_tiles.FLOAT8:
+            expected = f"expected {name}, the query's, or {entry_tiles.FLOAT8}"
+            raise NotImplementedError(f"mosaic_gpu: depth entries in {entries}: {expected}")
+        if head_dim not in FLOAT8_HEAD_DIMS:
+            raise NotImplementedError(
+                f"mosaic_gpu: head_dim={head_dim} with depth entries in {entries}: expected one of {FLOAT8_HEAD_DIMS}"
+            )
     if jax.default_backend() == "gpu":
         capability = str(jax.devices()[0].compute_capability)
         if capability != COMPUTE_CAPABILITY:
@@ -57,7 +67,8 @@ def check_supported(call: Call) -> None:
             )
     if call.slots:
         heads = tiles.tile_heads(num_heads // call.num_kv_heads, tiles.most_heads(head_dim))
-        shape = tiles.DepthShape(batch * tokens, call.slots, num_heads, call.num_kv_heads, head_dim, heads)
+        narrow = call.depth.key.dtype != call.query.dtype
+        shape = tiles.DepthShape(batch * tokens, call.slots, num_heads, call.num_kv_heads, head_dim, heads, narrow)
         tiles.forward_tiles(shape)
         tiles.forward_tiles(shape, windowed=True)
         tiles.backward_tiles(shape, tiles.SMALL_BUFFERS)
@@ -82,7 +93,9 @@ def backward(
     if call.depth is None or call.sees_slots:
         return _backward(call, upstream, buffers, interpret=interpret)
     gradients = _backward(dataclasses.replace(call, depth=None), upstream, interpret=interpret)
-    key, value = (jnp.zeros_like(call.depth.key), jnp.zeros_like(call.depth.value)) if buffers is None else buffers
+    dtype = call.query.dtype
+    zeros = (jnp.zeros_like(x, dtype) for x in (call.depth.key, call.depth.value))
+    key, value = zeros if buffers is None else buffers
     return gradients._replace(depth_key=key, depth_value=value)
 
 

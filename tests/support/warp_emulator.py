@@ -147,6 +147,10 @@ class Emulator:
             if name.startswith("cvt.rn."):
                 high, low = (_wide(a, np.float32).astype(DTYPES[name.split(".")[2][:-2]]) for a in args)
                 return _join(np.stack([low, high], axis=1))
+            if name.startswith("mul.rn."):
+                dtype = DTYPES[name.split(".")[2][:-2]]
+                left, right = (_halves(a, dtype).astype(np.float32) for a in args)
+                return _join((left * right).astype(dtype))
             if ptx.startswith("{ .reg .b16"):
                 pair = _halves(args[0], np.float16).astype(np.float32)
                 return pair[:, 0].copy(), pair[:, 1].copy()
@@ -154,6 +158,12 @@ class Emulator:
                 return self._mma(DTYPES[name.split(".")[-2]], "m16n8k16" in name, args)
             if name.startswith(("ldmatrix", "stmatrix", "movmatrix")):
                 return self._move(name, args)
+        if name == "prmt.b32":
+            places = [int(digit, 16) for digit in reversed(ptx.rstrip(";").split("0x")[1])]
+            data = np.concatenate([_halves(a, np.uint16).view(np.uint8) for a in args], axis=1)
+            return np.ascontiguousarray(data[:, places]).view(np.int32)[:, 0]
+        if name == "ld.shared.v2.b32":
+            return _split(memory.load(_wide(args[0], np.int64), 8), np.int32)
         if name == "ld.shared.f32":
             return _split(memory.load(_wide(args[0], np.int64), 4), np.float32)[0]
         if name == "ld.shared.v4.b32":
@@ -163,7 +173,7 @@ class Emulator:
             if active.any():
                 result[active] = memory.load(_wide(args[0], np.int64)[active], 16)
             return _split(result, np.int32)
-        if name in ("st.shared.v4.b32", "st.global.v4.b32", "st.shared.v2.f32", "st.global.f32"):
+        if name in ("st.shared.v4.b32", "st.global.v4.b32", "st.shared.v2.f32", "st.shared.b32", "st.global.f32"):
             if active.any():
                 memory.store(_wide(args[0], np.int64)[active], _words(list(args[1:]))[active])
             return None

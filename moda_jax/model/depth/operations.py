@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moda_jax.model.depth.stream import RoundedDepthStream, Stream, is_traced
 from moda_jax.parallel.attention import attend, attention_backward, attention_forward, causal_mask

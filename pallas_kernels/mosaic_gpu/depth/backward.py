@@ -96,8 +96,10 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
             dk_ref, dv_ref, dq_ref, *refs = refs
         else:
             dk_ref, dv_ref, *refs = refs
-        ring, queries, statistics, *refs = refs
-        staging = ring if spec.deferred else refs.pop(0)
+        ring, *refs = refs
+        made = refs.pop(0) if shape.narrow else ring  # where gradients are made
+        queries, statistics, *refs = refs
+        staging = made if spec.deferred else refs.pop(0)
         loaded, *blank = refs
         block = lax.axis_index("block")
         window = Window(window_ref)
@@ -107,6 +109,9 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
         units = groups * chunks
         column = length * 0  # a traced 0: a box may then reach beyond H
         boxes = functools.partial(depth_boxes, shape, column=column)
+
+        def gradient_tile(stage, operand, warp, c):
+            return made.at[stage, operand + (0 if shape.narrow else spec.parts - 2), warp, c]
 
         def locate(unit):
             turn = lax.div(unit, chunks)
@@ -128,7 +133,8 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
             def load_slots(size):
                 for i, ref in enumerate((k_ref, v_ref, dk_ref, dv_ref)[: spec.parts]):
                     for warp, c, index in boxes(group):
-                        target = last_rows(ring.at[stage, i, warp, c], rows, size)
+                        tile = ring.at[stage, i, warp, c] if i < 2 else gradient_tile(stage, i - 2, warp, c)
+                        target = last_rows(tile, rows, size)
                         copy(ref.at[index(slot + (rows - size), size)], target)
 
             load_chunk(load_slots, rows, first, spec.windowed)
@@ -138,7 +144,7 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
             stage, group, slot = locate(unit)
             for i, ref in enumerate((dk_ref, dv_ref)):
                 for warp, c, index in boxes(group):
-                    source = last_rows(ring.at[stage, i + spec.parts - 2, warp, c], rows, size)
+                    source = last_rows(gradient_tile(stage, i, warp, c), rows, size)
                     target = ref.at[index(slot + (rows - size), size)]
                     plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
@@ -181,13 +187,13 @@ def _body(spec: DepthVariant, blocks: int, compute: Any, slot_offset: int):
                 first = window.hidden_rows(slot, slot_offset)  # rows of the first chunk before the window
                 place = (stage, first, slot, group, window.waiting_rows(slot, slot_offset, rows))
                 buffers = (dk_ref, dv_ref) if spec.by_threads else ()
-                state = compute.step(ring, queries, statistics, place, buffers, state)
+                state = compute.step(ring, made, queries, statistics, place, buffers, state)
                 if not spec.by_threads:
                     # At negative slots a TMA store is an illegal instruction, and slots before the window keep what
                     # they have: a cut first chunk goes by hand, but for one that fills a smaller box.
                     sizes = box_sizes(rows, spec.windowed)
                     cut = functools.reduce(jnp.logical_and, [first != rows - size for size in sizes])
-                    pl.when(cut)(lambda: compute.store(ring, place, (dk_ref, dv_ref)))
+                    pl.when(cut)(lambda: compute.store(made, place, (dk_ref, dv_ref)))
                     plgpu.commit_smem()
                     for size in sizes:
                         pl.when(first == rows - size)(functools.partial(store, unit, size))
@@ -244,10 +250,12 @@ def depth_backward(
         dq = jnp.zeros_like(query) if dquery is None else dquery
         return (
             dq if call.query_gradient else None,
-            *((jnp.zeros_like(depth.key), jnp.zeros_like(depth.value)) if buffers is None else buffers),
+            *((jnp.zeros_like(x, query.dtype) for x in (depth.key, depth.value)) if buffers is None else buffers),
         )
     if depth.deferred is not None and buffers is None:
         raise NotImplementedError("depth backward: slots whose gradients are deferred, but no buffers for the others")
+    if buffers is None and depth.key.dtype != query.dtype:  # entries of 8 bits are no place to make gradients in
+        buffers = tuple(jnp.zeros_like(x, query.dtype) for x in (depth.key, depth.value))
     if interpret is None:
         interpret = warpgroup.default_interpret()
     group_size, most = num_heads // num_kv_heads, most_heads(head_dim)
@@ -284,7 +292,8 @@ def _run(call, query, upstream, buffers, dquery, *, tiles, blocks, interpret):
     num_heads, head_dim = query.shape[2:]
     slots, num_kv_heads = depth.key.shape[2:4]
     tokens = query.shape[0] * query.shape[1]
-    shape = DepthShape(tokens, slots, num_heads, num_kv_heads, head_dim, num_heads // num_kv_heads)
+    narrow = depth.key.dtype != dtype
+    shape = DepthShape(tokens, slots, num_heads, num_kv_heads, head_dim, num_heads // num_kv_heads, narrow)
     gradients = gradient_kind(None if buffers is None else buffers[0].dtype)
     deferred = depth.deferred is not None
     tiles = tiles or backward_tiles(shape, gradients, deferred=deferred)

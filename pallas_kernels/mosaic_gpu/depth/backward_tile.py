@@ -19,21 +19,19 @@ from pallas_kernels.mosaic_gpu.depth import warp_mma as wm
 from pallas_kernels.mosaic_gpu.depth.chunk import (
     LOG2E,
     SCALAR,
-    clear_rows,
     filled_rows,
     flat,
     group_queries,
     group_tiles,
     if_loaded,
     like,
-    query_fragments,
     registers,
     scalar,
-    score_fragments,
     thread_array,
     thread_values,
     write_heads,
 )
+from pallas_kernels.mosaic_gpu.depth.entry_tiles import entry_tiles
 from pallas_kernels.mosaic_gpu.depth.tiles import (
     COLUMNS,
     FLOAT_BUFFERS,
@@ -43,6 +41,7 @@ from pallas_kernels.mosaic_gpu.depth.tiles import (
     DepthShape,
     DepthTiles,
     ring_parts,
+    ring_swizzle,
 )
 
 
@@ -76,6 +75,12 @@ class DepthVariant:
         return ring_parts(self.gradients, self.deferred)
 
     @property
+    def staged(self) -> bool:
+        """Whether the gradients are made in 16 rows of each warp's own: there is no room for them in rows of 8-bit
+        entries, and no old ones are loaded beside."""
+        return self.shape.narrow and self.by_threads
+
+    @property
     def by_threads(self) -> bool:
         """Whether threads add the gradients to global memory, and not TMA."""
         return self.deferred or self.gradients == FLOAT_BUFFERS
@@ -89,9 +94,10 @@ class BackwardWarpTile:
         self.gradients, shape, tiles = spec.gradients, spec.shape, spec.tiles
         self.count = 4 * shape.steps * shape.head_blocks
         self.layout = registers(self.count)
-        self.tile_bytes = shape.column_blocks * tiles.rows * wm.ROW_BYTES
+        self.entries = entry_tiles(shape, tiles.rows, spec.dtype)
+        self.tile_bytes = self.entries.tile_bytes
         self.query_bytes = shape.column_blocks * shape.query_rows * wm.ROW_BYTES
-        self.block_bytes = tiles.rows * wm.ROW_BYTES  # of a column block of a tile
+        self.block_bytes = (16 if spec.staged else tiles.rows) * wm.ROW_BYTES  # of a column block of gradients
 
     def _type(self) -> Any:
         return plgpu.ShapeDtypeStruct((self.count * THREADS,), jnp.float32, self.layout)
@@ -124,21 +130,34 @@ class BackwardWarpTile:
 
         write(ref)
 
-    def step(self, ring: Any, queries: Any, statistics: Any, place: tuple[Any, ...], buffers: tuple, state: Any) -> Any:
+    def step(
+        self,
+        ring: Any,
+        gradients: Any,
+        queries: Any,
+        statistics: Any,
+        place: tuple[Any, ...],
+        buffers: tuple,
+        state: Any,
+    ) -> Any:
         """One chunk.
 
         Args:
+            gradients: where they are made: the ring, or memory of their own where entries have 8 bits.
             place: (stage, first row that is a slot, slot of row 0, group, first row that gets a gradient).
             buffers: of the gradients that threads add.
         """
-        shape, rows, dtype = self.shape, self.tiles.rows, self.dtype
+        shape, rows, dtype, entries = self.shape, self.tiles.rows, self.dtype, self.entries
         ref, memory = plgpu.RefType((SWIZZLE,)), plgpu.RefType()
 
         @plgpu.inline_mgpu(
-            arg_types=(ref, ref, memory, *(SCALAR,) * 5, (memory,) * len(buffers), self.layout),
+            arg_types=(
+                plgpu.RefType((ring_swizzle(shape),)), ref, ref, memory, *(SCALAR,) * 5, (memory,) * len(buffers),
+                self.layout,
+            ),
             return_type=self._type(),
-        )
-        def chunk(ctx, ring, queries, statistics, stage, first, slot, group, waiting, buffers, state):
+        )  # fmt: skip
+        def chunk(ctx, ring, gradients, queries, statistics, stage, first, slot, group, waiting, buffers, state):
             del ctx
             stage, first, slot, group, waiting = (scalar(x) for x in (stage, first, slot, group, waiting))
             lane = wm.Lane()
@@ -149,21 +168,31 @@ class BackwardWarpTile:
             dq = self._unflatten(thread_values(state))
 
             heads, lse, delta = self._statistics(lane, wm.shared_address(statistics), stage)
-            query_b, cotangent_b = query_fragments(lane, shape, query), query_fragments(lane, shape, cotangent)
+            fragments = functools.partial(entries.query_fragments, lane)
+            # With entries of 8 bits loaded again for every 16 rows: three thread blocks have 168 registers a thread.
+            known = None if shape.narrow else [fragments(x) for x in (query, cotangent)]
             rows_of_heads = functools.partial(self._head_rows, lane)
             right = None if self.spec.deferred else [rows_of_heads(x) for x in (query, cotangent)]
-            factor, zero, scale = wm.real(self.scale * LOG2E), wm.real(0.0), wm.real(self.scale)
+            factor, zero = wm.real(self.scale * LOG2E * entries.drop / entries.lift), wm.real(0.0)
+            scale = wm.real(self.scale / entries.lift)  # dS is lifted where it meets entries of 8 bits
+            if entries.lift != 1.0:
+                delta = [wm.arith.mulf(x, wm.real(entries.lift)) for x in delta]
             if self.spec.windowed:
-                clear_rows(lane, shape, rows, [keys, values], first)
-            straight, transposed = lane.a_operand(), lane.a_transposed_operand()
+                entries.clear_rows(lane, [keys, values], first)
+            straight = lane.a_operand()
 
             def differentiate(block, dq):
                 """The gradients of 16 rows; returns dq with theirs added."""
                 where, old = (group, slot, waiting, block), None
                 if self.gradients == FLOAT_BUFFERS and not self.spec.deferred:
                     old = self._old_rows(lane, buffers[0], where, 0)
-                scores = functools.partial(score_fragments, shape, rows, place=straight, dtype=dtype, block=block)
-                p, ds = scores(keys, fragments=query_b), scores(values, fragments=cotangent_b)
+                pairs = enumerate(((keys, query), (values, cotangent)))
+                p, ds = (
+                    entries.scores(lane, tile, fragments(heads) if known is None else known[i], block)
+                    for i, (tile, heads) in pairs
+                )
+                if entries.drop != 1.0:
+                    ds = [[wm.arith.mulf(x, wm.real(entries.drop)) for x in c] for c in ds]
                 for half in range(2):
                     hidden = wm.less(wm.add(lane.row, 16 * block + 8 * half), first)
                     for n in range(shape.head_blocks):
@@ -178,25 +207,23 @@ class BackwardWarpTile:
                 ds = [[wm.pack(c[0], c[1], dtype), wm.pack(c[2], c[3], dtype)] for c in ds]
                 if self.spec.queries:
                     turned = [[wm.transpose_matrix(x) for x in pair] for pair in ds]
-                    for step in range(shape.steps):
-                        base = wm.add(keys, step // 4 * self.block_bytes)
-                        address = wm.chunk_address(base, transposed, 16 * block, 2 * (step % 4))
-                        a = wm.load_matrices(address, transpose=True)
+                    for step, a in enumerate(entries.transposed(lane, keys, block)):
                         for n in range(shape.head_blocks):
                             dq[step][n] = wm.mma_k16(dq[step][n], a, turned[n], dtype)
 
                 def add_gradients():
                     wm.warp_barrier()
+                    made = self._gradient_tiles(lane, gradients, stage)
                     heads = [rows_of_heads(x) for x in (query, cotangent)] if right is None else right
                     gradient = functools.partial(differential, ((ds, heads[0]), (p, heads[1])))
                     if self.gradients == FLOAT_BUFFERS:
                         before = self._old_rows(lane, buffers[0], where, 0) if old is None else old
-                        self._add_to_global(lane, buffers, where, keys, values, before, gradient)
+                        self._add_to_global(lane, buffers, where, *made, before, gradient)
                         return []
-                    for operand, tile in enumerate((keys, values)):
+                    for operand, tile in enumerate(made):
                         before = self._old_words(lane, buffers[operand], where) if self.spec.deferred else None
                         for step in range(shape.steps):
-                            self._write_rows(straight, tile, gradient(operand, step), block, step)
+                            self._write_rows(straight, tile, gradient(operand, step), self._row(block), step)
                         if self.spec.deferred:
                             wm.warp_barrier()
                             self._add_words(lane, where, tile, before)
@@ -223,7 +250,7 @@ class BackwardWarpTile:
                 dq = like(before, iter(if_loaded(rows, block, first, add, flat(before))))
             return thread_array(flat(dq))
 
-        return chunk(ring, queries, statistics, *place, buffers, state)
+        return chunk(ring, gradients, queries, statistics, *place, buffers, state)
 
     def _statistics(self, lane: wm.Lane, base: Any, stage: Any) -> tuple[list, list, list]:
         """Of this thread's heads: whether they exist (None: all do), lse in base 2, delta."""
@@ -260,16 +287,33 @@ class BackwardWarpTile:
 
     def _tile(self, lane: wm.Lane, ring: Any, stage: Any) -> Any:
         """Shared-memory address of this warp's K in a stage."""
-        base = wm.add(wm.shared_address(ring), wm.multiply(stage, self.spec.parts * WARPS * self.tile_bytes))
+        parts = 2 if self.shape.narrow else self.spec.parts
+        base = wm.add(wm.shared_address(ring), wm.multiply(stage, parts * WARPS * self.tile_bytes))
         return wm.add(base, wm.multiply(lane.warp, self.tile_bytes))
 
-    def _write_rows(self, place: wm.Place, tile: Any, c: list, block: int, step: int) -> None:
+    def _gradient_tiles(self, lane: wm.Lane, gradients: Any, stage: Any) -> tuple[Any, Any]:
+        """Shared-memory addresses of where this warp makes dK and dV: over K and V, or over the old ones.
+
+        With entries of 8 bits, in memory of their own: over the old ones, or in 16 rows for one block after the other.
+        """
+        if not self.shape.narrow:
+            first = wm.add(self._tile(lane, gradients, stage), (self.spec.parts - 2) * WARPS * self.tile_bytes)
+            return first, wm.add(first, WARPS * self.tile_bytes)
+        size = self.shape.column_blocks * self.block_bytes
+        first = wm.add(wm.shared_address(gradients), wm.multiply(lane.warp, size))
+        if not self.spec.staged:
+            first = wm.add(first, wm.multiply(stage, 2 * WARPS * size))
+        return first, wm.add(first, WARPS * size)
+
+    def _row(self, block: int) -> int:
+        """The row of a gradient tile at which a block of 16 rows begins."""
+        return 0 if self.spec.staged else 16 * block
+
+    def _write_rows(self, place: wm.Place, tile: Any, c: list, row: int, step: int) -> None:
         """Puts a [16 rows, 16 columns] gradient over the rows of the tile, plus the old gradient where there is one."""
         dtype = self.dtype
         base = wm.add(tile, step // 4 * self.block_bytes)
-        if self.spec.parts == 4:
-            base = wm.add(base, 2 * WARPS * self.tile_bytes)
-        address = wm.chunk_address(base, place, 16 * block, 2 * (step % 4))
+        address = wm.chunk_address(base, place, row, 2 * (step % 4))
         pairs = [(c[0][0], c[0][1]), (c[0][2], c[0][3]), (c[1][0], c[1][1]), (c[1][2], c[1][3])]
         if self.spec.parts == 4:
             old = [wm.unpack(x, dtype) for x in wm.load_matrices(address)]
@@ -316,9 +360,9 @@ class BackwardWarpTile:
         return result
 
     def _add_words(self, lane: wm.Lane, where: tuple, tile: Any, old: list) -> None:
-        """Adds 16 rows of dK or dV, which stand in the rows of K or V, to a buffer of the inputs' dtype."""
+        """Adds 16 rows of dK or dV, which stand in a tile's rows, to a buffer of the inputs' dtype."""
         for i, (target, predicate, theirs) in enumerate(old):
-            row = wm.add(wm.shift_right(lane.lane, 3), 16 * where[3] + 4 * (i % 4))
+            row = wm.add(wm.shift_right(lane.lane, 3), self._row(where[3]) + 4 * (i % 4))
             place = lane.place(row, wm.bit_and(lane.lane, 7))
             address = wm.chunk_address(wm.add(tile, i // 4 * self.block_bytes), place, 0, 0)
             sums = []
@@ -340,7 +384,7 @@ class BackwardWarpTile:
             following = None
             if i + 1 < len(items):
                 following = self._old_rows(lane, buffers[items[i + 1][0]], where, items[i + 1][1])
-            offset = c * self.block_bytes + 16 * block * wm.ROW_BYTES
+            offset = c * self.block_bytes + self._row(block) * wm.ROW_BYTES
             bases = [wm.add(x, offset) for x in (keys, values)]
             for step in range(4 * c, min(4 * c + 4, self.shape.steps)):
                 parts = gradient(operand, step)
@@ -363,21 +407,21 @@ class BackwardWarpTile:
             wm.warp_barrier()
             old = following
 
-    def store(self, ring: Any, place: tuple[Any, ...], targets: tuple[Any, Any]) -> None:
+    def store(self, gradients: Any, place: tuple[Any, ...], targets: tuple[Any, Any]) -> None:
         """Writes the rows of a chunk that are slots, without TMA: rows of 128 bytes, four at once."""
-        shape, rows, parts = self.shape, self.tiles.rows, self.spec.parts
+        shape, rows = self.shape, self.tiles.rows
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType((SWIZZLE,)), SCALAR, SCALAR, SCALAR, SCALAR, (plgpu.RefType(),) * 2)
         )
-        def write(ctx, ring, stage, first, slot, group, targets):
+        def write(ctx, gradients, stage, first, slot, group, targets):
             del ctx
             stage, first, slot, group = (scalar(x) for x in (stage, first, slot, group))
             lane = wm.Lane()
             tile = wm.add(wm.multiply(group, WARPS), lane.warp)
             token, head = wm.divide(tile, shape.num_kv_heads), wm.remainder(tile, shape.num_kv_heads)
             in_range = wm.less(tile, shape.tiles)
-            source = self._tile(lane, ring, stage)
+            sources = self._gradient_tiles(lane, gradients, stage)
             chunk, row_in_four = wm.bit_and(lane.lane, 7), wm.shift_right(lane.lane, 3)
             wm.warp_barrier()  # every lane's part of the gradient is in shared memory
             for operand, target in enumerate(targets):
@@ -385,8 +429,7 @@ class BackwardWarpTile:
                     wm.global_address(target), token, 2 * shape.slots * shape.num_kv_heads * shape.head_dim
                 )
                 for c in range(shape.column_blocks):
-                    offset = (operand + parts - 2) * WARPS * self.tile_bytes + c * self.block_bytes
-                    base = wm.add(source, offset)
+                    base = wm.add(sources[operand], c * self.block_bytes)
                     column = wm.add(wm.shift_left(chunk, 3), c * COLUMNS)
                     wanted = wm.both(in_range, wm.less(column, shape.head_dim))
                     for four in range(rows // 4):
@@ -397,10 +440,11 @@ class BackwardWarpTile:
                         address = wm.advance(wm.advance(target, entry, 2 * shape.head_dim), column, 2)
                         wm.store_global_16_bytes(address, words, wm.both(wanted, wm.less(wm.subtract(first, 1), row)))
 
-        write(ring, *place[:4], targets)
+        write(gradients, *place[:4], targets)
 
     def finish(self, state: Any, staging: Any, stage: Any, group: Any, dq_ref: Any, added_ref: Any) -> None:
-        """Writes what the state has come to, by way of `staging`: if deferred, the ring, whose stage was the last."""
+        """Writes what the state has come to, by way of `staging`: if deferred, where gradients are made; in a ring, its
+        stage was the last."""
         shape = self.shape
         refs = (dq_ref,) if added_ref is None else (dq_ref, added_ref)
 
@@ -411,18 +455,18 @@ class BackwardWarpTile:
             del ctx
             lane = wm.Lane()
             dq = self._unflatten(thread_values(state))
-            scale = wm.real(self.scale)
+            scale = wm.real(self.scale * self.entries.drop / self.entries.lift)
             dq = [[[wm.arith.mulf(x, scale) for x in c] for c in step] for step in dq]
             tile = wm.add(wm.multiply(scalar(group), WARPS), lane.warp)
             size = shape.column_blocks * 8 * shape.head_blocks * wm.ROW_BYTES
             if self.spec.deferred:
-                mine = self._tile(lane, staging, scalar(stage))
+                mine, _ = self._gradient_tiles(lane, staging, scalar(stage))
             else:
                 mine = wm.add(wm.shared_address(staging), wm.multiply(lane.warp, size))
             addresses = [wm.global_address(r) for r in refs]
             added = addresses[1] if len(addresses) == 2 else None
             wm.warp_barrier()  # the last group's rows have been read
-            write_heads(lane, shape, dq, mine, addresses[0], tile, self.dtype, added)
+            write_heads(lane, self.entries, dq, mine, addresses[0], tile, added)
 
         write(state, staging, stage, group, refs)
 
@@ -441,6 +485,11 @@ class BackwardInterpretedTile:
         self.spec, self.shape, self.tiles, self.scale, self.dtype = spec, spec.shape, spec.tiles, spec.scale, spec.dtype
         self.gradients = spec.gradients
 
+    @property
+    def _first_part(self) -> int:
+        """The operand of where gradients are made that is dK's."""
+        return 0 if self.shape.narrow else self.spec.parts - 2
+
     def start(self) -> Any:
         """The state before the first chunk."""
         return jnp.zeros((WARPS, self.shape.tile_heads, self.shape.column_blocks * COLUMNS), jnp.float32)
@@ -449,12 +498,14 @@ class BackwardInterpretedTile:
         """Zeros a tile of shared memory."""
         ref[...] = jnp.zeros(ref.shape, self.dtype)
 
-    def step(self, ring: Any, queries: Any, statistics: Any, place: tuple, buffers: tuple, state: Any) -> Any:
+    def step(
+        self, ring: Any, gradients: Any, queries: Any, statistics: Any, place: tuple, buffers: tuple, state: Any
+    ) -> Any:
         """One chunk; returns the new state."""
         stage, first, slot, group, waiting = place
         shape, rows = self.shape, self.tiles.rows
         query, cotangent = (group_queries(shape, queries[stage, i]) for i in range(2))  # [4, G, H]
-        key, value = (filled_rows(group_tiles(ring[stage, i]), first) for i in range(2))  # [4, rows, H]
+        key, value = (filled_rows(group_tiles(ring[stage, i]), first, self.dtype) for i in range(2))  # [4, rows, H]
         lse, delta = (
             statistics[stage, i][: WARPS * shape.tile_heads].reshape(WARPS, 1, shape.tile_heads) for i in range(2)
         )
@@ -466,15 +517,15 @@ class BackwardInterpretedTile:
         p, ds = p.astype(self.dtype), ds.astype(self.dtype)
         if self.spec.queries:
             state = state + dot("wsg,wsh->wgh", ds, key)
-        gradients = (dot("wsg,wgh->wsh", ds, query) * self.scale, dot("wsg,wgh->wsh", p, cotangent))
-        for i, gradient in enumerate(gradients):
+        made = (dot("wsg,wgh->wsh", ds, query) * self.scale, dot("wsg,wgh->wsh", p, cotangent))
+        for i, gradient in enumerate(made):
             for w in range(WARPS):
                 if self.spec.by_threads:
                     self._add(buffers[i], (group, slot, waiting), w, gradient[w])
                     continue
                 for c in range(shape.column_blocks):
                     part = gradient[w, :, c * COLUMNS : (c + 1) * COLUMNS]
-                    target = ring.at[stage, i + self.spec.parts - 2, w, c]
+                    target = gradients.at[stage, i + self._first_part, w, c]
                     if self.spec.parts == 4:
                         part = part + target[...].astype(jnp.float32)
                     target[...] = part.astype(self.dtype)
@@ -492,12 +543,12 @@ class BackwardInterpretedTile:
             part = jnp.where(jnp.arange(rows)[:, None] >= waiting, gradient, 0.0).astype(target.dtype)
             target[...] = target[...] + part
 
-    def store(self, ring: Any, place: tuple, targets: tuple[Any, Any]) -> None:
+    def store(self, gradients: Any, place: tuple, targets: tuple[Any, Any]) -> None:
         """Writes the rows of a chunk that are slots, without TMA."""
         stage, first, slot, group, _ = place
-        shape, parts = self.shape, self.spec.parts
+        shape = self.shape
         for i, target in enumerate(targets):
-            gradient = group_tiles(ring[stage, i + parts - 2])
+            gradient = group_tiles(gradients[stage, i + self._first_part])
             for w in range(WARPS):
                 tile = group * WARPS + w
                 token = lax.div(tile, shape.num_kv_heads)

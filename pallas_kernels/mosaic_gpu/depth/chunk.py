@@ -22,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
 from pallas_kernels.mosaic_gpu.depth import warp_mma as wm
+from pallas_kernels.mosaic_gpu.depth.entry_tiles import EntryTiles
 from pallas_kernels.mosaic_gpu.depth.tiles import (
     COLUMNS,
     THREADS,
@@ -78,66 +79,27 @@ def if_loaded(rows: int, block: int, first: Any, compute: Any, otherwise: list[A
     return wm.when(wm.less(first, 16 * (block + 1)), compute, otherwise)
 
 
-def query_fragments(lane: wm.Lane, shape: DepthShape, base: Any) -> list[list[tuple[Any, Any]]]:
-    """B fragments [head block][step] of q^T from the group's rows [column_blocks, query_rows, 64] in shared memory."""
-    place = lane.wide_operand(wm.multiply(lane.warp, shape.tile_heads))
-    fragments = []
-    for n in range(shape.head_blocks):
-        row = []
-        for pair in range((shape.steps + 1) // 2):
-            block = wm.add(base, pair // 2 * shape.query_rows * wm.ROW_BYTES)
-            m = wm.load_matrices(wm.chunk_address(block, place, 8 * n, 4 * (pair % 2)))
-            row += [(m[0], m[1]), (m[2], m[3])]
-        fragments.append(row[: shape.steps])
-    return fragments
-
-
-def score_fragments(
-    shape: DepthShape, rows: int, keys: Any, place: wm.Place, fragments: list, dtype: Any, block: int
-) -> list[list[Any]]:
-    """C fragments [head block] of X q^T for 16 rows of a tile X [column_blocks, rows, 64] in shared memory."""
-    c = [[wm.real(0.0)] * 4 for _ in range(shape.head_blocks)]
-    for step in range(shape.steps):
-        base = wm.add(keys, step // 4 * rows * wm.ROW_BYTES)
-        a = wm.load_matrices(wm.chunk_address(base, place, 16 * block, 2 * (step % 4)))
-        for n in range(shape.head_blocks):
-            c[n] = wm.mma_k16(c[n], a, fragments[n][step], dtype)
-    return [list(x) for x in c]
-
-
 def write_heads(
     lane: wm.Lane,
-    shape: DepthShape,
+    entries: EntryTiles,
     columns: list[list[Any]],
     staging: Any,
     address: Any,
     tile: Any,
-    dtype: Any,
     added: Any,
 ) -> None:
     """Writes x^T, held as C fragments [step][head block] of [16 columns, 8 heads], to rows of a [rows, H] array.
 
     Args:
+        entries: from whose products the fragments are.
         columns: float32 C fragments, `columns[step][head_block]`.
         staging: shared-memory address of this warp's [column_blocks, 8 * head_blocks, 64] scratch.
         address: global address of the array. added: of an array to add, or None.
         tile: index of the tile; tiles beyond the last one write nothing.
     """
+    shape, dtype = entries.shape, entries.dtype
     block_rows = 8 * shape.head_blocks
-    place = lane.wide_operand()
-    nothing = wm.integer(0)
-    for block in range(shape.column_blocks):
-        base = wm.add(staging, block * block_rows * wm.ROW_BYTES)
-        for head_block in range(shape.head_blocks):
-            for pair in range(2):
-                words = []
-                for step in (4 * block + 2 * pair, 4 * block + 2 * pair + 1):
-                    if step < shape.steps:
-                        c = columns[step][head_block]
-                        words += [wm.pack(c[0], c[1], dtype), wm.pack(c[2], c[3], dtype)]
-                    else:
-                        words += [nothing, nothing]
-                wm.store_matrices(wm.chunk_address(base, place, 8 * head_block, 4 * pair), words, transpose=True)
+    entries.stage_heads(lane, columns, staging)
     wm.warp_barrier()
     chunk = wm.bit_and(lane.lane, 7)
     in_range = wm.less(tile, shape.tiles)
@@ -164,34 +126,6 @@ def write_heads(
                     sums.append(wm.pack(wm.arith.addf(x[0], y[0]), wm.arith.addf(x[1], y[1]), dtype))
                 words = sums
             wm.store_global_16_bytes(place_in(address), words, predicate)
-
-
-def clear_rows(lane: wm.Lane, shape: DepthShape, rows: int, tiles: list[Any], first: Any) -> None:
-    """Zeros what of this warp's tiles comes before row `first` in its block of 16 rows: slots that are not seen, and
-    were loaded beside others or are left from another chunk. Blocks before that one are not read at all.
-
-    Args:
-        rows: of a tile. tiles: their shared-memory addresses.
-        first: the first row that is a seen slot.
-    """
-
-    def clear() -> list[Any]:
-        for tile in tiles:
-            _clear_tile(lane, shape, rows, tile, first)
-        wm.warp_barrier()
-        return []
-
-    wm.when(wm.less(wm.integer(0), first), clear, [])
-
-
-def _clear_tile(lane: wm.Lane, shape: DepthShape, rows: int, tile: Any, first: Any) -> None:
-    row = wm.add(wm.shift_left(wm.shift_right(first, 4), 4), wm.shift_right(lane.lane, 1))
-    start = wm.add(tile, wm.add(wm.shift_left(row, 7), wm.shift_left(wm.bit_and(lane.lane, 1), 6)))
-    hidden = wm.less(row, first)
-    for block in range(shape.column_blocks):
-        for i in range(4):
-            offset = block * rows * wm.ROW_BYTES + 16 * i
-            wm.store_shared_16_bytes(wm.add(start, offset), [wm.integer(0)] * 4, hidden)
 
 
 def window_operand(depth: DepthKV) -> jax.Array:
@@ -238,9 +172,9 @@ def group_tiles(staged: jax.Array) -> jax.Array:
     return jnp.swapaxes(staged, 1, 2).reshape(staged.shape[0], staged.shape[2], -1)
 
 
-def filled_rows(tiles: jax.Array, first: jax.Array) -> jax.Array:
-    """[4, rows, columns] with zeros before row `first`: not all of those were loaded."""
-    return jnp.where(jnp.arange(tiles.shape[1])[:, None] >= first, tiles, 0)
+def filled_rows(tiles: jax.Array, first: jax.Array, dtype: Any) -> jax.Array:
+    """[4, rows, columns] in `dtype`, with zeros before row `first`: not all of those were loaded."""
+    return jnp.where(jnp.arange(tiles.shape[1])[:, None] >= first, tiles.astype(dtype), 0)
 
 
 def depth_boxes(shape: DepthShape, group: jax.Array, column: jax.Array) -> Iterator[tuple[int, int, Any]]:

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -47,7 +48,6 @@ from pallas_kernels.mosaic_gpu.depth.chunk import (
     LOG2E,
     SCALAR,
     Window,
-    clear_rows,
     compiler_params,
     depth_boxes,
     filled_rows,
@@ -60,16 +60,15 @@ from pallas_kernels.mosaic_gpu.depth.chunk import (
     load_chunk,
     pad_for_interpreter,
     pad_group,
-    query_fragments,
     registers,
     scalar,
-    score_fragments,
     thread_array,
     thread_values,
     unpad_group,
     window_operand,
     write_heads,
 )
+from pallas_kernels.mosaic_gpu.depth.entry_tiles import entry_tiles
 from pallas_kernels.mosaic_gpu.depth.tiles import (
     COLUMNS,
     SWIZZLE,
@@ -82,6 +81,7 @@ from pallas_kernels.mosaic_gpu.depth.tiles import (
     forward_tiles,
     most_heads,
     padded_group,
+    ring_swizzle,
     tile_heads,
 )
 from pallas_kernels.operands import Call
@@ -96,7 +96,8 @@ class ForwardWarpTile:
         heads = 2 * shape.head_blocks  # of one thread
         self.count = 2 * heads + 4 * shape.steps * shape.head_blocks
         self.layout = registers(self.count)
-        self.tile_bytes = shape.column_blocks * tiles.rows * wm.ROW_BYTES
+        self.entries = entry_tiles(shape, tiles.rows, dtype)
+        self.tile_bytes = self.entries.tile_bytes
         self.query_bytes = shape.column_blocks * shape.query_rows * wm.ROW_BYTES
 
     def start(self) -> Any:
@@ -116,10 +117,10 @@ class ForwardWarpTile:
 
     def step(self, ring: Any, queries: Any, stage: Any, first: Any, state: Any) -> Any:
         """One chunk; returns the new state."""
-        shape, rows, dtype = self.shape, self.tiles.rows, self.dtype
-        ref = plgpu.RefType((SWIZZLE,))
+        shape, rows, dtype, entries = self.shape, self.tiles.rows, self.dtype, self.entries
+        refs = plgpu.RefType((ring_swizzle(shape),)), plgpu.RefType((SWIZZLE,))
 
-        @plgpu.inline_mgpu(arg_types=(ref, ref, SCALAR, SCALAR, self.layout), return_type=self._type())
+        @plgpu.inline_mgpu(arg_types=(*refs, SCALAR, SCALAR, self.layout), return_type=self._type())
         def chunk(ctx, ring, queries, stage, first, state):
             del ctx
             stage, first = scalar(stage), scalar(first)
@@ -131,19 +132,17 @@ class ForwardWarpTile:
             values = wm.add(keys, WARPS * self.tile_bytes)
             query = wm.add(wm.shared_address(queries), wm.multiply(stage, self.query_bytes))
             if self.windowed:
-                clear_rows(lane, shape, rows, [keys, values], first)
+                entries.clear_rows(lane, [keys, values], first)
             highest, total, accumulators = self._unflatten(thread_values(state))
 
-            fragments = query_fragments(lane, shape, query)
+            fragments = entries.query_fragments(lane, query)
             logits = []
             for block in range(rows // 16):
-                scores = functools.partial(
-                    score_fragments, shape, rows, keys, lane.a_operand(), fragments, dtype, block
-                )
+                scores = functools.partial(entries.scores, lane, keys, fragments, block)
                 nothing = [[wm.real(0.0)] * 4] * shape.head_blocks
                 numbers = if_loaded(rows, block, first, lambda scores=scores: flat(scores()), flat(nothing))
                 logits.append(like(nothing, iter(numbers)))
-            factor = wm.real(self.scale * LOG2E)
+            factor = wm.real(self.scale * LOG2E * entries.drop / entries.lift)
             lowest = wm.real(-float("inf"))
             for block in range(rows // 16):
                 for half in range(2):
@@ -156,6 +155,8 @@ class ForwardWarpTile:
             for h in range(2 * shape.head_blocks):
                 mine = [logits[block][h // 2][j] for block in range(rows // 16) for j in (h % 2, h % 2 + 2)]
                 peak = wm.reduce_rows(functools.reduce(wm.maximum, mine), wm.maximum)
+                if entries.lift != 1.0:  # so that the exponentials are lifted
+                    peak = wm.arith.subf(peak, wm.real(math.log2(entries.lift)))
                 peak = wm.maximum(peak, highest[h])
                 scales.append(wm.exp2(wm.arith.subf(highest[h], peak)))
                 highest[h] = peak
@@ -172,17 +173,13 @@ class ForwardWarpTile:
                         wm.arith.mulf(x, scales[2 * n + j % 2]) for j, x in enumerate(accumulators[step][n])
                     ]
 
-            place = lane.a_transposed_operand()
-
             def weigh(block, accumulators):
                 """Adds V^T P^T of 16 rows."""
                 probabilities = [
                     [wm.transpose_matrix(wm.pack(c[2 * i], c[2 * i + 1], dtype)) for i in range(2)]
                     for c in logits[block]
                 ]
-                for step in range(shape.steps):
-                    base = wm.add(values, step // 4 * rows * wm.ROW_BYTES)
-                    a = wm.load_matrices(wm.chunk_address(base, place, 16 * block, 2 * (step % 4)), transpose=True)
+                for step, a in enumerate(entries.transposed(lane, values, block)):
                     for n in range(shape.head_blocks):
                         accumulators[step][n] = wm.mma_k16(accumulators[step][n], a, probabilities[n], dtype)
                 return flat(accumulators)
@@ -195,8 +192,13 @@ class ForwardWarpTile:
 
         return chunk(ring, queries, stage, first, state)
 
-    def finish(self, state: Any, ring: Any, stage: Any, group: Any, out_ref: Any, lse_ref: Any, *rest_ref: Any) -> None:
-        """Writes what the state has come to; to `rest_ref`, if given, what rounding takes from out."""
+    def finish(
+        self, state: Any, staging: Any, stage: Any, group: Any, out_ref: Any, lse_ref: Any, *rest_ref: Any
+    ) -> None:
+        """Writes what the state has come to; to `rest_ref`, if given, what rounding takes from out.
+
+        By way of `staging`: the ring, whose stage was the last; or memory of its own, where entries have 8 bits.
+        """
         shape = self.shape
 
         @plgpu.inline_mgpu(
@@ -204,16 +206,21 @@ class ForwardWarpTile:
                 self.layout, plgpu.RefType((SWIZZLE,)), SCALAR, SCALAR, (plgpu.RefType(),) * (2 + len(rest_ref))
             )
         )  # fmt: skip
-        def write(ctx, state, ring, stage, group, refs):
+        def write(ctx, state, staging, stage, group, refs):
             del ctx
             out, lse, *rest = refs
             lane = wm.Lane()
             highest, total, accumulators = self._unflatten(thread_values(state))
             tile = wm.add(wm.multiply(scalar(group), WARPS), lane.warp)
-            staging = wm.add(
-                wm.add(wm.shared_address(ring), wm.multiply(scalar(stage), 2 * WARPS * self.tile_bytes)),
-                wm.multiply(lane.warp, self.tile_bytes),
-            )
+            if shape.narrow:
+                rows_bytes = shape.column_blocks * 8 * shape.head_blocks * wm.ROW_BYTES
+                staging = wm.add(wm.shared_address(staging), wm.multiply(lane.warp, rows_bytes))
+                wm.warp_barrier()  # the last group's rows have been read
+            else:
+                staging = wm.add(
+                    wm.add(wm.shared_address(staging), wm.multiply(scalar(stage), 2 * WARPS * self.tile_bytes)),
+                    wm.multiply(lane.warp, self.tile_bytes),
+                )
             zero, lowest = wm.real(0.0), wm.real(-float("inf"))
             writes = wm.both(wm.less(tile, shape.tiles), wm.less(lane.row, 1))
             lse_address = wm.global_address(lse)
@@ -222,6 +229,8 @@ class ForwardWarpTile:
                 sum_ = wm.reduce_rows(total[h], wm.arith.addf)
                 seen = wm.arith.cmpf(wm.arith.CmpFPredicate.OGT, sum_, zero)
                 inverse.append(wm.select(seen, wm.reciprocal(sum_), zero))
+                if self.entries.drop != 1.0:
+                    inverse[h] = wm.arith.mulf(inverse[h], wm.real(self.entries.drop))
                 value = wm.arith.mulf(wm.arith.addf(highest[h], wm.log2(sum_)), wm.real(LN2))
                 head = wm.add(lane.column, 8 * (h // 2) + h % 2)
                 index = wm.add(wm.multiply(tile, shape.tile_heads), head)
@@ -235,13 +244,13 @@ class ForwardWarpTile:
                     accumulators[step][n] = [
                         wm.arith.mulf(x, inverse[2 * n + j % 2]) for j, x in enumerate(accumulators[step][n])
                     ]
-            write_heads(lane, shape, accumulators, staging, wm.global_address(out), tile, self.dtype, None)
+            write_heads(lane, self.entries, accumulators, staging, wm.global_address(out), tile, None)
             if rest:
                 wm.warp_barrier()  # out has been read from the staging rows
                 rests = [[self._rest(c) for c in step] for step in accumulators]
-                write_heads(lane, shape, rests, staging, wm.global_address(rest[0]), tile, self.dtype, None)
+                write_heads(lane, self.entries, rests, staging, wm.global_address(rest[0]), tile, None)
 
-        write(state, ring, stage, group, (out_ref, lse_ref, *rest_ref))
+        write(state, staging, stage, group, (out_ref, lse_ref, *rest_ref))
 
     def _rest(self, c: list) -> list:
         """What rounding takes from the numbers of a C fragment."""
@@ -282,7 +291,7 @@ class ForwardInterpretedTile:
         """One chunk; returns the new state."""
         highest, total, out = state
         query = group_queries(self.shape, queries[stage])  # [4, G, H]
-        key, value = (filled_rows(group_tiles(ring[stage, i]), first) for i in range(2))  # [4, rows, H]
+        key, value = (filled_rows(group_tiles(ring[stage, i]), first, self.dtype) for i in range(2))  # [4, rows, H]
         logits = jnp.einsum("wgh,wsh->wgs", query, key, preferred_element_type=jnp.float32) * (self.scale * LOG2E)
         logits = jnp.where(jnp.arange(self.tiles.rows) < first, -jnp.inf, logits)
         peak = jnp.maximum(highest, logits.max(axis=-1))
@@ -291,9 +300,11 @@ class ForwardInterpretedTile:
         add = jnp.einsum("wgs,wsh->wgh", p.astype(self.dtype), value, preferred_element_type=jnp.float32)
         return peak, total * alpha + p.sum(axis=-1), out * alpha[..., None] + add
 
-    def finish(self, state: Any, ring: Any, stage: Any, group: Any, out_ref: Any, lse_ref: Any, *rest_ref: Any) -> None:
+    def finish(
+        self, state: Any, staging: Any, stage: Any, group: Any, out_ref: Any, lse_ref: Any, *rest_ref: Any
+    ) -> None:
         """Writes what the state has come to; to `rest_ref`, if given, what rounding takes from out."""
-        del ring, stage
+        del staging, stage
         highest, total, out = state
         seen = total > 0
         out = out * jnp.where(seen, 1 / jnp.where(seen, total, 1.0), 0.0)[..., None]
@@ -313,12 +324,14 @@ class ForwardInterpretedTile:
                 lse_ref[rows] = lse[w]
 
 
-def _body(shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_offset: int, windowed: bool):
+def _body(
+    shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_offset: int, windowed: bool, outputs: int
+):
     rows, stages = tiles.rows, tiles.stages
     group_rows = WARPS * shape.tile_heads
 
     def depth_forward_kernel(q_ref, k_ref, v_ref, window_ref, *refs):
-        *out_refs, ring, queries, loaded = refs
+        out_refs, (ring, queries, *staging, loaded) = refs[:outputs], refs[outputs:]
         block = lax.axis_index("block")
         window = Window(window_ref)
         length = window.length
@@ -365,7 +378,7 @@ def _body(shape: DepthShape, tiles: DepthTiles, blocks: int, compute: Any, slot_
 
             state = lax.fori_loop(0, chunks, chunk_loop, compute.start())
             last = lax.rem(lax.max((turn + 1) * chunks - 1, 0), stages)
-            compute.finish(state, ring, last, block + turn * blocks, *out_refs)
+            compute.finish(state, *(staging or [ring]), last, block + turn * blocks, *out_refs)
             return None
 
         lax.fori_loop(0, groups, group_loop, None)
@@ -401,7 +414,8 @@ def depth_forward(
         part = depth_forward(wider, with_rest=with_rest, tiles=tiles, blocks=blocks, interpret=interpret)
         return jax.tree.map(lambda x: unpad_group(x, num_kv_heads, group_size), part)
     heads = tile_heads(group_size, most)
-    shape = DepthShape(batch * length, depth.slots, num_heads, num_kv_heads, head_dim, heads)
+    narrow = depth.key.dtype != query.dtype
+    shape = DepthShape(batch * length, depth.slots, num_heads, num_kv_heads, head_dim, heads, narrow)
     tiles = tiles or forward_tiles(shape, windowed=depth.start is not None)
     scratch = forward_scratch(shape, tiles, query.dtype)
     check_shared_memory("depth forward", shape, tiles, scratch)
@@ -414,7 +428,7 @@ def depth_forward(
     compute = tile(shape, tiles, call.scale, query.dtype, depth.start is not None)
     out_type = jax.ShapeDtypeStruct((shape.tokens * num_heads, head_dim), query.dtype)
     kernel = plgpu.kernel(
-        _body(shape, tiles, blocks, compute, tiles.rows if interpret else 0, depth.start is not None),
+        _body(shape, tiles, blocks, compute, tiles.rows if interpret else 0, depth.start is not None, 2 + with_rest),
         out_type=(
             out_type,
             jax.ShapeDtypeStruct((shape.tokens * num_heads,), jnp.float32),

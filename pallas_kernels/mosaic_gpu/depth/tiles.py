@@ -18,6 +18,7 @@ MAX_TILE_HEADS = 16  # query heads of a tile: two n = 8 blocks of an mma
 WIDE_HEAD_DIM = 128  # beyond it a tile has one such block: two would not leave room for a chunk's gradients
 COLUMNS = 64  # columns of a swizzled shared-memory row: 128 bytes
 SWIZZLE = plgpu.SwizzleTransform(128)
+NARROW_SWIZZLE = plgpu.SwizzleTransform(64)  # of rows of 64 entries of 8 bits
 FRESH, SMALL_BUFFERS, FLOAT_BUFFERS = "fresh", "16-bit buffers", "float32 buffers"  # how gradients come
 
 
@@ -46,6 +47,7 @@ class DepthShape:
     num_kv_heads: int
     head_dim: int
     tile_heads: int  # query heads of a tile
+    narrow: bool = False  # entries of K and V have 8 bits
 
     @property
     def tiles_per_kv_head(self) -> int:
@@ -91,7 +93,7 @@ class DepthShape:
     def kernel_name(self, name: str, tiles: DepthTiles) -> str:
         """The name with shapes (T is B * T) and tiles: it is what errors and profiles of a GPU show."""
         numbers = "x".join(str(x) for x in dataclasses.astuple(tiles))
-        heads = f"N{self.num_heads}_K{self.num_kv_heads}_H{self.head_dim}"
+        heads = f"N{self.num_heads}_K{self.num_kv_heads}_H{self.head_dim}" + ("_float8" if self.narrow else "")
         return f"{name}_T{self.tokens}_S{self.slots}_{heads}_tiles_{numbers}"
 
     def ring_shape(self, tiles: DepthTiles, parts: int) -> tuple[int, ...]:
@@ -121,13 +123,25 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(SWIZZLE,))
 
 
+def ring_swizzle(shape: DepthShape) -> Any:
+    """Of the ring: a row of 64 entries is one period."""
+    return NARROW_SWIZZLE if shape.narrow else SWIZZLE
+
+
+def _ring(shape: DepthShape, tiles: DepthTiles, parts: int, dtype: Any) -> Any:
+    """Shared memory of the ring, whose entries are of 8 bits or of the queries' dtype."""
+    dtype = jnp.float8_e4m3fn if shape.narrow else dtype
+    return plgpu.SMEM(shape.ring_shape(tiles, parts), dtype, transforms=(ring_swizzle(shape),))
+
+
 def forward_scratch(shape: DepthShape, tiles: DepthTiles, dtype: Any) -> dict[str, Any]:
-    """Scratch types of one block of the forward kernel."""
-    copies = (1 + 2 * WARPS) * shape.column_blocks
+    """Scratch types of one block of the forward kernel. Rows of entries of 8 bits are no place to stage `out` in."""
+    columns = shape.column_blocks
     return {
-        "ring": swizzled(shape.ring_shape(tiles, 2), dtype),
-        "queries": swizzled((tiles.stages, shape.column_blocks, shape.query_rows, COLUMNS), dtype),
-        "loaded": plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
+        "ring": _ring(shape, tiles, 2, dtype),
+        "queries": swizzled((tiles.stages, columns, shape.query_rows, COLUMNS), dtype),
+        **({"staging": swizzled((WARPS, columns, 8 * shape.head_blocks, COLUMNS), dtype)} if shape.narrow else {}),
+        "loaded": plgpu.Barrier(num_arrivals=(1 + 2 * WARPS) * columns, num_barriers=tiles.stages),
     }
 
 
@@ -138,7 +152,8 @@ def backward_scratch(
     columns, parts = shape.column_blocks, ring_parts(gradients, deferred)
     copies = 2 + (2 + parts * WARPS) * columns
     scratch = {
-        "ring": swizzled(shape.ring_shape(tiles, parts), dtype),
+        "ring": _ring(shape, tiles, 2 if shape.narrow else parts, dtype),
+        **({"gradients": swizzled(_gradient_rows(shape, tiles, parts), dtype)} if shape.narrow else {}),
         "queries": swizzled((tiles.stages, 2, columns, shape.query_rows, COLUMNS), dtype),
         "statistics": plgpu.SMEM((tiles.stages, 2, shape.statistics), jnp.float32),
         **({} if deferred else {"staging": swizzled((WARPS, columns, 8 * shape.head_blocks, COLUMNS), dtype)}),
@@ -147,6 +162,14 @@ def backward_scratch(
     if gradients == FRESH:
         scratch["blank"] = swizzled((tiles.rows, COLUMNS), dtype)
     return scratch
+
+
+def _gradient_rows(shape: DepthShape, tiles: DepthTiles, parts: int) -> tuple[int, ...]:
+    """Where the gradients of entries of 8 bits are made: a ring of their own beside the entries', of the old ones that
+    are loaded; or 16 rows of each warp."""
+    if parts == 4:
+        return shape.ring_shape(tiles, 2)
+    return (1, 2, WARPS, shape.column_blocks, 16, COLUMNS)
 
 
 def ring_parts(gradients: str, deferred: bool = False) -> int:

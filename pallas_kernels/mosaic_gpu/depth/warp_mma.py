@@ -12,7 +12,8 @@ Fragments, with r = lane // 4 and c = lane % 4 (PTX ISA, "Matrix fragments for m
     C [16, 8]: four f32, (r, 2c), (r, 2c + 1), (r + 8, 2c), (r + 8, 2c + 1)
 
 Tiles lie in shared memory as TMA writes them with a 128-byte swizzle: rows of 128 bytes (64 elements), the 16-byte
-chunk number exclusive-or'ed with the row number modulo 8; tiles start at multiples of 1024 bytes.
+chunk number exclusive-or'ed with the row number modulo 8; tiles start at multiples of 1024 bytes. Entries of 8 bits:
+see `entry_tiles`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
@@ -274,6 +276,30 @@ def load_shared_16_bytes(address: Value) -> tuple[Value, ...]:
     )
 
 
+def load_shared_8_bytes(address: Value) -> tuple[Value, ...]:
+    """Two i32."""
+    return mgpu_utils.inline_ptx(
+        "ld.shared.v2.b32 {$0, $1}, [$2];", address, result_types=(i32(),) * 2, has_side_effects=True
+    )
+
+
+def store_shared_word(address: Value, word: Value) -> None:
+    """One i32."""
+    mgpu_utils.inline_ptx("st.shared.b32 [$0], $1;", address, word, has_side_effects=True)
+
+
+def bytes_of(low: Value, high: Value, places: int) -> Value:
+    """Four bytes of two i32, of which `low` has bytes 0 to 3; places: a digit for each, the last byte's first."""
+    return mgpu_utils.inline_ptx(f"prmt.b32 $0, $1, $2, 0x{places:04x};", low, high, result_types=i32())
+
+
+def multiply_pairs(pair: Value, factor: float, dtype: Any) -> Value:
+    """Both 16-bit numbers of a packed pair times a number that the dtype holds."""
+    half = int(np.asarray(factor, jnp.dtype(dtype)).view(np.uint16))
+    factors = integer(half << 16 | half)
+    return mgpu_utils.inline_ptx(f"mul.rn.{element(dtype)}x2 $0, $1, $2;", pair, factors, result_types=i32())
+
+
 def store_shared_16_bytes(address: Value, words: Sequence[Value], predicate: Value) -> None:
     """Four i32, where the predicate holds."""
     mgpu_utils.inline_ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", address, *words, predicate=predicate)
@@ -349,6 +375,11 @@ class Lane:
     def a_transposed_operand(self) -> Place:
         """A [16, 16] stored [K rows, M columns], for `load_matrices(transpose=True)`."""
         return self.place(add(self._in_matrix, shift_left(self._high, 3)), self._low)
+
+    def narrow_operand(self) -> tuple[Value, Value]:
+        """(row, 16-byte chunk) of A [16, 32] of bytes, for `load_matrices`: of K along its rows or, transposed, down
+        its columns."""
+        return add(self._in_matrix, shift_left(self._low, 3)), self._high
 
     def wide_operand(self, first_row: Value | int = 0) -> Place:
         """8 rows x 32 columns from `first_row`: two K = 16 steps of B [N, K]; transposed, four B [K, N]."""

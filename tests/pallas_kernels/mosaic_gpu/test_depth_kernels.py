@@ -25,15 +25,19 @@ TOLERANCE = {"bfloat16": 8e-3, "float16": 1e-3}  # relative L2 error against flo
 def draw(batch, tokens, num_heads, num_kv_heads, head_dim, slots, filled, dtype, seed=0):
     """query, dout, depth_key, depth_value (NaN in slots that are not seen), lse, delta.
 
-    `filled` is how many slots are seen from the first on, or the window (start, length) of those that are.
+    `filled` is how many slots are seen from the first on, or the window (start, length) of those that are. `dtype` may
+    be a pair: the queries', and the depth entries'.
 
     lse is that of the seen slots and of other, random keys. A random lse alone would not do: P > 1, which no softmax
     has, overflows float16 (seen on the chip: dS above 65504 and a dquery that is not finite).
     """
+    dtype, entries = dtype if isinstance(dtype, tuple) else (dtype, dtype)
     keys = jax.random.split(jax.random.key(seed), 6)
     heads = (batch, tokens, num_heads)
     query, dout = (jax.random.normal(k, (*heads, head_dim), dtype) for k in keys[:2])
     depth = [jax.random.normal(k, (batch, tokens, slots, num_kv_heads, head_dim), dtype) for k in keys[2:4]]
+    if entries != dtype:  # with small numbers among them, which are subnormal
+        depth = [jnp.where(jnp.arange(head_dim) % 16 == 5, x * 2**-7, x).astype(entries) for x in depth]
     seen = window(filled)
     depth = [jnp.full_like(x, jnp.nan).at[:, :, seen].set(x[:, :, seen]) for x in depth]
     logits = np.einsum("btkgh,btskh->btkgs", grouped(query, num_kv_heads), wide(depth[0])[:, :, seen]) * SCALE
@@ -94,7 +98,7 @@ def backward_oracle(query, dout, key, value, lse, delta, filled):
 
 
 def check(name, got, want, dtype):
-    got = wide(got)
+    got, dtype = wide(got), dtype[0] if isinstance(dtype, tuple) else dtype
     assert np.isfinite(got).all(), f"{name} is not finite at {np.argwhere(~np.isfinite(got))[0]}"
     error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
     worst = np.unravel_index(np.abs(got - want).argmax(), want.shape)
@@ -106,6 +110,7 @@ def check_races():
         assert not gpu_callbacks.get_races().races_found
 
 
+FLOAT8 = jnp.float8_e4m3fn
 # B, T, N, K, H, S, filled, dtype, tiles of the forward
 FORWARD = [
     (1, 5, 4, 2, 64, 5, 5, jnp.bfloat16, None),
@@ -117,6 +122,8 @@ FORWARD = [
     (1, 5, 4, 4, 64, 20, (5, 13), jnp.bfloat16, DepthTiles(16, 2, 1)),
     (1, 3, 4, 2, 64, 60, (10, 50), jnp.float16, DepthTiles(32, 2, 1)),
     (1, 2, 12, 1, 256, 18, 17, jnp.bfloat16, None),
+    (1, 5, 4, 2, 64, 40, (3, 37), (jnp.float16, FLOAT8), None),
+    (1, 3, 4, 2, 128, 20, 17, (jnp.bfloat16, FLOAT8), None),
 ]
 LARGE_FORWARD = [
     (1, 1024, 16, 8, 64, 64, 64, jnp.bfloat16, None),
@@ -132,6 +139,10 @@ LARGE_FORWARD = [
     (1, 333, 16, 8, 64, 70, (0, 5), jnp.bfloat16, DepthTiles(32, 2, 3)),
     (1, 333, 16, 8, 256, 70, 37, jnp.bfloat16, None),
     (1, 129, 24, 1, 136, 40, (3, 39), jnp.float16, None),
+    (1, 777, 16, 8, 64, 70, 37, (jnp.bfloat16, FLOAT8), None),
+    (1, 777, 64, 8, 64, 70, (5, 70), (jnp.float16, FLOAT8), None),
+    (2, 129, 16, 8, 128, 130, 129, (jnp.bfloat16, FLOAT8), None),
+    (1, 333, 34, 1, 64, 16, 16, (jnp.bfloat16, FLOAT8), None),
 ]
 
 
@@ -176,6 +187,9 @@ BACKWARD = [
     (1, 3, 4, 2, 64, 60, (10, 50), jnp.float16, None, True, DepthTiles(32, 2, 1)),
     (1, 2, 2, 2, 256, 18, 17, jnp.bfloat16, jnp.bfloat16, True, None),
     (1, 2, 12, 1, 160, 17, 17, jnp.float16, None, False, None),
+    (1, 3, 4, 2, 64, 40, 37, (jnp.bfloat16, FLOAT8), jnp.bfloat16, True, None),
+    (1, 3, 4, 4, 64, 20, (3, 19), (jnp.float16, FLOAT8), None, False, None),
+    (1, 2, 2, 2, 128, 18, 17, (jnp.bfloat16, FLOAT8), jnp.float32, True, None),
 ]
 LARGE_BACKWARD = [
     (1, 1024, 16, 8, 64, 64, 64, jnp.bfloat16, None, False, None),
@@ -199,6 +213,9 @@ LARGE_BACKWARD = [
     (1, 333, 16, 8, 256, 70, 51, jnp.bfloat16, None, True, None),
     (1, 333, 16, 8, 256, 70, 51, jnp.bfloat16, jnp.bfloat16, True, None),
     (1, 129, 24, 1, 136, 70, (5, 37), jnp.float16, jnp.float32, False, None),
+    (2, 513, 16, 8, 64, 70, 70, (jnp.bfloat16, FLOAT8), jnp.bfloat16, False, None),
+    (1, 777, 64, 8, 64, 70, (5, 37), (jnp.float16, FLOAT8), None, True, None),
+    (2, 100, 16, 8, 128, 130, 129, (jnp.bfloat16, FLOAT8), jnp.float32, True, None),
 ]
 
 
@@ -210,6 +227,9 @@ DEFERRED = [
     (1, 2, 20, 1, 64, 18, 17, jnp.bfloat16, jnp.bfloat16, True, None, 2, True),
     (1, 3, 16, 2, 64, 40, 33, jnp.bfloat16, jnp.bfloat16, False, None, None, False),
     (1, 2, 20, 1, 64, 18, 17, jnp.float16, jnp.float32, True, None, 3, False),
+    (1, 3, 4, 2, 64, 40, 37, (jnp.bfloat16, FLOAT8), jnp.bfloat16, True, None, 33, True),
+    (1, 3, 16, 2, 64, 40, 33, (jnp.float16, FLOAT8), jnp.float16, False, None, None, False),
+    (1, 3, 2, 2, 128, 18, (2, 17), (jnp.bfloat16, FLOAT8), jnp.float32, False, None, 9, True),
 ]
 LARGE_DEFERRED = [
     (2, 513, 16, 8, 64, 70, 70, jnp.bfloat16, jnp.bfloat16, True, None, 64, True),
@@ -222,6 +242,11 @@ LARGE_DEFERRED = [
     (2, 513, 64, 8, 64, 70, 64, jnp.bfloat16, jnp.bfloat16, False, None, None, False),
     (1, 129, 48, 1, 80, 70, 40, jnp.bfloat16, jnp.float32, False, None, None, False),
     (1, 129, 64, 4, 64, 70, 0, jnp.bfloat16, jnp.bfloat16, False, None, None, False),
+    (2, 513, 16, 8, 64, 70, 70, (jnp.bfloat16, FLOAT8), jnp.bfloat16, True, None, 64, True),
+    (2, 513, 64, 8, 64, 70, 64, (jnp.bfloat16, FLOAT8), jnp.bfloat16, False, None, None, False),
+    (1, 777, 16, 8, 64, 70, (5, 51), (jnp.float16, FLOAT8), jnp.float16, False, None, 30, True),
+    (2, 100, 16, 4, 128, 130, 129, (jnp.bfloat16, FLOAT8), jnp.bfloat16, True, None, 120, True),
+    (2, 333, 16, 8, 64, 70, 51, (jnp.bfloat16, FLOAT8), jnp.float32, True, None, 45, True),
 ]
 
 
@@ -233,7 +258,7 @@ def run_backward(case):
     buffers = None
     if buffer_dtype is not None:
         buffers = [jnp.asarray(rng.standard_normal(key.shape), buffer_dtype) for _ in range(2)]
-    added = jnp.asarray(rng.standard_normal(query.shape), dtype) if adds else None
+    added = jnp.asarray(rng.standard_normal(query.shape), query.dtype) if adds else None
 
     @jax.jit
     def run(query, key, value, filled, dout, lse, delta, buffers, added):
@@ -261,7 +286,7 @@ def run_backward(case):
         np.testing.assert_array_equal(wide(got[1 + i])[:, :, hidden], before[:, :, hidden])
     for name, x, y in zip(("dquery", "ddepth_key", "ddepth_value"), got, want, strict=True):
         check(name, x, y, dtype)
-    assert {x.dtype for x in got[1:]} == {jnp.dtype(dtype if buffers is None else buffer_dtype)}
+    assert {x.dtype for x in got[1:]} == {jnp.dtype(query.dtype if buffers is None else buffer_dtype)}
     return run, arguments, returned
 
 
@@ -319,6 +344,23 @@ def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
             assert f"moda_depth_backward{name}_slots_T" in text
 
 
+def test_the_kernels_of_a_step_with_entries_of_8_bits_lower_for_cuda():
+    heads, depth = (2, 47, 4), (2, 47, 12, 2, 64)
+    query, rows = jax.ShapeDtypeStruct((*heads, 64), jnp.bfloat16), jax.ShapeDtypeStruct(heads, jnp.float32)
+    entries, buffer = jax.ShapeDtypeStruct(depth, FLOAT8), jax.ShapeDtypeStruct(depth, jnp.bfloat16)
+    ends = None, jax.ShapeDtypeStruct((), jnp.int32)
+
+    def step(query, key, value, ends, *arguments):
+        out = forward(query, key, value, ends, interpret=False)
+        run = functools.partial(backward, query, key, value, ends, *arguments, interpret=False)
+        return out, run(deferred=3), run(query_gradient=False)
+
+    traced = jax.jit(step).trace(query, entries, entries, ends, (query, rows, rows), (buffer, buffer))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("forward", "backward_accumulate_deferred", "backward_accumulate_slots"):
+        assert f"moda_depth_{name}_T94_S12_N4_K2_H64_float8_tiles" in text
+
+
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
@@ -326,12 +368,14 @@ def test_every_kernel_lowers_for_cuda(group, slots, head_dim):
         ({"head_dim": 258}, "head_dim=258: expected an even number up to 256"),
         ({"head_dim": 61}, "head_dim=61"),
         ({"slots": 513}, "513 depth slots"),
+        ({"entries": FLOAT8, "head_dim": 32}, r"head_dim=32 with depth entries in float8_e4m3fn: expected one of"),
+        ({"entries": jnp.float32}, "depth entries in float32: expected bfloat16, the query's, or float8_e4m3fn"),
     ],
 )
 def test_what_is_not_taken(facts, message):
-    def check(dtype=jnp.bfloat16, head_dim=64, slots=8):
+    def check(dtype=jnp.bfloat16, head_dim=64, slots=8, entries=None):
         query = jax.ShapeDtypeStruct((1, 1, 4, head_dim), dtype)
-        depth = jax.ShapeDtypeStruct((1, 1, slots, 2, head_dim), dtype)
+        depth = jax.ShapeDtypeStruct((1, 1, slots, 2, head_dim), dtype if entries is None else entries)
         implementation.check_supported(Call(query, depth=DepthKV(depth, depth)))
 
     check()
@@ -366,12 +410,12 @@ def test_tiles_that_do_not_fit_are_refused_with_shape_and_tiles():
 
 def test_tiles_fit_for_every_shape():
     """And a multiprocessor loads one chunk while it works on another, of the same block or of another one."""
-    for head_dim in (8, 64, 80, 128, 136, 256):
+    for head_dim, narrow in [*((size, False) for size in (8, 64, 80, 128, 136, 256)), (64, True), (128, True)]:
         most, stages = depth_tiles.most_heads(head_dim), 2 if head_dim <= 128 else 1
         for group in (1, 2, 3, 5, 8, 16, 32):
             for slots in (1, 16, 70, 512):
                 heads = depth_tiles.tile_heads(group, most)
-                shape = depth_tiles.DepthShape(100, slots, 2 * group, 2, head_dim, heads)
+                shape = depth_tiles.DepthShape(100, slots, 2 * group, 2, head_dim, heads, narrow)
                 tiles = depth_tiles.forward_tiles(shape)
                 scratch = depth_tiles.forward_scratch(shape, tiles, jnp.bfloat16)
                 assert (

@@ -26,7 +26,7 @@ class Chip:
         self.shape, self.tiles, self.memory = shape, tiles, Memory(MAX_SHARED_BYTES)
         Emulator(self.memory).install(monkeypatch, warp_mma, [forward, tile_module, chunk_module])
         self.dims = shape.ring_shape(tiles, parts)
-        self.ring = self.memory.share(2 * int(np.prod(self.dims)))
+        self.ring = self.memory.share((1 if shape.narrow else 2) * int(np.prod(self.dims)))
 
     def swizzled(self, ref, start, rows):
         """Indices into shared memory, as 16-bit numbers, of [rows, 64] from byte `start` of a reference."""
@@ -35,17 +35,27 @@ class Chip:
         return line * COLUMNS + chunk * 8 + np.arange(COLUMNS) % 8
 
     def cells(self, stage, part, warp):
-        """Indices of a tile, [rows, columns]."""
+        """Indices of a tile, [rows, columns], as numbers of the entries' size."""
         blocks = []
         for c in range(self.shape.column_blocks):
-            start = 2 * int(np.ravel_multi_index((stage, part, warp, c, 0, 0), self.dims))
-            blocks.append(self.swizzled(self.ring, start, self.tiles.rows))
+            start = int(np.ravel_multi_index((stage, part, warp, c, 0, 0), self.dims))
+            if self.shape.narrow:
+                blocks.append(self.narrowly_swizzled(start, self.tiles.rows))
+            else:
+                blocks.append(self.swizzled(self.ring, 2 * start, self.tiles.rows))
         return np.concatenate(blocks, axis=1)
+
+    def narrowly_swizzled(self, start, rows):
+        """Indices of bytes, of rows of 64 of them: the 16-byte chunk's number changes with every second row."""
+        row = np.arange(rows)[:, None] + (self.ring.address + start) // 64
+        chunk = (np.arange(COLUMNS) // 16) ^ (row // 2 % 4)
+        return row * COLUMNS + chunk * 16 + np.arange(COLUMNS) % 16
 
     def put(self, cells, values):
         padded = np.zeros(cells.shape, values.dtype)
         padded[:, : values.shape[1]] = values
-        self.memory.shared.view(np.uint16)[cells] = padded.view(np.uint16)
+        unsigned = np.uint8 if values.dtype.itemsize == 1 else np.uint16
+        self.memory.shared.view(unsigned)[cells] = padded.view(unsigned)
 
     def get(self, cells, dtype):
         return self.memory.shared.view(np.uint16)[cells].view(dtype)[:, : self.shape.head_dim]
@@ -65,6 +75,8 @@ def make(dtype, shape, seed):
     low = lambda x: x.astype(DTYPES[dtype])  # noqa: E731
     heads = [low(real(tiles, g, h)) for _ in range(2)]
     depth = [low(real(tiles, s, h)) for _ in range(2)]
+    if shape.narrow:  # a column of small numbers, which are subnormal in 8 bits
+        depth = [(x * np.where(np.arange(h) % 16 == 5, 2.0**-7, 1)).astype(ml_dtypes.float8_e4m3fn) for x in depth]
     logits = np.einsum("wgh,wsh->wgs", heads[0].astype(np.float64), depth[0].astype(np.float64)) * SCALE
     # As after a merge with other keys: no P is above 1. A random lse would let P and dS overflow float16.
     lse = np.logaddexp(real(tiles, g) + 3, np.logaddexp.reduce(logits, axis=-1)).astype(np.float32)
@@ -107,6 +119,13 @@ CASES = [
     ("float16", 8, 128, (20, 50), 32, "16-bit buffers"),
     ("bfloat16", 2, 80, (9, 20), 16, "float32 buffers"),
 ]
+# Entries of 8 bits.
+NARROW = [
+    ("bfloat16", 2, 64, 37, 32, "16-bit buffers"),
+    ("float16", 16, 64, (3, 37), 32, "16-bit buffers"),
+    ("bfloat16", 12, 128, 50, 32, "float32 buffers"),
+    ("bfloat16", 8, 64, 7, 16, "16-bit buffers"),
+]
 DEFERRED = [
     # ..., the first slot that gets a gradient
     ("bfloat16", 2, 64, 37, 32, "16-bit buffers", 31),
@@ -115,18 +134,27 @@ DEFERRED = [
     ("bfloat16", 3, 80, (2, 37), 32, "float32 buffers", 30),
     ("float16", 2, 64, 33, 32, "float32 buffers", 33),
 ]
+NARROW_DEFERRED = [
+    ("bfloat16", 2, 64, 37, 32, "16-bit buffers", 31),
+    ("float16", 8, 128, (3, 50), 32, "16-bit buffers", 21),
+    ("bfloat16", 3, 64, 37, 32, "float32 buffers", 30),
+]
 
 
-@pytest.mark.parametrize(("dtype", "heads", "head_dim", "length", "rows"), [case[:5] for case in CASES])
-def test_forward(monkeypatch, dtype, heads, head_dim, length, rows):
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_dim", "length", "rows", "narrow"),
+    [*((*case[:5], False) for case in CASES), *((*case[:5], True) for case in NARROW)],
+)
+def test_forward(monkeypatch, dtype, heads, head_dim, length, rows, narrow):
     begin, length = length if isinstance(length, tuple) else (0, length)
-    shape = DepthShape(1, length, WARPS * heads, WARPS, head_dim, heads)
+    shape = DepthShape(1, length, WARPS * heads, WARPS, head_dim, heads, narrow)
     tiles = DepthTiles(rows, 2, 1)
     chip = Chip(monkeypatch, shape, tiles, 2)
     (query, _), (key, value), _, _ = make(dtype, shape, 0)
     loaded = hidden(begin, key, value)
     key, value = key[:, begin:], value[:, begin:]
     queries = chip.memory.share(2 * 2 * shape.column_blocks * shape.query_rows * COLUMNS)
+    staging = chip.memory.share(WARPS * shape.column_blocks * 8 * shape.head_blocks * 128) if narrow else chip.ring
     out = np.full((WARPS * heads, head_dim), np.nan, DTYPES[dtype])
     lse = np.full(WARPS * heads, np.nan, np.float32)
     compute = forward.ForwardWarpTile(shape, tiles, SCALE, dtype, windowed=begin > 0)
@@ -141,7 +169,7 @@ def test_forward(monkeypatch, dtype, heads, head_dim, length, rows):
                 chip.put(chip.cells(stage, part, w)[start:], padded[slot + rows + start : slot + 2 * rows])
         state = compute.step(chip.ring, queries, stage, first, state)
     rest = np.full_like(out, np.nan)
-    compute.finish(state, chip.ring, stage, 0, *(chip.memory.place(x) for x in (out, lse, rest)))
+    compute.finish(state, staging, stage, 0, *(chip.memory.place(x) for x in (out, lse, rest)))
     logits = np.einsum("wgh,wsh->wgs", query.astype(np.float64), key.astype(np.float64)) * SCALE
     p = np.exp(logits - logits.max(-1, keepdims=True))
     want = np.einsum("wgs,wsh->wgh", p / p.sum(-1, keepdims=True), value.astype(np.float64))
@@ -153,14 +181,19 @@ def test_forward(monkeypatch, dtype, heads, head_dim, length, rows):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "heads", "head_dim", "length", "rows", "gradients", "deferred", "queries"),
-    [*((*case, None, True) for case in CASES), *((*case, True) for case in DEFERRED), (*CASES[3], None, False)],
-)
-def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, gradients, deferred, queries):
+    ("dtype", "heads", "head_dim", "length", "rows", "gradients", "deferred", "queries", "narrow"),
+    [
+        *((*case, None, True, False) for case in CASES), *((*case, True, False) for case in DEFERRED),
+        (*CASES[3], None, False, False), *((*case, None, True, True) for case in NARROW),
+        *((*case, True, True) for case in NARROW_DEFERRED), (*NARROW[0], None, False, True),
+    ],
+)  # fmt: skip
+def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, gradients, deferred, queries, narrow):
     begin, length = length if isinstance(length, tuple) else (0, length)
-    shape = DepthShape(1, length, WARPS * heads, WARPS, head_dim, heads)
+    shape = DepthShape(1, length, WARPS * heads, WARPS, head_dim, heads, narrow)
     tiles = DepthTiles(rows, 1, 1)
-    parts = 4 if gradients == "16-bit buffers" and deferred is None else 2
+    loads_old = gradients == "16-bit buffers" and deferred is None
+    parts = 4 if loads_old and not narrow else 2  # of the ring
     given = begin if deferred is None else max(begin, deferred)  # the first slot that gets a gradient
     chip = Chip(monkeypatch, shape, tiles, parts)
     (query, dout), (key, value), lse, delta = make(dtype, shape, 1)
@@ -168,6 +201,17 @@ def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, gradients, 
     key, value = key[:, begin:], value[:, begin:]
     rows_of_heads = chip.memory.share(2 * 2 * shape.column_blocks * shape.query_rows * COLUMNS)
     statistics = chip.memory.share(2 * shape.statistics * 4)
+    made = chip.ring  # where gradients are made
+    if narrow:
+        made = chip.memory.share(2 * 2 * WARPS * shape.column_blocks * (rows if loads_old else 16) * COLUMNS)
+
+    def made_cells(operand, warp):
+        if not narrow:
+            return chip.cells(0, operand + parts - 2, warp)
+        blocks = range(shape.column_blocks)
+        starts = [128 * rows * ((operand * WARPS + warp) * shape.column_blocks + c) for c in blocks]
+        return np.concatenate([chip.swizzled(made, start, rows) for start in starts], axis=1)
+
     staging = chip.memory.share(WARPS * shape.column_blocks * 8 * shape.head_blocks * 128)
     for i, x in enumerate((lse, delta)):
         start = (statistics.address + 4 * i * shape.statistics) // 4
@@ -189,21 +233,22 @@ def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, gradients, 
     state = compute.start()
     for _, slot, first in chunks_of(begin, length, rows):
         start = rows // 2 if first >= rows // 2 and rows == 32 else 0
-        loaded = operands + ([x[0].swapaxes(0, 1) for x in old] if parts == 4 else [])
+        loaded = operands + ([x[0].swapaxes(0, 1) for x in old] if loads_old else [])
         for part, x in enumerate(loaded):
             for w in range(WARPS):
+                cells = chip.cells(0, part, w) if part < 2 else made_cells(part - 2, w)
                 padded = np.concatenate([np.zeros((rows, head_dim), x.dtype), x[w]])
-                chip.put(chip.cells(0, part, w)[start:], padded[slot + rows + start : slot + 2 * rows])
+                chip.put(cells[start:], padded[slot + rows + start : slot + 2 * rows])
         place = (0, first, slot, 0, min(max(given - slot, first), rows))
         by_threads = gradients == "float32 buffers" or deferred is not None
-        state = compute.step(chip.ring, rows_of_heads, statistics, place, targets if by_threads else (), state)
+        state = compute.step(chip.ring, made, rows_of_heads, statistics, place, targets if by_threads else (), state)
         if not by_threads and first > 0:
-            compute.store(chip.ring, place, targets)
+            compute.store(made, place, targets)
         elif not by_threads:  # by TMA
             for i in range(2):
                 for w in range(WARPS):
-                    new[i][0, slot : slot + rows, w] = chip.get(chip.cells(0, i + parts - 2, w), DTYPES[dtype])
-    ring_or_staging = staging if deferred is None else chip.ring
+                    new[i][0, slot : slot + rows, w] = chip.get(made_cells(i, w), DTYPES[dtype])
+    ring_or_staging = staging if deferred is None else made
     compute.finish(state, ring_or_staging, 0, 0, chip.memory.place(dq), chip.memory.place(added))
 
     q, do, k, v = (x.astype(np.float64) for x in (query, dout, key, value))
