@@ -254,8 +254,6 @@ def depth_backward(
         )
     if depth.deferred is not None and buffers is None:
         raise NotImplementedError("depth backward: slots whose gradients are deferred, but no buffers for the others")
-    if buffers is None and depth.key.dtype != query.dtype:  # entries of 8 bits are no place to make gradients in
-        buffers = tuple(jnp.zeros_like(x, query.dtype) for x in (depth.key, depth.value))
     if interpret is None:
         interpret = warpgroup.default_interpret()
     group_size, most = num_heads // num_kv_heads, most_heads(head_dim)

@@ -76,8 +76,7 @@ class DepthVariant:
 
     @property
     def staged(self) -> bool:
-        """Whether the gradients are made in 16 rows of each warp's own: there is no room for them in rows of 8-bit
-        entries, and no old ones are loaded beside."""
+        """Whether the gradients are made in 16 rows of each warp's own: rows of 8-bit entries have no room for them."""
         return self.shape.narrow and self.by_threads
 
     @property
@@ -294,7 +293,7 @@ class BackwardWarpTile:
     def _gradient_tiles(self, lane: wm.Lane, gradients: Any, stage: Any) -> tuple[Any, Any]:
         """Shared-memory addresses of where this warp makes dK and dV: over K and V, or over the old ones.
 
-        With entries of 8 bits, in memory of their own: over the old ones, or in 16 rows for one block after the other.
+        With entries of 8 bits, in memory of their own: a tile of a stage, or 16 rows for one block after the other.
         """
         if not self.shape.narrow:
             first = wm.add(self._tile(lane, gradients, stage), (self.spec.parts - 2) * WARPS * self.tile_bytes)

@@ -150,10 +150,11 @@ def backward_scratch(
 ) -> dict[str, Any]:
     """Scratch types of one block of the backward kernel; `gradients`: FRESH, SMALL_BUFFERS or FLOAT_BUFFERS."""
     columns, parts = shape.column_blocks, ring_parts(gradients, deferred)
+    by_threads = deferred or gradients == FLOAT_BUFFERS
     copies = 2 + (2 + parts * WARPS) * columns
     scratch = {
         "ring": _ring(shape, tiles, 2 if shape.narrow else parts, dtype),
-        **({"gradients": swizzled(_gradient_rows(shape, tiles, parts), dtype)} if shape.narrow else {}),
+        **({"gradients": swizzled(_gradient_rows(shape, tiles, by_threads), dtype)} if shape.narrow else {}),
         "queries": swizzled((tiles.stages, 2, columns, shape.query_rows, COLUMNS), dtype),
         "statistics": plgpu.SMEM((tiles.stages, 2, shape.statistics), jnp.float32),
         **({} if deferred else {"staging": swizzled((WARPS, columns, 8 * shape.head_blocks, COLUMNS), dtype)}),
@@ -164,12 +165,10 @@ def backward_scratch(
     return scratch
 
 
-def _gradient_rows(shape: DepthShape, tiles: DepthTiles, parts: int) -> tuple[int, ...]:
-    """Where the gradients of entries of 8 bits are made: a ring of their own beside the entries', of the old ones that
-    are loaded; or 16 rows of each warp."""
-    if parts == 4:
-        return shape.ring_shape(tiles, 2)
-    return (1, 2, WARPS, shape.column_blocks, 16, COLUMNS)
+def _gradient_rows(shape: DepthShape, tiles: DepthTiles, by_threads: bool) -> tuple[int, ...]:
+    """Where the gradients of entries of 8 bits are made: a ring beside the entries', into which old ones are loaded; or
+    16 rows of each warp, from where threads add them."""
+    return (1, 2, WARPS, shape.column_blocks, 16, COLUMNS) if by_threads else shape.ring_shape(tiles, 2)
 
 
 def ring_parts(gradients: str, deferred: bool = False) -> int:

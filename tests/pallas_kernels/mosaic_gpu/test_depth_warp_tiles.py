@@ -124,7 +124,7 @@ NARROW = [
     ("bfloat16", 2, 64, 37, 32, "16-bit buffers"),
     ("float16", 16, 64, (3, 37), 32, "16-bit buffers"),
     ("bfloat16", 12, 128, 50, 32, "float32 buffers"),
-    ("bfloat16", 8, 64, 7, 16, "16-bit buffers"),
+    ("bfloat16", 8, 64, 7, 16, "fresh"),
 ]
 DEFERRED = [
     # ..., the first slot that gets a gradient
@@ -192,6 +192,7 @@ def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, gradients, 
     begin, length = length if isinstance(length, tuple) else (0, length)
     shape = DepthShape(1, length, WARPS * heads, WARPS, head_dim, heads, narrow)
     tiles = DepthTiles(rows, 1, 1)
+    by_threads = gradients == "float32 buffers" or deferred is not None
     loads_old = gradients == "16-bit buffers" and deferred is None
     parts = 4 if loads_old and not narrow else 2  # of the ring
     given = begin if deferred is None else max(begin, deferred)  # the first slot that gets a gradient
@@ -203,7 +204,7 @@ def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, gradients, 
     statistics = chip.memory.share(2 * shape.statistics * 4)
     made = chip.ring  # where gradients are made
     if narrow:
-        made = chip.memory.share(2 * 2 * WARPS * shape.column_blocks * (rows if loads_old else 16) * COLUMNS)
+        made = chip.memory.share(2 * 2 * WARPS * shape.column_blocks * (16 if by_threads else rows) * COLUMNS)
 
     def made_cells(operand, warp):
         if not narrow:
@@ -240,7 +241,6 @@ def test_backward(monkeypatch, dtype, heads, head_dim, length, rows, gradients, 
                 padded = np.concatenate([np.zeros((rows, head_dim), x.dtype), x[w]])
                 chip.put(cells[start:], padded[slot + rows + start : slot + 2 * rows])
         place = (0, first, slot, 0, min(max(given - slot, first), rows))
-        by_threads = gradients == "float32 buffers" or deferred is not None
         state = compute.step(chip.ring, made, rows_of_heads, statistics, place, targets if by_threads else (), state)
         if not by_threads and first > 0:
             compute.store(made, place, targets)
