@@ -76,6 +76,13 @@ class Operation:
         drequest, more = vjp(dresult)
         return drequest, tuple(d + m.astype(d.dtype) for d, m in zip(dbuffers, more, strict=True))
 
+    def gradients(
+        self, request: tuple, result: PyTree, saved: PyTree, stream: Stream, shared: tuple, dresult: PyTree
+    ) -> tuple[tuple, tuple[Array, ...]]:
+        """`backward` where nothing came before: the request's gradient, and that of the stream's entries."""
+        zeros = tuple(jnp.zeros_like(array) for array in stream.differentiated)
+        return self.backward(request, result, saved, stream, shared, dresult, zeros)
+
     def gradient_group(self, request: tuple, stream: Stream, shared: tuple) -> int:
         """How many layers had better have their gradients of older slots added together, by `add_deferred`."""
         del request, stream, shared
@@ -184,7 +191,7 @@ class SoftmaxAttention(Operation):
         stream: Stream,
         shared: tuple,
         dresult: PyTree,
-        dbuffers: tuple[Array, ...],
+        dbuffers: tuple[Array, ...] | None,
         first: Array | None,
     ) -> tuple[tuple, tuple[Array, ...], tuple[Array, Upstream] | None]:
         """As `Operation.backward_deferred`; the query, and what of the softmax its gradients need, are what waits."""
@@ -208,6 +215,20 @@ class SoftmaxAttention(Operation):
         )
         dbuffers = dbuffers if call.depth is None else tuple(sums)
         return (dquery, dkey, dvalue), dbuffers, None if first is None else (call.query, upstream)
+
+    def gradients(
+        self,
+        request: tuple,
+        result: PyTree,
+        saved: Array | None,
+        stream: Stream,
+        shared: tuple,
+        dresult: PyTree,
+    ) -> tuple[tuple, tuple[Array, ...]]:
+        """As `Operation.gradients`; the kernels write them all, also where they are 0."""
+        if not (self.reads_slots and stream.slots):
+            return super().gradients(request, result, saved, stream, shared, dresult)
+        return self.backward(request, result, saved, stream, shared, dresult, None)
 
     def add_deferred(
         self, waiting: list[tuple[Array, Upstream]], stream: Stream, dbuffers: tuple[Array, ...]
@@ -271,8 +292,7 @@ def _own_forward(operation: Operation, request: tuple, stream: Stream, shared: t
 
 def _own_backward(operation: Operation, residuals: tuple, dresult: PyTree) -> tuple:
     request, result, saved, stream, shared = residuals
-    zeros = tuple(jnp.zeros_like(array) for array in stream.differentiated)
-    drequest, dbuffers = operation.backward(request, result, saved, stream.bare(), shared, dresult, zeros)
+    drequest, dbuffers = operation.gradients(request, result, saved, stream.bare(), shared, dresult)
     return drequest, stream.cotangent(dbuffers), None
 
 
