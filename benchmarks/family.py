@@ -48,7 +48,7 @@ def model_fields(name: str, *, toy: bool) -> dict[str, Any]:
 
 
 def stream_bytes(config: TransformerConfig) -> tuple[int, int]:
-    """Of one token, in 16 bits: (all its slots, what its reads of them move forward, summed over the layers)."""
+    """Of one token, computed in 16 bits: (all its slots, what its reads move forward, summed over the layers)."""
     import jax
     import jax.numpy as jnp
 
@@ -62,7 +62,7 @@ def stream_bytes(config: TransformerConfig) -> tuple[int, int]:
         return last.begin(config, jnp.zeros((1, 1, config.width), jnp.bfloat16))[1].buffers
 
     slots = mechanism.slots(config)
-    held = sum(2 * buffer.size for buffer in jax.eval_shape(begin))
+    held = sum(buffer.size * buffer.dtype.itemsize for buffer in jax.eval_shape(begin))
     return held, held // slots * mechanism.slots_read(config) if slots else 0
 
 

@@ -201,10 +201,11 @@ def synthetic_batch(config: Config) -> Any:
 
 
 def _depth_bytes(config: Config) -> int:
-    """Of the depth stream's keys and values, and of their gradient, in the 16-bit compute dtype."""
+    """Of the depth stream's keys and values, and of their gradient in the 16-bit compute dtype."""
     model = config.model
     entries = config.train.batch_size * config.data.sequence_length * model.depth_slots
-    return 2 * 2 * entries * model.num_kv_heads * model.head_dim * 2
+    entry_bytes = 2 if model.moda.entry_dtype is None else 1
+    return 2 * entries * model.num_kv_heads * model.head_dim * (entry_bytes + 2)
 
 
 def extra_bytes(result: dict[str, Any], row1: dict[str, Any]) -> int:

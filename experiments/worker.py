@@ -175,8 +175,9 @@ def result_of(
 def decode_bytes(config: TransformerConfig) -> dict[str, int]:
     """Bytes that decoding keeps: for every token of the text, and for the token that is being decoded alone."""
     size = 4 if config.dtype == "float32" else 2
-    entry = 2 * config.num_kv_heads * config.head_dim * size
-    return {"cache_bytes_per_token": config.num_layers * entry, "depth_bytes": config.depth_slots * entry}
+    numbers = 2 * config.num_kv_heads * config.head_dim
+    slots = config.depth_slots * numbers * (size if config.moda.entry_dtype is None else 1)
+    return {"cache_bytes_per_token": config.num_layers * numbers * size, "depth_bytes": slots}
 
 
 def _median(entries: list[dict[str, Any]], key: str) -> float | None:

@@ -82,8 +82,9 @@ class MoDASection(Section):
             from its document's first token. 1: its own alone. More with those options only for which one op computes
             the whole softmax (`one_softmax`).
         entry_dtype: how entries are kept. None: in the compute dtype; "float8_e4m3fn": rounded to 8 bits when they are
-            written, their gradients straight through: half the bytes for every layer that reads them. With those
-            options only with which one op computes the whole softmax.
+            written, their gradients straight through: half the bytes for every layer that reads them. Without a scale:
+            one for each entry and head lowers the error of the depth part's output from 3.1 to 2.8 % (docs/mechanisms).
+            With those options only with which one op computes the whole softmax.
     """
 
     ffn_kv: bool = True

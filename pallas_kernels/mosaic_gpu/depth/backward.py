@@ -23,6 +23,8 @@ Gradients come in three ways:
                      of several whose gradients of older slots are then added together: one more pass over K, V and the
                      buffers, whose queries are those of all of these layers, side by side as heads of the same KV
                      heads. That pass gives no dq.
+Entries of 8 bits (`entry_tiles`): their rows have no room for gradients. Those are made in a ring beside, over the old
+    ones if these are loaded, or, where threads add them, in 16 rows of each warp. Not timed yet.
 Arithmetic: warp-level mma, slots on the M side: S^T = K q^T and dP^T = V dout^T (accumulators float32); P^T and dS^T,
     rounded to the inputs' dtype, are at once the A operands of dV = P^T dout and dK = dS^T q (contraction over 8
     heads); dq^T += K^T dS^T.

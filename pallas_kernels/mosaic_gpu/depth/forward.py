@@ -19,6 +19,8 @@ Residents: a ring of `stages` chunks (K, V of four tiles, q of the group). `out`
 Arithmetic: warp-level mma with the slots on the M side and the heads (padded to 8) on the N side: S^T = K q^T, then
     out^T += V^T P^T. No product is masked away, and no warp waits for another inside a tile. Accumulators, running
     maximum and sum are float32, in registers; P is rounded to the inputs' dtype; exponentials are base 2.
+Entries of 8 bits: boxes of 64-byte rows; fragments are made of bytes in registers (`entry_tiles`), about 7 integer
+    instructions for 4 entries; `out` goes through memory of its own. K and V are half the bytes. Not timed yet.
 Bytes: B*T*(2*n*K + 2*N)*H*2 + 4*B*T*N.
 FLOPs: 4*B*T*N*n*H, 2*G for each byte of K and V: memory-bound on an H200 (206 FLOP a byte) for any G in use.
 Benchmark: T = 16384, K = 8, H = 64, S = 64, G = 8: 2.42 GB, 0.58 ms at 4.2 TB/s; measured 0.59 ms.
