@@ -6,9 +6,9 @@
 
 moda_REST is MoDA with one of its open questions answered in another way: REST is own_kv (no FFN entry), window, hybrid,
 stride, top (8 slots at most, or every fourth layer), chunk (a token reads the slots of the earlier tokens of its chunk
-of 16, by XLA alone), null_slot, entry_bias, separate (two softmaxes and a gate), writer_norm, reader_norm,
-reader_norm_unrotated (the key's treatment). All are pre-norm, which every mechanism knows: `--config.model.norm=post`
-is OLMo 2's. All else is configs/small.py's.
+of 16, by XLA alone), float8 (entries in 8 bits), null_slot, entry_bias, separate (two softmaxes and a gate),
+writer_norm, reader_norm, reader_norm_unrotated (the key's treatment). All are pre-norm, which every mechanism knows:
+`--config.model.norm=post` is OLMo 2's. All else is configs/small.py's.
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +23,7 @@ MODA = {
     "stride": {"read": "stride"},
     "top": {"read": "top"},
     "chunk": {"chunk": 16},
+    "float8": {"entry_dtype": "float8_e4m3fn"},
     "null_slot": {"null_slot": True},
     "entry_bias": {"entry_bias": True},
     "separate": {"softmax": "separate"},

@@ -29,7 +29,7 @@ SMALL = ("48_pre", "48_post", "48_pre_depth", "48_post_depth", "48_pre_depth_ffn
          "24_post", "24_post_depth", "24_post_depth_ffn")  # fmt: skip
 FAMILY = (*MECHANISMS, *(f"moda_{name}" for name in (
     "own_kv", "window", "hybrid", "stride", "top", "null_slot", "entry_bias", "separate", "writer_norm", "reader_norm",
-    "reader_norm_unrotated",
+    "reader_norm_unrotated", "float8",
 )))  # fmt: skip
 # Layers: parameters in millions, without depth, of all and of all but the embedding and the head.
 DEPTHBENCH = {
