@@ -15,7 +15,7 @@ from moda_jax.config import TransformerConfig
 MESH = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
 MESHES = {"moda, chunk": {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}}  # the tokens of a chunk stay together
 # What else reads or writes in a way of its own, a few that cover it. They take most of a minute each.
-COVERING = ("depth_attention", "mudd", "moda, per-head norm of the writer", "moda, chunk")
+COVERING = ("depth_attention", "mudd", "moda, per-head norm of the writer", "moda, chunk", "moda, float8")
 MODELS = FULL | {name: CASES[name] for name in COVERING}
 MODELS |= {"value_mixing": {"depth": "value_mixing", "value_mixing": {"stride": 1}}}
 # There the heads' results together are a sub-layer's input.
