@@ -167,7 +167,7 @@ def token_attention(
 
     def body(*refs):
         refs = list(refs)
-        given = _Refs(*refs[:6], *(refs[6:9] if has_entry else (None,) * 3), **size)
+        given = Given(*refs[:6], *(refs[6:9] if has_entry else (None,) * 3), **size)
         refs = refs[9 if has_entry else 6 :]
         cache_refs, refs = refs[:2], refs[2:]
         slot_refs, refs = (refs[:2], refs[2:]) if has_slots else (None, refs)
@@ -186,7 +186,7 @@ def token_attention(
             @pl.when(lax.div(place, jnp.int32(PART)) == part)
             def _own():
                 for ref, halves in zip(cache_refs, given.own(head), strict=True):
-                    _store(ref, (head, place), halves, dtype)
+                    store(ref, (head, place), halves, dtype)
 
         @pl.when(part == parts)
         def _slots():
@@ -200,7 +200,7 @@ def token_attention(
             _attend(given, head, part, *(rows or (None, None)), count, new, out_ref, lse_ref)
             for i, entry in enumerate(new if has_slots else ()):
                 for ref, halves in zip(slot_refs, entry, strict=True):
-                    _store(ref, (count + i, head), halves, dtype)
+                    store(ref, (count + i, head), halves, dtype)
 
     shape = (num_heads, padded, 2, HALF)
     out, lse = plgpu.kernel(
@@ -212,7 +212,7 @@ def token_attention(
         **options,
     )(*operands, *references, *counts)
     merged = plgpu.kernel(
-        functools.partial(_merge, parts + 1),
+        functools.partial(merge, parts + 1),
         out_type=jax.ShapeDtypeStruct((num_heads, 2, HALF), dtype),
         grid=(num_heads,),
         grid_names=("head",),
@@ -227,7 +227,7 @@ def token_attention(
 Halves = list  # of a row, two vectors [32] float32; of rows, two [rows, 32]
 
 
-class _Refs(NamedTuple):
+class Given(NamedTuple):
     """What a program reads besides keys and values; vectors of a head as `Halves`, the same in every warp."""
 
     raw_blocks: Any
@@ -285,7 +285,7 @@ class _Refs(NamedTuple):
         return [half.astype(self.dtype).astype(jnp.float32) for half in rotated]
 
 
-def _attend(given: _Refs, head, part, key, value, count, new, out_ref, lse_ref) -> None:
+def _attend(given: Given, head, part, key, value, count, new, out_ref, lse_ref) -> None:
     """A part of the softmax: of rows below `count` of key and value, if there are any, and of new entries."""
     group = given.N // given.K
     for g, query in enumerate(given.queries(head)):
@@ -293,13 +293,13 @@ def _attend(given: _Refs, head, part, key, value, count, new, out_ref, lse_ref) 
         logits = [jnp.sum(key_new[0] * query[0] + key_new[1] * query[1]) for key_new, _ in new]
         peak = functools.reduce(jnp.maximum, logits, jnp.float32(LOWEST))
         if key is not None:
-            rows = jnp.sum(_spread(query[0], key[0], 1) * key[0] + _spread(query[1], key[1], 1) * key[1], axis=1)
+            rows = jnp.sum(spread(query[0], key[0], 1) * key[0] + spread(query[1], key[1], 1) * key[1], axis=1)
             seen = plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=OF_ROWS) < count
             rows = jnp.where(seen, rows, -jnp.inf)
             peak = jnp.maximum(peak, jnp.max(rows, axis=0))
             weights = jnp.exp2(rows - peak)
             total = jnp.sum(weights, axis=0)
-            wide = _spread(weights, key[0], 0)
+            wide = spread(weights, key[0], 0)
             out = [jnp.sum(wide * half, axis=0) for half in value]
         else:
             total, out = jnp.float32(0.0), [half * 0.0 for half in query]
@@ -308,18 +308,18 @@ def _attend(given: _Refs, head, part, key, value, count, new, out_ref, lse_ref) 
             total += weight
             out = [o + weight * half for o, half in zip(out, value_new, strict=True)]
         inverse = 1.0 / jnp.maximum(total, 1e-30)
-        _store(out_ref, (n, part), [half * inverse for half in out], jnp.float32)
+        store(out_ref, (n, part), [half * inverse for half in out], jnp.float32)
         lse_ref[n, part] = out[0] * 0.0 + (peak + jnp.log2(total))
 
 
-def _merge(parts: int, out_ref, lse_ref, merged_ref) -> None:
+def merge(parts: int, out_ref, lse_ref, merged_ref) -> None:
     """One head's parts as one."""
     head = lax.axis_index("head")
     lse = plgpu.load(lse_ref.at[head], layout=LAYOUT, optimized=False)  # [padded, 32], the same in all columns
     real = plgpu.broadcasted_iota(jnp.int32, lse.shape, 0, layout=LAYOUT) < parts
     lse = jnp.where(real, lse, -jnp.inf)
     peak = jnp.max(lse, axis=0)  # finite: the token sees itself
-    weights = jnp.exp2(lse - _spread(peak, lse, 1))
+    weights = jnp.exp2(lse - spread(peak, lse, 1))
     total = jnp.sum(weights, axis=0)
     for half in range(2):
         out = plgpu.load(out_ref.at[head, :, half], layout=LAYOUT, optimized=False)
@@ -338,10 +338,10 @@ def _vector(ref, row) -> Halves:
     return [half.astype(jnp.float32) for half in halves]
 
 
-def _store(ref, index, halves: Halves, dtype) -> None:
+def store(ref, index, halves: Halves, dtype) -> None:
     for i, half in enumerate(halves):
         ref[(*index, i)] = half.astype(dtype)
 
 
-def _spread(vector, like, dimension: int):
+def spread(vector, like, dimension: int):
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, like.shape, (dimension,)), LAYOUT)
