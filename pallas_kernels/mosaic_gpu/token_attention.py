@@ -103,6 +103,12 @@ def padded_slots(slots: int) -> int:
     return -(-slots // ROWS) * ROWS
 
 
+def slots_shape(rows: int, slots: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """[S, K, H] of the buffers for so many slots of the one row."""
+    del rows
+    return padded_slots(slots), num_kv_heads, head_dim
+
+
 # Jitted, so that the layers of an unrolled model share what is traced and lowered.
 @functools.partial(jax.jit, static_argnames=("epsilon", "interpret"))
 @in_default_modes
@@ -293,13 +299,13 @@ def _attend(given: Given, head, part, key, value, count, new, out_ref, lse_ref) 
         logits = [jnp.sum(key_new[0] * query[0] + key_new[1] * query[1]) for key_new, _ in new]
         peak = functools.reduce(jnp.maximum, logits, jnp.float32(LOWEST))
         if key is not None:
-            rows = jnp.sum(spread(query[0], key[0], 1) * key[0] + spread(query[1], key[1], 1) * key[1], axis=1)
+            rows = jnp.sum(_spread(query[0], key[0], 1) * key[0] + _spread(query[1], key[1], 1) * key[1], axis=1)
             seen = plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=OF_ROWS) < count
             rows = jnp.where(seen, rows, -jnp.inf)
             peak = jnp.maximum(peak, jnp.max(rows, axis=0))
             weights = jnp.exp2(rows - peak)
             total = jnp.sum(weights, axis=0)
-            wide = spread(weights, key[0], 0)
+            wide = _spread(weights, key[0], 0)
             out = [jnp.sum(wide * half, axis=0) for half in value]
         else:
             total, out = jnp.float32(0.0), [half * 0.0 for half in query]
@@ -319,7 +325,7 @@ def merge(parts: int, out_ref, lse_ref, merged_ref) -> None:
     real = plgpu.broadcasted_iota(jnp.int32, lse.shape, 0, layout=LAYOUT) < parts
     lse = jnp.where(real, lse, -jnp.inf)
     peak = jnp.max(lse, axis=0)  # finite: the token sees itself
-    weights = jnp.exp2(lse - spread(peak, lse, 1))
+    weights = jnp.exp2(lse - _spread(peak, lse, 1))
     total = jnp.sum(weights, axis=0)
     for half in range(2):
         out = plgpu.load(out_ref.at[head, :, half], layout=LAYOUT, optimized=False)
@@ -339,9 +345,10 @@ def _vector(ref, row) -> Halves:
 
 
 def store(ref, index, halves: Halves, dtype) -> None:
+    """To a row of a [..., 2, 32]."""
     for i, half in enumerate(halves):
         ref[(*index, i)] = half.astype(dtype)
 
 
-def spread(vector, like, dimension: int):
+def _spread(vector, like, dimension: int):
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, like.shape, (dimension,)), LAYOUT)

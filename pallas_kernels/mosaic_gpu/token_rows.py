@@ -2,8 +2,8 @@
 
 Equations: those of `token_attention`, for every row of a batch by itself; all rows have n places filled.
 
-Grid: (B K P,), one warpgroup each: a row, a KV head with its G query heads, and a P-th of the filled places, in blocks of
-    `BLOCK`. The last part also takes the depth slots, the entry and the token's own key and value. With one part the
+Grid: (B K P,), one warpgroup each: a row, a KV head with its G query heads, and a P-th of the filled places, in blocks
+    of `BLOCK`. The last part also takes the depth slots, the entry and the token's own key and value. With one part the
     output is written at once; else a second kernel, of `token_attention`, merges a head's parts.
 Blocks (TMA boxes): key and value [BLOCK places, H] of [B, K, C, H], 8 KB each, as they lie.
 Loop order: the first blocks are on their way before queries are computed and slots are read; then block by block.
@@ -32,7 +32,8 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.modes import in_default_modes
-from pallas_kernels.mosaic_gpu import matvec, token_attention
+from pallas_kernels.mosaic_gpu import matvec
+from pallas_kernels.mosaic_gpu import token_attention as one_row
 from pallas_kernels.mosaic_gpu import warpgroup as wg_lib
 from pallas_kernels.mosaic_gpu.token_attention import HALF, HEAD_DIM, LOWEST, Given, Token, store
 
@@ -42,9 +43,11 @@ ROWS = 16  # of a block at a time
 SLOT_ROWS = 32  # slots at a time
 PROGRAMS_OF_MULTIPROCESSOR = 4
 FULL = 0.9  # of all turns of the programs: fewer parts will not do
-MOST_PARTS = token_attention.MOST_PARTS
+MOST_PARTS = one_row.MOST_PARTS
 
-LAYOUT = plgpu.Layout.TILED(fragmented_array.Tiling(((ROWS, HEAD_DIM), (ROWS // 4, HEAD_DIM), (8,))), (-5,), (-3, -2), -1)
+LAYOUT = plgpu.Layout.TILED(
+    fragmented_array.Tiling(((ROWS, HEAD_DIM), (ROWS // 4, HEAD_DIM), (8,))), (-5,), (-3, -2), -1
+)
 OF_COLUMNS = LAYOUT.reduce(0)
 OF_ROWS = LAYOUT.reduce(1)
 
@@ -55,14 +58,14 @@ def check_supported(
     """Raises NotImplementedError, with the reason, if the kernels do not take such a step: any number of rows, else as
     `token_attention.check_supported`, where the arguments are."""
     del rows
-    token_attention.check_supported(
+    one_row.check_supported(
         dtype=dtype, rows=1, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, capacity=capacity
     )
 
 
-def padded_slots(slots: int) -> int:
-    """Slots that the buffers must have for so many."""
-    return -(-slots // SLOT_ROWS) * SLOT_ROWS
+def slots_shape(rows: int, slots: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """[B, K, S, H] of the buffers for so many slots."""
+    return rows, num_kv_heads, -(-slots // SLOT_ROWS) * SLOT_ROWS, head_dim
 
 
 def num_parts(programs: int, capacity: int, multiprocessors: int) -> int:
@@ -80,7 +83,7 @@ def num_parts(programs: int, capacity: int, multiprocessors: int) -> int:
 # Jitted, so that the layers of an unrolled model share what is traced and lowered.
 @functools.partial(jax.jit, static_argnames=("epsilon", "parts", "interpret"))
 @in_default_modes
-def token_rows(
+def token_attention(
     token: Token,
     cache: tuple[jax.Array, jax.Array],
     slots: tuple[jax.Array, jax.Array] | None,
@@ -94,9 +97,10 @@ def token_rows(
     """See the equations.
 
     Args:
-        token: as `token_attention` takes it, but raw [B, (N + 2K) H] and entry [B, 2 K H]; all rows share the rotation.
+        token: as `token_attention` takes it, but raw [B, (N + 2K) H] and entry [B, >= 2 K H], of which the last
+            2 K H outputs are the entry; all rows share the rotation.
         cache: key and value [B, K, C, H], the places from n on finite; written in place if the caller gives them away.
-        slots: depth key and value [B, K, S, H], S as `padded_slots` says, the unfilled ones finite; None: the model has
+        slots: depth key and value [B, K, S, H], S as `slots_shape` says, the unfilled ones finite; None: the model has
             none. In place, too.
         length: int32 scalar, n.
         filled: int32 scalar, slots that are filled.
@@ -121,7 +125,7 @@ def token_rows(
     group, dtype = num_heads // num_kv_heads, token.raw.dtype
     params = {
         "approx_math": True, "lowering_semantics": plgpu.LoweringSemantics.Lane,
-        "reduction_scratch_bytes": 4 * 32 * token_attention.LANE_COLUMNS * 4,
+        "reduction_scratch_bytes": 4 * 32 * one_row.LANE_COLUMNS * 4,
         "unsafe_no_auto_barriers": True,  # what is read after it was written in shared memory has a barrier
     }  # fmt: skip
     options = {
@@ -151,7 +155,11 @@ def token_rows(
         row_head, part = wg_lib.divided(lax.axis_index("program"), parts)
         row, head = wg_lib.divided(row_head, num_kv_heads)
         if has_entry:
-            entry = [entry[0].at[row], entry[1].at[row], entry[2]]
+            behind = token.entry.shape[1] // head_dim - 2 * num_kv_heads  # heads of the product before the entry's
+            entry = [
+                entry[0].at[row, pl.ds(behind * head_dim // matvec.BLOCK, num_kv_heads * head_dim // matvec.BLOCK)],
+                entry[1].at[row, pl.ds(behind, 2 * num_kv_heads)], entry[2],
+            ]  # fmt: skip
         given = Given(raw_blocks.at[row], raw.at[row], query_norm, key_norm, cos, sin, *entry, **size)
         place, count = length_ref[0], filled_ref[0]
         last = part == parts - 1
@@ -221,7 +229,7 @@ def token_rows(
                     _store_row(ref.at[row, head, count + i], halves, dtype)
 
     heads = batch * num_heads
-    padded = -(-parts // token_attention.ROWS) * token_attention.ROWS
+    padded = -(-parts // one_row.ROWS) * one_row.ROWS
     whole = jax.ShapeDtypeStruct((heads, 2, HALF), dtype)
     in_parts = (
         jax.ShapeDtypeStruct((heads, padded, 2, HALF), jnp.float32),
@@ -241,7 +249,7 @@ def token_rows(
     )(*operands, *references, *counts)  # fmt: skip
     if parts > 1:
         found = plgpu.kernel(
-            functools.partial(token_attention.merge, parts),
+            functools.partial(one_row.merge, parts),
             out_type=(whole,),
             grid=(heads,),
             grid_names=("head",),
@@ -294,9 +302,7 @@ def _seen(streams: list[_Stream], queries: list, keys: list, values: list, count
 def _finish(stream: _Stream, query: list, new: list, last, streams_ref) -> tuple[list, jax.Array]:
     """What a head's streams and, in the last part, the new entries come to: halves of the output, and the base-2
     log-sum-exp."""
-    logits = [
-        jnp.where(last, jnp.sum(key[0] * query[0] + key[1] * query[1]), -jnp.inf) for key, _ in new
-    ]
+    logits = [jnp.where(last, jnp.sum(key[0] * query[0] + key[1] * query[1]), -jnp.inf) for key, _ in new]
     peak = functools.reduce(jnp.maximum, logits, jnp.max(stream.peak, axis=0))
     scale = jnp.exp2(stream.peak - peak)
     total = jnp.sum(stream.total * scale, axis=0)
@@ -305,9 +311,7 @@ def _finish(stream: _Stream, query: list, new: list, last, streams_ref) -> tuple
     plgpu.commit_smem()
     out = []
     for i in range(2):
-        half = plgpu.load(
-            streams_ref.at[:, pl.ds(i * HALF, HALF)], layout=token_attention.LAYOUT, optimized=False
-        )
+        half = plgpu.load(streams_ref.at[:, pl.ds(i * HALF, HALF)], layout=one_row.LAYOUT, optimized=False)
         out.append(jnp.sum(half, axis=0))
     for logit, (_, value) in zip(logits, new, strict=True):
         weight = jnp.exp2(logit - peak)
