@@ -138,6 +138,9 @@ def token_attention(
         token.query_norm.reshape(-1, 2, HALF), token.key_norm.reshape(-1, 2, HALF), *token.rotation,
     ]  # fmt: skip
     if has_entry:
+        behind = token.entry.shape[1] - 2 * num_kv_heads * head_dim  # outputs before the entry's
+        if behind % matvec.BLOCK:  # it is read in such blocks
+            token, behind = token._replace(entry=token.entry[:, behind:]), 0
         operands += [token.entry.reshape(batch, -1, matvec.BLOCK), token.entry.reshape(batch, -1, 2, HALF)]
         operands += [token.entry_norm.reshape(-1, 2, HALF)]
     counts = (length.reshape(1), filled.reshape(1))
@@ -155,11 +158,9 @@ def token_attention(
         row_head, part = wg_lib.divided(lax.axis_index("program"), parts)
         row, head = wg_lib.divided(row_head, num_kv_heads)
         if has_entry:
-            behind = token.entry.shape[1] // head_dim - 2 * num_kv_heads  # heads of the product before the entry's
-            entry = [
-                entry[0].at[row, pl.ds(behind * head_dim // matvec.BLOCK, num_kv_heads * head_dim // matvec.BLOCK)],
-                entry[1].at[row, pl.ds(behind, 2 * num_kv_heads)], entry[2],
-            ]  # fmt: skip
+            of_key = pl.ds(behind // matvec.BLOCK, num_kv_heads * head_dim // matvec.BLOCK)
+            of_both = pl.ds(behind // head_dim, 2 * num_kv_heads)
+            entry = [entry[0].at[row, of_key], entry[1].at[row, of_both], entry[2]]
         given = Given(raw_blocks.at[row], raw.at[row], query_norm, key_norm, cos, sin, *entry, **size)
         place, count = length_ref[0], filled_ref[0]
         last = part == parts - 1
