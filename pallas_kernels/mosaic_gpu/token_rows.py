@@ -23,6 +23,7 @@ Benchmark: python -m benchmarks.decode --layouts=packed,fused --batches=64.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ STAGES = 3
 ROWS = 16  # of a block at a time
 SLOT_ROWS = 32  # slots at a time
 PROGRAMS_OF_MULTIPROCESSOR = 4
+REDUCTION_BYTES = 4 * 32 * one_row.LANE_COLUMNS * 4
 FULL = 0.9  # of all turns of the programs: fewer parts will not do
 MOST_PARTS = one_row.MOST_PARTS
 
@@ -78,6 +80,17 @@ def num_parts(programs: int, capacity: int, multiprocessors: int) -> int:
         if turns / -(-programs * parts // at_once) >= FULL:
             return parts
     return most
+
+
+def scratch(dtype: jnp.dtype, group: int, has_entry: bool) -> dict[str, Any]:
+    """Shared memory and barriers of a program with G query heads: the ring; rows for the heads' queries at first and
+    for a head's 16 streams at the end, and behind them the new keys and values. Four programs fit, see the tests: an
+    array more, of whatever size, and it would be three."""
+    rows = max(ROWS, group) + 2 * (1 + has_entry)
+    return {
+        "ring": plgpu.SMEM((STAGES, 2, BLOCK, HEAD_DIM), dtype), "vectors": plgpu.SMEM((rows, HEAD_DIM), jnp.float32),
+        "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+    }  # fmt: skip
 
 
 # Jitted, so that the layers of an unrolled model share what is traced and lowered.
@@ -123,9 +136,10 @@ def token_attention(
     interpret = wg_lib.default_interpret() if interpret is None else interpret
     parts = parts or num_parts(batch * num_kv_heads, capacity, wg_lib.multiprocessors())
     group, dtype = num_heads // num_kv_heads, token.raw.dtype
+    held = max(ROWS, group)
     params = {
         "approx_math": True, "lowering_semantics": plgpu.LoweringSemantics.Lane,
-        "reduction_scratch_bytes": 4 * 32 * one_row.LANE_COLUMNS * 4,
+        "reduction_scratch_bytes": REDUCTION_BYTES,
         "unsafe_no_auto_barriers": True,  # what is read after it was written in shared memory has a barrier
     }  # fmt: skip
     options = {
@@ -147,7 +161,8 @@ def token_attention(
     size = dict(N=num_heads, K=num_kv_heads, parts=parts, epsilon=epsilon, dtype=dtype)
 
     def body(*refs):
-        *refs, ring, query_ref, streams_ref, loaded = refs
+        *refs, ring, vectors, loaded = refs
+        streams_ref, new_ref = vectors.at[pl.ds(0, ROWS)], vectors.at[pl.ds(held, 2 * (1 + has_entry))]
         raw_blocks, raw, query_norm, key_norm, cos, sin, *refs = refs
         entry = [None] * 3
         if has_entry:
@@ -176,11 +191,21 @@ def token_attention(
 
         for number in range(STAGES):
             pl.when(number < blocks)(functools.partial(load, jnp.int32(number)))
+        # All that is computed from the projections comes first, behind the loads. What the end needs of it waits in
+        # shared memory: there the reads would have nothing to hide behind.
+        new = [given.own(head)]
+        if has_entry:
+            new.insert(0, given.entry(head))
+        for i, one in enumerate(new):
+            for j, halves in enumerate(one):
+                _store_row(new_ref.at[2 * i + j], halves, jnp.float32)
+        own_logits = []
         for g, query in enumerate(given.queries(head)):
-            for i, half in enumerate(query):
-                query_ref[g, pl.ds(i * HALF, HALF)] = half
+            _store_row(vectors.at[g], query, jnp.float32)
+            logits = [jnp.sum(key[0] * query[0] + key[1] * query[1]) for key, _ in new]
+            own_logits.append([jnp.where(last, logit, -jnp.inf) for logit in logits])
         plgpu.commit_smem()
-        queries = [plgpu.load(query_ref.at[g], layout=OF_COLUMNS, optimized=False) for g in range(group)]
+        queries = [plgpu.load(vectors.at[g], layout=OF_COLUMNS, optimized=False) for g in range(group)]
         streams = [_Stream.empty() for _ in range(group)]
         if has_slots:
 
@@ -209,11 +234,10 @@ def token_attention(
             return _seen(streams, queries, *tiles, place - (first + number) * BLOCK)
 
         streams = lax.fori_loop(0, blocks, block_loop, streams)
-        new = [given.own(head)]
-        if has_entry:
-            new.insert(0, given.entry(head))
-        for g, (query, stream) in enumerate(zip(given.queries(head), streams, strict=True)):
-            out, lse = _finish(stream, query, new, last, streams_ref)
+        new = [[_halves(new_ref.at[2 * i + j]) for j in range(2)] for i in range(len(new))]
+        values = [value for _, value in new]
+        for g, (stream, logits) in enumerate(zip(streams, own_logits, strict=True)):
+            out, lse = _finish(stream, logits, values, streams_ref)
             n = row * num_heads + head * group + g
             if parts == 1:
                 store(out_refs[0], (n,), out, dtype)
@@ -241,13 +265,10 @@ def token_attention(
         out_type=(whole,) if parts == 1 else in_parts,
         grid=(batch * num_kv_heads * parts,),
         grid_names=("program",),
-        scratch_types=[
-            plgpu.SMEM((STAGES, 2, BLOCK, HEAD_DIM), dtype), plgpu.SMEM((group, HEAD_DIM), jnp.float32),
-            plgpu.SMEM((ROWS, HEAD_DIM), jnp.float32), plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-        ],
+        scratch_types=list(scratch(dtype, group, has_entry).values()),
         kernel_name=f"moda_token_rows_B{batch}_N{num_heads}_K{num_kv_heads}_P{parts}",
         **options,
-    )(*operands, *references, *counts)  # fmt: skip
+    )(*operands, *references, *counts)
     if parts > 1:
         found = plgpu.kernel(
             functools.partial(one_row.merge, parts),
@@ -300,21 +321,18 @@ def _seen(streams: list[_Stream], queries: list, keys: list, values: list, count
     return found
 
 
-def _finish(stream: _Stream, query: list, new: list, last, streams_ref) -> tuple[list, jax.Array]:
-    """What a head's streams and, in the last part, the new entries come to: halves of the output, and the base-2
+def _finish(stream: _Stream, logits: list, values: list, streams_ref) -> tuple[list, jax.Array]:
+    """What a head's streams and the new entries, by logit and value, come to: halves of the output, and the base-2
     log-sum-exp."""
-    logits = [jnp.where(last, jnp.sum(key[0] * query[0] + key[1] * query[1]), -jnp.inf) for key, _ in new]
     peak = functools.reduce(jnp.maximum, logits, jnp.max(stream.peak, axis=0))
     scale = jnp.exp2(stream.peak - peak)
     total = jnp.sum(stream.total * scale, axis=0)
     plgpu.commit_smem()  # the head before has been read
     streams_ref[...] = stream.out * _spread(scale, 0)
     plgpu.commit_smem()
-    out = []
-    for i in range(2):
-        half = plgpu.load(streams_ref.at[:, pl.ds(i * HALF, HALF)], layout=one_row.LAYOUT, optimized=False)
-        out.append(jnp.sum(half, axis=0))
-    for logit, (_, value) in zip(logits, new, strict=True):
+    halves = [streams_ref.at[:, pl.ds(i * HALF, HALF)] for i in range(2)]
+    out = [jnp.sum(plgpu.load(ref, layout=one_row.LAYOUT, optimized=False), axis=0) for ref in halves]
+    for logit, value in zip(logits, values, strict=True):
         weight = jnp.exp2(logit - peak)
         total += weight
         out = [o + weight * half for o, half in zip(out, value, strict=True)]
@@ -324,6 +342,12 @@ def _finish(stream: _Stream, query: list, new: list, last, streams_ref) -> tuple
 
 def _wide(ref) -> jax.Array:
     return plgpu.load(ref, layout=LAYOUT, optimized=False).astype(jnp.float32)
+
+
+def _halves(ref) -> list:
+    """A row of shared memory as `token_attention` has it."""
+    halves = [ref.at[pl.ds(i * HALF, HALF)] for i in range(2)]
+    return [plgpu.load(half, layout=one_row.OF_COLUMNS, optimized=False).astype(jnp.float32) for half in halves]
 
 
 def _store_row(ref, halves: list, dtype) -> None:

@@ -107,6 +107,12 @@ def test_parts_fill_the_multiprocessors(rows, capacity, parts):
     assert kernel.num_parts(8 * rows, capacity, 132) == parts
 
 
+def test_as_many_programs_as_it_counts_on_share_a_multiprocessor():
+    scratch = kernel.scratch(jnp.bfloat16, 2, True)
+    bytes_of_program = warpgroup.shared_bytes(scratch) + kernel.REDUCTION_BYTES + 1024  # what CUDA takes for itself
+    assert kernel.PROGRAMS_OF_MULTIPROCESSOR * bytes_of_program <= 228 * 1024
+
+
 def test_what_it_does_not_take_it_refuses():
     shape = {"dtype": jnp.bfloat16, "rows": 64, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "capacity": 256}
     kernel.check_supported(**shape)
