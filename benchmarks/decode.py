@@ -1,6 +1,6 @@
 """Times decoding: tokens per second of MoDA and of the same model without depth, beside the memory-bandwidth floor.
 
-    python -m benchmarks.decode [--size=700m|toy] [--batches=1,64] [--layouts=scan,unroll,...] [--implementations=xla]
+    python -m benchmarks.decode [--size=700m|toy] [--batches=1,64] [--layouts=packed,fused,...] [--implementations=xla]
 
 A decode step reads every weight once, and every filled place of the cache. The floor is the time in which these bytes
 move at the bandwidth of a measured copy (a copy's bytes count as read and written); the depth stream, which MoDA writes
@@ -8,9 +8,11 @@ and reads anew in every step, is not in it, nor is anything that is computed. `o
 
 Every form in which a step can be compiled is timed (see `moda_jax.inference.decode`): `scan` cuts a layer's weights
 and cache out of a stack, `unroll` compiles each layer, `packed` too, with its matrices side by side; the second word is
-the implementation of attention over the cache. Parameters are random: the time does not depend on them. A timed call is
-one compiled loop over `steps` tokens of every row, after a prompt of `prompt` tokens; within a layout models and
-implementations take turns, and the median of the rounds counts.
+the implementation of attention over the cache. `fused`, which is timed where it is named, is `packed` with the whole
+attention of a step by kernels of its own, whatever the rows (`fused=True` of `decode.decode`); `packed` has them where
+they are the default. Parameters are random: the time does not depend on them. A timed call is one compiled loop over
+`steps` tokens of every row, after a prompt of `prompt` tokens; within a layout models and implementations take turns,
+and the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from pallas_kernels import dispatch
 
 RESULTS = Path(__file__).parent / "results"
 LAYOUTS = ("scan", "unroll", "packed")
+FUSED = "fused"  # one layout more, not timed unless it is named: its kernels do not take every model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +76,14 @@ class Decoder:
     state: decode.DecodeState
     config: TransformerConfig
     prompt: int
+    fused: bool | None
 
     @classmethod
     def start(cls, config: TransformerConfig, batch: int, size: Size, *, layout: str) -> tuple[Decoder, float]:
         """The decoder, and the seconds of a second prompt pass, compiled before."""
         model = model_function(config)
         draw = jax.jit(lambda key: decode.inference_params(split_model(config, key)[1], config))
-        options = {"unroll": layout != "scan", "packed": layout == "packed"}
+        options = {"unroll": layout != "scan", "packed": layout in ("packed", FUSED)}
         params = decode.decode_params(draw(jax.random.key(0)), config, **options)
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, size.prompt)).astype(np.int32)
         options = {"capacity": size.prompt + size.steps, "padded": False}
@@ -90,14 +94,14 @@ class Decoder:
         seconds = time.perf_counter() - began
         keys = row_keys(jax.random.key(0), list(tokens))
         state = decode.start(logits, cache, keys, sampling=GREEDY, vocab_size=config.vocab_size)
-        return cls(model, params, state, config, size.prompt), seconds
+        return cls(model, params, state, config, size.prompt, True if layout == FUSED else None), seconds
 
     def run(self, steps: int, implementation: str) -> float:
         """Seconds of one call of `steps` tokens; the next call starts behind the prompt again."""
         began = time.perf_counter()
         state, tokens = decode.decode(
             self.model, self.params, self.state, num_steps=steps, sampling=GREEDY, vocab_size=self.config.vocab_size,
-            implementation=implementation,
+            implementation=implementation, fused=self.fused,
         )  # fmt: skip
         jax.block_until_ready(tokens)
         seconds = time.perf_counter() - began
@@ -123,7 +127,7 @@ def measure(
     size: Size, batch: int, layout: str, only: tuple[str, ...], rounds: int, bandwidth: float,
     kernels: Path | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row per model and implementation, at one batch and layout, of `LAYOUTS`; `only`: these; `kernels`: a
+    """A row per model and implementation, at one batch and layout, of `LAYOUTS` or `FUSED`; `only`: these; `kernels`: a
     directory for the slowest kernels of each."""
     decoders, contestants = {}, {}
     for name, config in size.models.items():
@@ -206,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times decoding beside the memory-bandwidth floor.")
     parser.add_argument("--size", choices=sizes(), default="700m")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help=f"comma-separated; also {FUSED}")
     parser.add_argument("--implementations", default="", help="comma-separated; by default all that the device runs")
     parser.add_argument("--batches", default="", help="comma-separated; by default the size's")
     parser.add_argument("--kernels", type=Path, default=None, help="profile each form; its slowest kernels go here")
@@ -216,6 +220,9 @@ def main() -> None:
         tuple(filter(None, text.split(",")))
         for text in (arguments.layouts, arguments.implementations, arguments.batches)
     )
+    unknown = set(layouts) - {*LAYOUTS, FUSED}
+    if unknown:
+        parser.error(f"--layouts: got {sorted(unknown)}, expected some of {(*LAYOUTS, FUSED)}")
     for directory in filter(None, (arguments.output, arguments.kernels)):
         directory.mkdir(parents=True, exist_ok=True)
     result = run(arguments.size, arguments.rounds, layouts, names, tuple(map(int, batches)), arguments.kernels)

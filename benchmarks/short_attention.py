@@ -1,6 +1,6 @@
 """Attention over the tokens of an image, forward and backward, by the tiles of its kernels, and cuDNN's beside them.
 
-    python -m benchmarks.short_attention [--batch=512] [--tokens=197] [--heads=3] [--rounds=9]
+    python -m benchmarks.short_attention [--batch=512] [--tokens=197] [--heads=3] [--rounds=9] [--only="dq 2x64x4",...]
 
 A tile is warpgroups x block x stages, as in `pallas_kernels.mosaic_gpu.sequence.tiles`; p: two CTAs on a
 multiprocessor; k: K in registers; iN: a CTA takes N images one after the other. The first of each list is what long
@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.short_attention", description=__doc__.split("\n")[0])
     for name, default in (("batch", 512), ("tokens", 197), ("heads", 3), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", help="contestants by name, separated by commas; default: all")
     options = parser.parse_args(arguments)
     first, default = BackwardTiles(3, 64, 4), BackwardTiles(2, 64, 4, True)
     contestants = {f"forward {name}": functools.partial(forward, tiles) for name, tiles in FORWARD.items()}
@@ -87,6 +88,11 @@ def main(arguments: list[str] | None = None) -> None:
         f"dkv {name}": functools.partial(backward, slice(1, 3), first, BackwardTiles(*t)) for name, t in DKV.items()
     }
     contestants |= {"cudnn forward": cudnn, "cudnn forward and backward": cudnn_both}
+    if options.only:
+        wanted = options.only.split(",")
+        if unknown := [name for name in wanted if name not in contestants]:
+            parser.error(f"--only={','.join(unknown)}: expected some of {', '.join(contestants)}")
+        contestants = {name: contestants[name] for name in wanted}
     print(timing.environment(), flush=True)
     make = functools.partial(draw, (options.batch, options.tokens, options.heads, HEAD_DIM))
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

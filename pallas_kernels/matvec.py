@@ -109,8 +109,17 @@ def xla_matvec(
     found = product(x if input_scale is None else _normed(x, input_scale, epsilon), matrix)
     if not gated:
         return Results(x, None, found)
-    gate, up, rest = jnp.split(found, (gated, 2 * gated), axis=1)
-    return Results(x, jax.nn.silu(gate) * up, rest if rest.shape[1] else None)
+    rest = found[:, 2 * gated :]
+    return Results(x, gate(found, gated), rest if rest.shape[1] else None)
+
+
+def gate(outputs: Array, gated: int) -> Array:
+    """silu(gate) * up, [B, F], of a product's outputs [B, O]: gate, up, and others.
+
+    Args:
+        gated: F.
+    """
+    return jax.nn.silu(outputs[:, :gated]) * outputs[:, gated : 2 * gated]
 
 
 def product(x: Array, matrix: Array) -> Array:

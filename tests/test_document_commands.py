@@ -122,6 +122,7 @@ CHECKED = {
     "-m benchmarks.attention --implementation=triton": A_GPU,
     "-m benchmarks.attention --grid=vision": A_GPU,
     "-m benchmarks.autotune_triton": A_GPU,
+    "-m benchmarks.decode --layouts=packed,fused --batches=64": A_GPU,
     "-m benchmarks.family": A_GPU,
     "-m benchmarks.mesh": GPUS,
     "-m benchmarks.pictures": "draws the committed pictures anew, over them",

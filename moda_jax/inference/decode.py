@@ -213,9 +213,15 @@ def prefill(
     return module.logits(hidden)[:, 0], KVCache(key, value, jnp.int32(T), cache.start, slots)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "implementation"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("model", "implementation", "fused"), donate_argnames="cache")
 def step(
-    model: ModelFunction, params: PyTree, cache: KVCache, tokens: Array, *, implementation: str | None = None
+    model: ModelFunction,
+    params: PyTree,
+    cache: KVCache,
+    tokens: Array,
+    *,
+    implementation: str | None = None,
+    fused: bool | None = None,
 ) -> tuple[Array, KVCache]:
     """One token of every row.
 
@@ -224,15 +230,24 @@ def step(
         cache: of the tokens before; donated. It must have a free place.
         tokens: [B] int32.
         implementation: of attention over the cache, see `pallas_kernels.moda_attention`; None: the best for the device.
+        fused: packed layers' attention over cache, slots and the token itself, from the raw projections on, as kernels
+            for just that; False: by parts, as `implementation` has them. None: fused where a card has shown that to be
+            faster (one row, see `pallas_kernels.token_attention`).
 
     Returns:
         Logits [B, V] float32 of the next token, and the cache with this one.
+
+    Raises:
+        ValueError: fused, and the layers are not packed.
+        NotImplementedError: fused, and there are no such kernels for the model, the rows or the device.
     """
-    return _step(_module(model, params), params, cache, tokens, implementation)
+    return _step(_module(model, params), params, cache, tokens, implementation, fused)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "num_steps", "sampling", "vocab_size", "implementation"), donate_argnames="state"
+    jax.jit,
+    static_argnames=("model", "num_steps", "sampling", "vocab_size", "implementation", "fused"),
+    donate_argnames="state",
 )
 def decode(
     model: ModelFunction,
@@ -243,6 +258,7 @@ def decode(
     sampling: SamplingConfig,
     vocab_size: int,
     implementation: str | None = None,
+    fused: bool | None = None,
 ) -> tuple[DecodeState, Array]:
     """`num_steps` tokens of every row, without a word to the host in between.
 
@@ -252,7 +268,7 @@ def decode(
         num_steps: tokens; as many places of the cache must be free.
         sampling: how tokens are chosen.
         vocab_size: tokens 0..vocab_size-1 can be chosen: the tokenizer's vocabulary, which the model's may exceed.
-        implementation: as in `step`.
+        implementation, fused: as in `step`.
 
     Returns:
         The state, and the tokens [B, num_steps] int32, of which the first is the one that `state` held.
@@ -262,7 +278,7 @@ def decode(
     def body(i: Array, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, tokens = carry
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, state.token[:, None], i, axis=1)
-        logits, cache = _step(module, params, state.cache, state.token, implementation)
+        logits, cache = _step(module, params, state.cache, state.token, implementation, fused)
         return _choose(logits, cache, state.keys, state.count, sampling, vocab_size), tokens
 
     tokens = jnp.zeros((state.token.shape[0], num_steps), jnp.int32)
@@ -406,10 +422,12 @@ def _layer_of(cached: Array, number: Array | int) -> Array:
 
 
 def _step(
-    module: Transformer, params: PyTree, cache: KVCache, tokens: Array, implementation: str | None
+    module: Transformer, params: PyTree, cache: KVCache, tokens: Array, implementation: str | None, fused: bool | None
 ) -> tuple[Array, KVCache]:
     if "packed" in params:
-        return _packed_step(module, params["packed"], cache, tokens, implementation)
+        return _packed_step(module, params["packed"], cache, tokens, implementation, fused)
+    if fused:
+        raise ValueError("fused=True: expected packed layers, see `decode_params`")
     begin = jnp.zeros(len(tokens), jnp.int32) if cache.start is None else cache.start
     positions = (cache.length - begin)[:, None]  # [B, 1]
     hidden, own, ((all_keys, all_values), kept, slots) = module.walk(
@@ -425,11 +443,16 @@ def _step(
 
 
 def _packed_step(
-    module: Transformer, layers: tuple[PackedLayer, ...], cache: KVCache, tokens: Array, implementation: str | None
+    module: Transformer,
+    layers: tuple[PackedLayer, ...],
+    cache: KVCache,
+    tokens: Array,
+    implementation: str | None,
+    fused: bool | None,
 ) -> tuple[Array, KVCache]:
     x = module.embedding(tokens[:, None])[:, 0]
     hidden, own, cached = packed_step(
-        layers, module.config, x, (cache.key, cache.value), cache.start, cache.length, implementation
+        layers, module.config, x, (cache.key, cache.value), cache.start, cache.length, implementation, fused
     )
     logits = module.logits(module.final_norm(hidden)[:, None])[:, 0]
     if own is None:

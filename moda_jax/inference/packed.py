@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from moda_jax.model.layers import rms_norm
 from moda_jax.model.rotary import rotary_angles
 from pallas_kernels import norm
 from pallas_kernels import token_attention as kernels
-from pallas_kernels.matvec import Results, matvec
+from pallas_kernels.matvec import Results, gate, matvec
 from pallas_kernels.operands import DepthKV
 
 Array = jax.Array
@@ -180,6 +181,7 @@ def packed_step(
     start: Array | None,
     length: Array,
     implementation: str | None,
+    fused: bool | None = None,
 ) -> tuple[Array, Cached | None, Cached | None]:
     """One token of every row through all layers.
 
@@ -190,18 +192,24 @@ def packed_step(
         cached: keys and values of all layers, [B, K, C, H] each.
         start: [B] or None; length: scalar: the places that are filled, see `decode.KVCache`.
         implementation: of attention over the cache and over the slots. Products have a kernel where attention has one.
+        fused: see `decode.step`.
 
     Returns:
         [B, D], what the final norm receives; each layer's key and value [B, K, 1, H], to be written, and None; or None
         and the cache with them.
+
+    Raises:
+        NotImplementedError: fused, and the kernels do not take such a step.
     """
     begin = jnp.zeros(1, jnp.int32) if start is None else start
     rotation = None
     if config.rope_theta is not None:
         rotation = rotary_angles((length - begin)[:, None], config.head_dim, config.rope_theta)  # [B or 1, 1, H/2]
     token = _Token(config, rotation, start, length, implementation, norm.beside(implementation))
-    if _has_kernels(config, x, cached, start, implementation):
-        return _kernel_step(layers, token, x, cached)
+    if _is_fused(token, x, cached) if fused is None else fused:
+        if fused:
+            _check_fused(token, x, cached)
+        return (_kernel_step if x.shape[0] == 1 else _rows_step)(layers, token, x, cached)
     depth = _Slots.empty(config, x)
     residual = _Residual(x, None, None)
     keys, values, entries = [], [], []
@@ -216,19 +224,39 @@ def packed_step(
     return token.settled(residual), (tuple(keys), tuple(values)), None
 
 
-def _has_kernels(
-    config: TransformerConfig, x: Array, cached: Cached, start: Array | None, implementation: str | None
-) -> bool:
-    """Whether attention runs by `pallas_kernels.token_attention`."""
-    served = config.qk_norm and not config.qk_norm_per_head and config.rope_theta is not None
-    served = served and not (config.depth == "moda" and config.moda.attn_kv) and start is None
-    return (
-        served
-        and norm.beside(implementation) is None
-        and kernels.best(
-            dtype=x.dtype, rows=x.shape[0], num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim, capacity=cached[0][0].shape[2],
-        ) == "mosaic_gpu"
+def _is_fused(token: _Token, x: Array, cached: Cached) -> bool:
+    """Whether attention runs by `pallas_kernels.token_attention` where nobody says so."""
+    return _unserved(token) is None and kernels.best(**_shape(token.config, x, cached)) == "mosaic_gpu"
+
+
+def _check_fused(token: _Token, x: Array, cached: Cached) -> None:
+    """Raises NotImplementedError, with the reason, if attention of such a step has no kernels of that kind."""
+    reason = _unserved(token)
+    if reason is not None:
+        raise NotImplementedError(f"fused attention of a decode step: {reason}")
+    kernels.check_supported(**_shape(token.config, x, cached))
+
+
+def _unserved(token: _Token) -> str | None:
+    """Why the kernels do not take a step, whatever its shapes; None: they do."""
+    config = token.config
+    if not config.qk_norm or config.qk_norm_per_head:
+        return f"qk_norm={config.qk_norm}, qk_norm_per_head={config.qk_norm_per_head}: expected one norm of all heads"
+    if config.rope_theta is None:
+        return "rope_theta=None: expected a rotary embedding"
+    if config.depth == "moda" and config.moda.attn_kv:
+        return "an attention entry with a projection of its own: expected own KV"
+    if token.start is not None:
+        return "rows that begin at different places: expected prompts of one length"
+    if norm.beside(token.implementation) is not None:
+        return f"implementation={token.implementation!r}: expected None or 'mosaic_gpu'"
+    return None
+
+
+def _shape(config: TransformerConfig, x: Array, cached: Cached) -> dict[str, Any]:
+    return dict(
+        dtype=x.dtype, rows=x.shape[0], num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim, capacity=cached[0][0].shape[2],
     )  # fmt: skip
 
 
@@ -236,11 +264,8 @@ def _kernel_step(
     layers: tuple[PackedLayer, ...], token: _Token, x: Array, cached: Cached
 ) -> tuple[Array, None, Cached]:
     """`packed_step` of one row with six launches a layer: cache and slots are written in place by those that read."""
-    config, kernel = token.config, kernels.kernel()
-    slots = None
-    if config.depth_slots:
-        count = kernel.padded_slots(config.depth_slots + 1)
-        slots = (jnp.zeros((count, config.num_kv_heads, config.head_dim), x.dtype),) * 2
+    config, kernel = token.config, kernels.kernel(1)
+    slots = _empty_slots(kernel, config, x)
     rotation = tuple(angle[0, 0] for angle in token.rotation)
     residual, entry, filled = _Residual(x, None, None), (), 0
     keys, values = [], []
@@ -259,6 +284,39 @@ def _kernel_step(
         residual = _Residual(x, token.last_product(hidden, layer.down), layer.ffn_norm)
         entry = () if projected is None else (projected[0], layer.key_norm)
     return token.settled(residual), None, (tuple(keys), tuple(values))
+
+
+def _rows_step(layers: tuple[PackedLayer, ...], token: _Token, x: Array, cached: Cached) -> tuple[Array, None, Cached]:
+    """`packed_step` of many rows with attention as one kernel, and the products by XLA with what it fuses to them. The
+    kernel reads an entry where the product left it: cut out it would be a launch of its own."""
+    config, kernel = token.config, kernels.kernel(x.shape[0])
+    slots = _empty_slots(kernel, config, x)
+    rotation = tuple(angle[0, 0] for angle in token.rotation)
+    residual, entry, filled = _Residual(x, None, None), (), 0
+    keys, values = [], []
+    for layer, *held in zip(layers, *cached, strict=True):
+        x, _, raw = token.product(residual, layer.heads, layer.attention_norm)
+        operands = kernel.Token(raw, layer.query_norm, layer.key_norm, rotation, *entry)
+        attended, (key, value), slots = kernel.token_attention(
+            operands, tuple(held), slots, token.length, np.int32(filled), epsilon=config.norm_epsilon
+        )
+        keys.append(key)
+        values.append(value)
+        filled += 1 + bool(entry)
+        residual = _Residual(x, token.last_product(attended, layer.output), layer.attention_norm)
+        x, _, projected = token.product(residual, layer.hidden, layer.ffn_norm)
+        hidden = gate(projected, config.ffn_width)
+        residual = _Residual(x, token.last_product(hidden, layer.down), layer.ffn_norm)
+        entry = () if projected.shape[1] == 2 * config.ffn_width else (projected, layer.key_norm)
+    return token.settled(residual), None, (tuple(keys), tuple(values))
+
+
+def _empty_slots(kernel: ModuleType, config: TransformerConfig, x: Array) -> tuple[Array, Array] | None:
+    """Of the kernels, with one more than the layers write, for the last layer's own key and value."""
+    if config.depth_slots == 0:
+        return None
+    shape = kernel.slots_shape(x.shape[0], config.depth_slots + 1, config.num_kv_heads, config.head_dim)
+    return (jnp.zeros(shape, x.dtype),) * 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,6 +103,12 @@ def padded_slots(slots: int) -> int:
     return -(-slots // ROWS) * ROWS
 
 
+def slots_shape(rows: int, slots: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """[S, K, H] of the buffers for so many slots of the one row."""
+    del rows
+    return padded_slots(slots), num_kv_heads, head_dim
+
+
 # Jitted, so that the layers of an unrolled model share what is traced and lowered.
 @functools.partial(jax.jit, static_argnames=("epsilon", "interpret"))
 @in_default_modes
@@ -167,7 +173,7 @@ def token_attention(
 
     def body(*refs):
         refs = list(refs)
-        given = _Refs(*refs[:6], *(refs[6:9] if has_entry else (None,) * 3), **size)
+        given = Given(*refs[:6], *(refs[6:9] if has_entry else (None,) * 3), **size)
         refs = refs[9 if has_entry else 6 :]
         cache_refs, refs = refs[:2], refs[2:]
         slot_refs, refs = (refs[:2], refs[2:]) if has_slots else (None, refs)
@@ -186,7 +192,7 @@ def token_attention(
             @pl.when(lax.div(place, jnp.int32(PART)) == part)
             def _own():
                 for ref, halves in zip(cache_refs, given.own(head), strict=True):
-                    _store(ref, (head, place), halves, dtype)
+                    store(ref, (head, place), halves, dtype)
 
         @pl.when(part == parts)
         def _slots():
@@ -200,7 +206,7 @@ def token_attention(
             _attend(given, head, part, *(rows or (None, None)), count, new, out_ref, lse_ref)
             for i, entry in enumerate(new if has_slots else ()):
                 for ref, halves in zip(slot_refs, entry, strict=True):
-                    _store(ref, (count + i, head), halves, dtype)
+                    store(ref, (count + i, head), halves, dtype)
 
     shape = (num_heads, padded, 2, HALF)
     out, lse = plgpu.kernel(
@@ -212,7 +218,7 @@ def token_attention(
         **options,
     )(*operands, *references, *counts)
     merged = plgpu.kernel(
-        functools.partial(_merge, parts + 1),
+        functools.partial(merge, parts + 1),
         out_type=jax.ShapeDtypeStruct((num_heads, 2, HALF), dtype),
         grid=(num_heads,),
         grid_names=("head",),
@@ -227,7 +233,7 @@ def token_attention(
 Halves = list  # of a row, two vectors [32] float32; of rows, two [rows, 32]
 
 
-class _Refs(NamedTuple):
+class Given(NamedTuple):
     """What a program reads besides keys and values; vectors of a head as `Halves`, the same in every warp."""
 
     raw_blocks: Any
@@ -285,7 +291,7 @@ class _Refs(NamedTuple):
         return [half.astype(self.dtype).astype(jnp.float32) for half in rotated]
 
 
-def _attend(given: _Refs, head, part, key, value, count, new, out_ref, lse_ref) -> None:
+def _attend(given: Given, head, part, key, value, count, new, out_ref, lse_ref) -> None:
     """A part of the softmax: of rows below `count` of key and value, if there are any, and of new entries."""
     group = given.N // given.K
     for g, query in enumerate(given.queries(head)):
@@ -308,11 +314,11 @@ def _attend(given: _Refs, head, part, key, value, count, new, out_ref, lse_ref) 
             total += weight
             out = [o + weight * half for o, half in zip(out, value_new, strict=True)]
         inverse = 1.0 / jnp.maximum(total, 1e-30)
-        _store(out_ref, (n, part), [half * inverse for half in out], jnp.float32)
+        store(out_ref, (n, part), [half * inverse for half in out], jnp.float32)
         lse_ref[n, part] = out[0] * 0.0 + (peak + jnp.log2(total))
 
 
-def _merge(parts: int, out_ref, lse_ref, merged_ref) -> None:
+def merge(parts: int, out_ref, lse_ref, merged_ref) -> None:
     """One head's parts as one."""
     head = lax.axis_index("head")
     lse = plgpu.load(lse_ref.at[head], layout=LAYOUT, optimized=False)  # [padded, 32], the same in all columns
@@ -338,7 +344,8 @@ def _vector(ref, row) -> Halves:
     return [half.astype(jnp.float32) for half in halves]
 
 
-def _store(ref, index, halves: Halves, dtype) -> None:
+def store(ref, index, halves: Halves, dtype) -> None:
+    """To a row of a [..., 2, 32]."""
     for i, half in enumerate(halves):
         ref[(*index, i)] = half.astype(dtype)
 

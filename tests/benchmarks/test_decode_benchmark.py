@@ -38,6 +38,13 @@ def test_a_result_holds_every_form_and_the_floor(tmp_path, monkeypatch, capsys):
     assert "copy bandwidth" in capsys.readouterr().out
 
 
+def test_layouts_are_known_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["decode", "--size=toy", "--layouts=packed,fuse", f"--output={tmp_path}"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "--layouts: got ['fuse'], expected some of ('scan', 'unroll', 'packed', 'fused')" in capsys.readouterr().err
+
+
 def test_the_models_are_table_3s():
     size = benchmark.sizes()["700m"]
     assert [round(param_count(config) / 1e6, 1) for config in size.models.values()] == [705.7, 669.0]

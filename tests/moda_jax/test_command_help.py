@@ -1,5 +1,6 @@
 """The help of every command is tried in a process of its own by a slow test; here is what it is made of."""
 
+import json
 import os
 import subprocess
 import sys
@@ -79,13 +80,26 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def helps(tmp_path_factory):
+    """(exit code, what was printed, what was said beside it) of every command and argument."""
+    asked = [(command, "-h") for command in COMMANDS] + [("train.py", "--help")]
+    place = tmp_path_factory.mktemp("helps")
+    file = place / "commands.json"
+    file.write_text(json.dumps([[*command.split(), argument] for command, argument in asked]))
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-m", "support.several_commands", file, place], cwd=ROOT, timeout=600, check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0
+    ends = (".code", ".out", ".err")
+    return {which: [(place / f"{i}{end}").read_text() for end in ends] for i, which in enumerate(asked)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_shows_its_flags_and_ends_well(command):
-    for argument in ("-h", "--help") if command == "train.py" else ("-h",):
-        done = subprocess.run(
-            [sys.executable, *command.split(), argument], cwd=ROOT, capture_output=True, text=True, timeout=300,
-            check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        )  # fmt: skip
-        assert done.returncode == 0 and done.stderr == "", done.stderr
-        assert COMMANDS[command] in done.stdout
+@pytest.mark.parametrize(("command", "argument"), [*((command, "-h") for command in COMMANDS), ("train.py", "--help")])
+def test_every_command_shows_its_flags_and_ends_well(helps, command, argument):
+    code, printed, said = helps[command, argument]
+    assert code == "0" and said == "", said
+    assert COMMANDS[command] in printed

@@ -11,10 +11,10 @@ from support.quick_compile import QUICK
 
 from moda_jax.inference import attention_maps, decode, scoring
 
-DECODE = ("model", "num_steps", "sampling", "vocab_size", "implementation")
+DECODE = ("model", "num_steps", "sampling", "vocab_size", "implementation", "fused")
 JITTED = (
     (decode, "prefill", ("model", "capacity", "padded"), ()),
-    (decode, "step", ("model", "implementation"), ("cache",)),
+    (decode, "step", ("model", "implementation", "fused"), ("cache",)),
     (decode, "decode", DECODE, ("state",)),
     (decode, "start", ("sampling", "vocab_size"), ("cache",)),
     (scoring, "target_log_probs", ("model", "vocab_size"), ()),

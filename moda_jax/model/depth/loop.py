@@ -123,7 +123,7 @@ def depth_scan(
     if isinstance(block, Layer):
         # An overflowing stream holds no entry to read again, and under a traced length nobody knows.
         kept = dataclasses.replace(block, reread=()) if is_traced(stream.length) else block
-        looped: _Looped = _CutLayer(kept, REMAT[remat])
+        looped: _Looped = _CutLayer(kept, REMAT[remat], keeps_own=unroll and remat == "none")
     else:
         # Layers are compared by value, to compile once; a callable that has no hash is its own value.
         looped = _WholeLayer(block if isinstance(block, Hashable) else lambda *arguments: block(*arguments), check)
@@ -136,6 +136,7 @@ def depth_scan(
     if entries is not None and not is_traced(stream.length):  # inside the loop it is traced; out here it stays concrete
         _check_capacity(stream, num_layers * entries)
         length = stream.length_after(num_layers * entries)
+        looped = looped.that_fits()
     x, after, (aux, kept) = _loop(looped, options, params, x, stream.with_length(jnp.int32(stream.length)), shared)
     if check:
         checkify.check(
@@ -184,6 +185,10 @@ class _Looped:
     """One layer of the loop: `run` it forward, or `reverse` it. Compared by value (static argument of `_loop`)."""
 
     numbered = False
+
+    def that_fits(self) -> _Looped:
+        """The same, where every entry is known to find a slot."""
+        return self
 
     def inspect(self, params: PyTree, x: PyTree, stream: Stream, shared: tuple) -> tuple[int | None, bool]:
         """Looks at one layer without running it.
@@ -472,14 +477,27 @@ def _require_same(name: str, came: PyTree, expected: PyTree) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _CutLayer(_Looped):
-    """A `Layer`: keeps what `stored` names; its operations' backward adds into the stream's gradient directly."""
+    """A `Layer`: keeps what `stored` names; its operations' backward adds into the stream's gradient directly.
+
+    Attributes:
+        layer, stored: see there.
+        keeps_own: of `Layer.reread`, the values themselves are kept beside their slots. Unrolled layers that keep all
+            else do: a slot's 1 KB a token is read at half of the speed of memory and written once more, where a value
+            that stays costs nothing but its place. In stacks over layers it would be copied as often.
+        fits: every entry finds a slot.
+    """
 
     layer: Layer
     stored: Stored
+    keeps_own: bool = False
+    fits: bool = False
 
     @property
     def numbered(self) -> bool:
         return self.layer.numbered
+
+    def that_fits(self):
+        return dataclasses.replace(self, fits=True)
 
     def inspect(self, params, x, stream, shared):
         counts = []
@@ -507,7 +525,7 @@ class _CutLayer(_Looped):
             slots = []
             for entry in entries:
                 slots.append((stream.slot_of(entry.when), entry.when is None))
-                stream = stream.write(entry)
+                stream = stream.write(entry, fits=self.fits)
             written.append(tuple(slots))
             if i < len(layer.cuts):
                 cut = layer.cuts[i]
@@ -526,7 +544,8 @@ class _CutLayer(_Looped):
             stored |= {"results": results, "saved": saved}
         if self.stored.parts:
             requests = [tuple(values[name] for name in cut.takes) for cut in layer.cuts]
-            known = (params, x, number, shared, results, saved, [values[name] for name, _, _ in layer.reread])
+            reread = [] if self.keeps_own else [values[name] for name, _, _ in layer.reread]
+            known = (params, x, number, shared, results, saved, reread)
             stored["residuals"] = Residuals.of((vjps, requests), known)
         return values["output"], stream, (values.get("aux"), None), stored
 
@@ -544,7 +563,8 @@ class _CutLayer(_Looped):
         layer, parts, places = self.layer, self.layer.parts, stored["places"]
         params, prepared = jax.vjp(layer.prepare, params)
         reread = {
-            name: read_slot(stream.buffers[buffer], stream.length_after(entry)) for name, buffer, entry in layer.reread
+            name: read_slot(stream.buffers[buffer], stream.length_after(entry), fits=self.fits)
+            for name, buffer, entry in (() if self.keeps_own else layer.reread)
         }
         if self.stored.parts:
             results, saved = stored["results"], stored["saved"]
@@ -560,12 +580,13 @@ class _CutLayer(_Looped):
         dvalues = {"output": dx, "aux": daux}
         dparams = dshared = None
         waiting = [None] * len(layer.cuts)
+        fits = self.fits and places.slots is None  # the number of a slot that there is not stands for no entry
         written = sum(places.counts)
         for i in reversed(range(len(parts))):
             written -= places.counts[i]
 
             def dslot(buffer: int, slot: Array, entry: int | None = None) -> Array:
-                d = read_slot(dbuffers[buffer], slot).astype(stream.entry_dtypes[buffer])  # noqa: B023
+                d = read_slot(dbuffers[buffer], slot, fits=fits).astype(stream.entry_dtypes[buffer])  # noqa: B023
                 return jnp.zeros_like(d) if (buffer, entry) in standing else d
 
             dentries = tuple(

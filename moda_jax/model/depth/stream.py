@@ -115,11 +115,12 @@ class Stream:
         )
         return Entry(tuple(laid_out), entry.when)
 
-    def write(self, entry: Entry) -> Self:
-        """The stream with one more entry; unchecked: one that finds no slot is not written."""
-        slot = self.slot_of(entry.when)
+    def write(self, entry: Entry, *, fits: bool = False) -> Self:
+        """The stream with one more entry; unchecked: one that finds no slot is not written. fits: as of `write_slot`,
+        of an entry that is always written."""
+        slot, fits = self.slot_of(entry.when), fits and entry.when is None
         buffers = tuple(
-            write_slot(buffer, value, slot) for buffer, value in zip(self.buffers, entry.values, strict=True)
+            write_slot(buffer, value, slot, fits=fits) for buffer, value in zip(self.buffers, entry.values, strict=True)
         )
         return self.with_buffers(buffers, self.length_after(1, entry.when))
 
@@ -311,15 +312,16 @@ class RoundedDepthStream(DepthStream):
         buffers = (empty_slots(x, slots, (num_kv_heads, head_dim), narrow) for _ in ("key", "value"))
         return cls(*buffers, np.int32(0), straight, straight[0].dtype)
 
-    def write(self, entry: Entry) -> RoundedDepthStream:
-        slot = self.slot_of(entry.when)
+    def write(self, entry: Entry, *, fits: bool = False) -> RoundedDepthStream:
+        slot, fits = self.slot_of(entry.when), fits and entry.when is None
         buffers = (
-            write_slot(buffer, saturated(jax.lax.stop_gradient(value), buffer.dtype), slot)
+            write_slot(buffer, saturated(jax.lax.stop_gradient(value), buffer.dtype), slot, fits=fits)
             for buffer, value in zip(self.buffers, entry.values, strict=True)
         )
         straight = self.straight
         if straight is not None:
-            straight = tuple(write_slot(a, value, slot) for a, value in zip(straight, entry.values, strict=True))
+            pairs = zip(straight, entry.values, strict=True)
+            straight = tuple(write_slot(array, value, slot, fits=fits) for array, value in pairs)
         after = self.with_buffers(tuple(buffers), self.length_after(1, entry.when))
         return dataclasses.replace(after, straight=straight)
 
@@ -354,20 +356,23 @@ def is_traced(length: Array | np.int32) -> bool:
     return isinstance(length, jax.core.Tracer)
 
 
-def write_slot(buffer: Array, entry: Array, slot: Array | np.int32) -> Array:
-    """`buffer` [B, T, S, ...] with `entry` [B, T, ...] in slot `slot`; unchanged if there is no such slot."""
+def write_slot(buffer: Array, entry: Array, slot: Array | np.int32, *, fits: bool = False) -> Array:
+    """`buffer` [B, T, S, ...] with `entry` [B, T, ...] in slot `slot`; unchanged if there is no such slot.
+
+    fits: there is one, whatever a traced number says: then XLA does not read what stood there.
+    """
     if buffer.shape[2] == 0:
         return buffer
     entry = entry.astype(buffer.dtype)[:, :, None]  # [B, T, 1, ...]
-    if is_traced(slot):
+    if is_traced(slot) and not fits:
         # dynamic_update_slice clamps its index: without this a full stream would lose its last entry.
         entry = jnp.where(slot < buffer.shape[2], entry, jax.lax.dynamic_slice_in_dim(buffer, slot, 1, axis=2))
     return jax.lax.dynamic_update_slice_in_dim(buffer, entry, slot, axis=2)
 
 
-def read_slot(buffer: Array, slot: Array | np.int32) -> Array:
-    """Slot `slot` of `buffer` [B, T, S, ...] as [B, T, ...]; zeros if there is no such slot."""
+def read_slot(buffer: Array, slot: Array | np.int32, *, fits: bool = False) -> Array:
+    """Slot `slot` of `buffer` [B, T, S, ...] as [B, T, ...]; zeros if there is no such slot. fits: there is one."""
     if buffer.shape[2] == 0:
         return jnp.zeros((*buffer.shape[:2], *buffer.shape[3:]), buffer.dtype)
     entry = jax.lax.dynamic_slice_in_dim(buffer, slot, 1, axis=2)[:, :, 0]
-    return jnp.where(slot < buffer.shape[2], entry, 0) if is_traced(slot) else entry
+    return jnp.where(slot < buffer.shape[2], entry, 0) if is_traced(slot) and not fits else entry

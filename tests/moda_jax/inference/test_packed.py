@@ -89,8 +89,8 @@ def kernels_chosen():
         (cached.cache_clear if hasattr(cached, "cache_clear") else cached.clear_cache)()
 
 
-def check_kernels(steps, **fields):
-    """Logits of a bfloat16 model are as close to float32's with the kernels as without."""
+def check_kernels(steps, rows=1, **fields):
+    """Logits of a bfloat16 model are as close to float32's with the kernels as without. Several rows ask for them."""
     fields = (
         dict(
             num_layers=2,
@@ -104,12 +104,15 @@ def check_kernels(steps, **fields):
         | fields
     )
     _, model, params, _ = build(**fields)
-    exact = decoded(model, params, steps)
+    exact = decoded(model, params, steps, rows)
     _, model, _, packed_params = build(**fields, dtype="bfloat16")
-    plain = decoded(model, packed_params, steps, implementation="xla")
-    with kernels_chosen() as traced:
-        came = decoded(model, packed_params, steps)
-    assert traced
+    plain = decoded(model, packed_params, steps, rows, implementation="xla")
+    if rows == 1:
+        with kernels_chosen() as traced:
+            came = decoded(model, packed_params, steps)
+        assert traced
+    else:
+        came = decoded(model, packed_params, steps, rows, fused=True)
 
     def error(found):
         return np.linalg.norm(found - exact) / np.linalg.norm(exact)
@@ -119,13 +122,13 @@ def check_kernels(steps, **fields):
     assert not np.array_equal(came, plain)  # it was computed in another way
 
 
-def decoded(model, params, steps, **options):
-    """Logits [steps, V] of given tokens behind a prompt."""
-    found, cache = decode.prefill(model, params, PROMPTS[:1], np.zeros(1, int), capacity=128, padded=False)
+def decoded(model, params, steps, rows=1, **options):
+    """Logits [steps, rows * V] of given tokens behind a prompt."""
+    found, cache = decode.prefill(model, params, PROMPTS[:rows], np.zeros(rows, int), capacity=128, padded=False)
     seen = []
     for token in range(steps):
-        found, cache = decode.step(model, params, cache, jnp.full(1, token, jnp.int32), **options)
-        seen.append(found[0])
+        found, cache = decode.step(model, params, cache, jnp.full(rows, token, jnp.int32), **options)
+        seen.append(found.reshape(-1))
     return np.asarray(jnp.stack(seen))
 
 
@@ -142,6 +145,44 @@ def test_a_step_by_the_kernels_interpreted(variant, capsys):
 @pytest.mark.parametrize("variant", KERNEL_VARIANTS)
 def test_a_step_by_the_kernels_on_the_chip(variant):
     check_kernels(40, **KERNEL_VARIANTS[variant])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ON_GPU, reason="on the chip the next test does it")
+@pytest.mark.parametrize("variant", ["moda", "pre-norm", "none"])
+def test_a_fused_step_of_two_rows_interpreted(variant, capsys):
+    check_kernels(2, 2, **KERNEL_VARIANTS[variant])
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("variant", KERNEL_VARIANTS)
+def test_a_fused_step_of_two_rows_on_the_chip(variant):
+    check_kernels(40, 2, **KERNEL_VARIANTS[variant])
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({"qk_norm_per_head": True}, {}, "qk_norm_per_head=True"), ({"rope_theta": None}, {}, "rope_theta=None"),
+        ({"depth_attn_kv": True}, {}, "attention entry"), ({}, {"start": jnp.array([0, 4])}, "different places"),
+        ({}, {"implementation": "xla"}, "implementation='xla'"), ({}, {"x": jnp.float32}, "dtype=float32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_fused_step_is_refused_by_name(fields, options, message):
+    config = dataclasses.replace(BASE, **fields)
+    cached = ((jnp.zeros((2, 2, 128, 8)),),) * 2
+    arguments = {"x": jnp.bfloat16, "start": None, "implementation": None} | options
+    arguments["x"] = jnp.zeros((2, 32), arguments["x"])
+    with pytest.raises(NotImplementedError, match=message):
+        packed.packed_step((), config, cached=cached, length=jnp.int32(9), fused=True, **arguments)
+
+
+def test_a_fused_step_asks_for_packed_layers():
+    with pytest.raises(ValueError, match="fused=True: expected packed layers"):
+        decode._step(None, {"layers": ()}, None, jnp.zeros(2, jnp.int32), None, True)
 
 
 def test_unpacking_is_exact_and_nothing_is_larger():

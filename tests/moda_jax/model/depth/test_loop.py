@@ -106,6 +106,7 @@ CASES = {
     "parted": (PARTED, {}),
     "parted, full remat": (PARTED, {"remat": "full"}),
     "parted, no remat": (PARTED, {"remat": "none"}),
+    "parted, no remat, unrolled": (PARTED, {"remat": "none", "unroll": True}),
     "parted, float32 gradient": (PARTED, {"gradient_dtype": "float32"}),
     "parted, in groups": (PARTED, {"gradient_group": 2}),
     "parted, in groups, unrolled": (PARTED, {"gradient_group": 2, "unroll": True, "remat": "full"}),
@@ -113,7 +114,10 @@ CASES = {
     "parted, kv stored": (dataclasses.replace(PARTED, writes_own_key_value=False), {"remat": "none"}),
 }
 
-QUICK_CASES = ("any block", "parted, full remat", "parted, no remat", "parted, kv stored", "parted, in groups")
+QUICK_CASES = (
+    "any block", "parted, full remat", "parted, no remat", "parted, no remat, unrolled", "parted, kv stored",
+    "parted, in groups",
+)  # fmt: skip
 
 
 @functools.cache
@@ -174,6 +178,38 @@ def test_layers_in_groups_give_the_gradients_of_layers_alone(layers, group, unro
         jax.tree_util.tree_leaves_with_path(gradients(group)), jax.tree.leaves(gradients(1)), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "traced", "reads", "looks"),
+    [
+        ({"unroll": True, "remat": "none"}, False, 6, 0),
+        ({"unroll": True, "remat": "ffn"}, False, 6 + 2, 0),  # the own key and value again
+        ({"remat": "none"}, False, 6 + 2, 0),
+        ({"unroll": True, "remat": "none"}, True, 4 + 4, 4),
+    ],
+)
+def test_a_slot_is_read_only_where_it_has_to_be(options, traced, reads, looks):
+    """In a layer the gradients of two entries, and once more those of its own key and value for where they are used.
+    What an entry overwrites is looked at only where nobody knows whether its slot is there."""
+    params, x, stream, scale = arguments()
+
+    def value(params, x, key, val, length):
+        found = DepthStream(key, val, length if traced else stream.length)
+        return run(lambda p, *a: depth_scan(PARTED, p, *a, SEGMENTS, **options), params, x, found, scale)
+
+    jaxpr = jax.make_jaxpr(jax.grad(value))(params, x, stream.key, stream.value, stream.length)
+    of_slots = [e.primitive.name for e in equations(jaxpr.jaxpr) if e.outvars[0].aval.shape == (B, T, 1, K, H)]
+    assert of_slots.count("dynamic_slice") == reads
+    assert of_slots.count("select_n") == looks
+
+
+def equations(jaxpr):
+    """Of a jaxpr and of all inside."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def test_the_returned_stream_holds_every_entry_and_counts_them():
