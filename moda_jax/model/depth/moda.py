@@ -25,8 +25,9 @@ from flax import nnx
 from moda_jax.config_checks import require
 from moda_jax.model.depth.mechanism import ATTENTION, FFN, VALUE, DepthMechanism, SubLayer
 from moda_jax.model.depth.operations import Operation
+from moda_jax.model.depth.rounded_stream import RoundedDepthStream
 from moda_jax.model.depth.slot_reads import SlotAttention
-from moda_jax.model.depth.stream import DepthStream, Entry, RoundedDepthStream, Stream
+from moda_jax.model.depth.stream import DepthStream, Entry, Stream
 from moda_jax.model.initial_keys import InitialKeys
 from moda_jax.model.layers import Projection
 from moda_jax.model.rotary import rotate

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moda_jax.model.depth.stream import RoundedDepthStream, Stream, is_traced
+from moda_jax.model.depth.rounded_stream import RoundedDepthStream
+from moda_jax.model.depth.stream import Stream, is_traced
 from moda_jax.parallel.attention import attend, attention_backward, attention_forward, causal_mask
 from pallas_kernels import dispatch
 from pallas_kernels.operands import Call, DepthKV, Upstream

@@ -17,7 +17,8 @@ from moda_jax.depth_config import MoDASection
 from moda_jax.inference import attention_maps, decode
 from moda_jax.inference import packed as packed_decoding
 from moda_jax.model.depth.operations import SoftmaxAttention
-from moda_jax.model.depth.stream import DepthStream, RoundedDepthStream
+from moda_jax.model.depth.rounded_stream import RoundedDepthStream
+from moda_jax.model.depth.stream import DepthStream
 from moda_jax.model.depth_probe import SlotChoice, filled_slots, probed_hidden
 from moda_jax.model.function import model_function, split_model
 from pallas_kernels import dispatch, moda_attention
