@@ -422,7 +422,12 @@ def _layer_of(cached: Array, number: Array | int) -> Array:
 
 
 def _step(
-    module: Transformer, params: PyTree, cache: KVCache, tokens: Array, implementation: str | None, fused: bool | None
+    module: Transformer,
+    params: PyTree,
+    cache: KVCache,
+    tokens: Array,
+    implementation: str | None,
+    fused: bool | None = None,
 ) -> tuple[Array, KVCache]:
     if "packed" in params:
         return _packed_step(module, params["packed"], cache, tokens, implementation, fused)
