@@ -5,7 +5,7 @@ Equations, with a = x + bias, Phi and phi the normal distribution and its densit
 
 Grid: (programs, chunks of the columns). Blocks, loop: `narrow_rows`, of a chunk's columns. Resident: the program's part
     of dbias, float32, in registers; added over the rows of a group at the end, and over programs [programs, F] by XLA.
-Bytes: x and dy in, dx out, once each. Instructions: about 20 a number (`normal_distribution`). Bound: memory.
+Bytes: x and dy in, dx out, once each. Instructions: about 28 a number (`normal_distribution`). Bound: memory.
 Benchmark: python -m benchmarks.rows.
 """
 
